@@ -1,0 +1,144 @@
+"""Training objectives, each a pure function (params, rng, batch) → (loss, metrics).
+
+First-order denoising score matching, e1 = σ s(x_t, t) + z:
+
+    L = E_{t, z} w(t) R‖e1‖²,  R = mean over dimensions (reduce_mean) or ½ sum
+    w = 1 (noise weighting) | g²/σ² (likelihood weighting) | 1 under p(t) ∝ g²/σ² (importance
+    sampled)
+
+A batch is {image: [B, *d], noise_id: int32 [B], mask: bool [B]}. The noise of an example is a
+function of (rng, noise_id) only. The importance proposal's constant Z is left out of the optimised
+loss.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from dequantization import Encoding
+from operators import Batched, PerExample, dimension, fold_in_each, gaussian, scale, squared_norm
+from parameterization import Params, ScoreFn, ScoreModel
+from sde_lib import SDE
+from time_sampling import UNIFORMS, Debias, Importance, Proposal, Uniform
+
+Metrics = dict[str, Float[Array, ""]]
+Batch = dict[str, Array]
+LossFn = Callable[[Params, Key[Array, ""], Batch], tuple[Float[Array, ""], Metrics]]
+
+
+def noise_weight(t: PerExample, sde: SDE) -> PerExample:
+    """w = 1."""
+    del sde
+    return jnp.ones_like(t)
+
+
+def likelihood_weight(t: PerExample, sde: SDE) -> PerExample:
+    """w = g²/σ², so that w‖e1‖² = g²‖s − ∇log q(x_t|x0)‖² (Song et al. 2021, 2101.09258)."""
+    return sde.g2(t) / sde.sigma(t) ** 2
+
+
+def first_order_residual(
+    score_fn: ScoreFn, x0: Batched, t: PerExample, z: Batched, sde: SDE
+) -> Batched:
+    """e1 = σ s(x_t, t) + z at x_t = α x0 + σ z.
+
+    Reference: Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (7).
+    """
+    return scale(sde.sigma(t), score_fn(sde.perturb(x0, t, z), t)) + z
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeLaw:
+    """How times are drawn and weighted: a proposal, its uniforms, and the weight w(t)."""
+
+    proposal: Proposal
+    weight: Callable[[PerExample, SDE], PerExample]
+    stratified: bool = False
+
+    def sample(self, key: Key[Array, ""], batch: Batch, batch_size: int) -> PerExample:
+        """One time per example of the batch."""
+        u = UNIFORMS[self.stratified](key, batch["noise_id"], batch_size)
+        return self.proposal.quantile(u)
+
+
+def time_law(
+    sde: SDE,
+    *,
+    smallest_time: float,
+    likelihood_weighting: bool,
+    importance_weighting: bool,
+    debias: bool,
+    stratified: bool,
+) -> TimeLaw:
+    """The published switches, resolved once. Under `debias`, t_eps is the smallest time and w = 1.
+
+    Raises:
+        ValueError: importance weighting without likelihood weighting (it would have no effect), or
+            debias together with either.
+    """
+    if debias and (likelihood_weighting or importance_weighting):
+        raise ValueError(
+            "training.debias=True already weights by g²/σ² through its proposal; set "
+            "training.likelihood_weighting=False and training.importance_weighting=False"
+        )
+    if debias:
+        return TimeLaw(Debias(sde, smallest_time), noise_weight, stratified)
+    if importance_weighting and not likelihood_weighting:
+        raise ValueError(
+            "training.importance_weighting=True needs training.likelihood_weighting=True: "
+            "it is the proposal for the likelihood weight g²/σ²"
+        )
+    if importance_weighting:
+        return TimeLaw(Importance(sde, smallest_time), noise_weight, stratified)
+    weight = likelihood_weight if likelihood_weighting else noise_weight
+    return TimeLaw(Uniform(sde, smallest_time), weight, stratified)
+
+
+def score_matching_loss(
+    model: ScoreModel,
+    encoding: Encoding,
+    law: TimeLaw,
+    *,
+    batch_size: int,
+    reduce_mean: bool,
+    train: bool,
+) -> LossFn:
+    """First-order denoising score matching.
+
+    Args:
+        model: network, SDE and parameterisation.
+        encoding: integers to model space; dequantisation happens here, inside the jitted step.
+        law: distribution and weight of t.
+        batch_size: global batch size, the number of strata of stratified times.
+        reduce_mean: mean over dimensions instead of half the sum.
+        train: apply dropout.
+
+    Returns:
+        A loss whose metrics are `loss` and `dsm`, the unweighted mean of R‖e1‖² over the drawn
+        times.
+    """
+    sde = model.sde
+
+    def loss_fn(
+        params: Params, rng: Key[Array, ""], batch: Batch
+    ) -> tuple[Float[Array, ""], Metrics]:
+        key_data, key_time, key_noise, key_dropout = jax.random.split(rng, 4)
+        ids = batch["noise_id"]
+        x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
+        t = law.sample(key_time, batch, batch_size)
+        z = gaussian(fold_in_each(key_noise, ids), x0)
+        score_fn = model.score(params, key_dropout if train else None)
+        squares = squared_norm(first_order_residual(score_fn, x0, t, z, sde))
+        dsm = squares / dimension(x0) if reduce_mean else 0.5 * squares
+        loss = masked_mean(law.weight(t, sde) * dsm, batch["mask"])
+        return loss, {"loss": loss, "dsm": masked_mean(dsm, batch["mask"])}
+
+    return loss_fn
+
+
+def masked_mean(values: PerExample, mask: Array) -> Float[Array, ""]:
+    """Mean of the values of real examples; padding counts neither above nor below the line."""
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)

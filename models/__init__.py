@@ -1,0 +1,12 @@
+"""Networks (x: [B, *d], label: [B]) ↦ [B, *d] that know nothing of diffusions and mix no batch.
+
+`label` is the time conditioning as the caller computed it (999 t, log-SNR, σ, …). `MODELS`
+resolves `model.name`; every field of a network is a plain value: `MODELS[name](**section)`.
+"""
+
+from models.ddpm import DDPM
+from models.mlp import MLP
+
+MODELS = {"mlp": MLP, "ddpm": DDPM}
+
+__all__ = ["DDPM", "MLP", "MODELS"]

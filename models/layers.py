@@ -1,0 +1,238 @@
+"""Layers shared by the networks; images are [B, H, W, C] and no layer mixes a batch.
+
+    embedding(ℓ) = [sin(ℓ ω_k), cos(ℓ ω_k)],  ω_k = 10000^{−k/(half−1)},  k = 0 … half−1
+    attention(q, k, v)_i = Σ_j softmax_j(⟨q_i, k_j⟩ / √C) v_j   over H·W positions, single head
+    default_init(s): U(−w, w), w² = 3 s / fan,  fan = (fan_in + fan_out)/2 or fan_out
+
+Sub-modules and leaves (`NIN_0/W`, `Conv_0/kernel`, …) are named as in published JAX checkpoints.
+Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B; Song et al. 2021,
+https://arxiv.org/abs/2011.13456, appendix H.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float
+
+Activation = Callable[[jax.Array], jax.Array]
+Image = Float[Array, "b h w c"]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "elu": nn.elu,
+    "gelu": nn.gelu,
+    "lrelu": functools.partial(nn.leaky_relu, negative_slope=0.2),
+    "relu": nn.relu,
+    "swish": nn.swish,
+}
+INIT_MODES = ("fan_avg", "fan_out")
+DOWNSAMPLE_PADDING = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
+DROPOUT_SHARED_AXES = {"element": (), "channel": (1, 2)}
+
+
+def check_option(field: str, value: str, known: Iterable[str]) -> None:
+    """Refuse an option that is not among the known ones.
+
+    Raises:
+        ValueError: names the field, the value and the known options.
+    """
+    if value not in known:
+        raise ValueError(f"{field} is {value!r}; known: {', '.join(sorted(known))}")
+
+
+def check_positive(**fields: int) -> None:
+    """Refuse sizes and counts that are not positive integers.
+
+    Raises:
+        ValueError: names the field and the value.
+    """
+    for field, value in fields.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field} is {value!r}; it must be a positive integer")
+
+
+def check_rate(field: str, value: float) -> None:
+    """Refuse a dropout rate outside [0, 1).
+
+    Raises:
+        ValueError: names the field and the value.
+    """
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{field} is {value!r}; it must lie in [0, 1)")
+
+
+def default_init(scale: float = 1.0, mode: str = "fan_avg") -> Initializer:
+    """U(−w, w) with w² = 3 scale / fan; scale 0 becomes 10⁻¹⁰, so that the layer starts near zero.
+
+    Not exactly zero, as published. fan of a [*k, in, out] kernel: mean of |k| in and |k| out
+    (`fan_avg`) or |k| out (`fan_out`).
+    """
+    return nn.initializers.variance_scaling(scale or 1e-10, mode, "uniform")
+
+
+def sinusoidal_embedding(label: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
+    """[sin(ℓ ω_k), cos(ℓ ω_k)], ω_k = 10000^{−k/(half−1)}, half = ⌊dim/2⌋; an odd dim ends with 0.
+
+    Raises:
+        ValueError: dim < 4, for which ω is undefined.
+
+    Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B.
+    """
+    if dim < 4:
+        raise ValueError(f"the embedding of the label has dimension {dim}; it must be at least 4")
+    half = dim // 2
+    log_omega = -math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=label.dtype)
+    phase = label[:, None] * jnp.exp(log_omega)[None, :]
+    embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+def conv3x3(features: int, *, scale: float = 1.0, init_mode: str = "fan_avg") -> nn.Conv:
+    """3×3 convolution with bias that keeps height and width."""
+    return nn.Conv(features, (3, 3), kernel_init=default_init(scale, init_mode))
+
+
+def dropout(rate: float, mode: str = "element") -> nn.Dropout:
+    """Dropout of single elements, or of whole channels (one draw for all positions of an image)."""
+    return nn.Dropout(rate, broadcast_dims=DROPOUT_SHARED_AXES[mode])
+
+
+def attention(
+    q: Float[Array, "b i c"], k: Float[Array, "b j c"], v: Float[Array, "b j e"]
+) -> Float[Array, "b i e"]:
+    """Σ_j softmax_j(⟨q_i, k_j⟩ / √C) v_j.
+
+    Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. (1).
+    """
+    logits = jnp.einsum("bic,bjc->bij", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bij,bje->bie", nn.softmax(logits, axis=-1), v)
+
+
+def nearest_upsample(x: Image) -> Float[Array, "b 2*h 2*w c"]:
+    """Every pixel becomes a 2×2 block."""
+    b, h, w, c = x.shape
+    blocks = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return blocks.reshape(b, 2 * h, 2 * w, c)
+
+
+def mean_downsample(x: Image) -> Float[Array, "b h//2 w//2 c"]:
+    """Mean of every 2×2 block; height and width are even."""
+    b, h, w, c = x.shape
+    return jnp.mean(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
+
+
+def standardize(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """(x − μ) / √(σ² + 10⁻⁶), μ and σ² the mean and the variance over `axes`.
+
+    The variance is that of x − μ and not E[x²] − μ², which cancels where |μ| ≫ σ and has to be
+    clipped at 0: every derivative exists, and is as accurate as the value.
+    """
+    centred = x - jnp.mean(x, axis=axes, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + 1e-6)
+
+
+class GroupNorm(nn.Module):
+    """γ standardize(x) + β, statistics over the positions and the adjacent channels of a group.
+
+    Flax's layer of this name cannot run in float64 under strict promotion: it promotes to float32
+    or, told not to, rounds γ and β to float32. Leaves scale: [C] and bias: [C].
+    Reference: Wu and He 2018, https://arxiv.org/abs/1803.08494.
+    """
+
+    num_groups: int = 32
+
+    @nn.compact
+    def __call__(self, x: Image) -> Image:
+        """Normalise x: [B, H, W, C]; num_groups divides C."""
+        b, h, w, c = x.shape
+        groups = x.reshape(b, h, w, self.num_groups, c // self.num_groups)
+        y = standardize(groups, axes=(1, 2, 4)).reshape(x.shape)
+        gamma = self.param("scale", nn.initializers.ones, (c,))
+        beta = self.param("bias", nn.initializers.zeros, (c,))
+        y, gamma, beta = promote_dtype(y, gamma, beta)
+        return y * gamma.reshape(1, 1, 1, c) + beta.reshape(1, 1, 1, c)
+
+
+class NIN(nn.Module):
+    """Affine map of the last axis (1×1 convolution): x W + b, W: [in, out], b: [out].
+
+    The leaves are called W and b, as in the published checkpoints.
+    """
+
+    features: int
+    scale: float = 0.1
+    init_mode: str = "fan_avg"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b features"]:
+        """Map x: [..., in] to [..., out]."""
+        init = default_init(self.scale, self.init_mode)
+        weight = self.param("W", init, (x.shape[-1], self.features))
+        bias = self.param("b", nn.initializers.zeros, (self.features,))
+        x, weight, bias = promote_dtype(x, weight, bias)
+        return x @ weight + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class AttnBlock(nn.Module):
+    """x + NIN(attention(q, k, v)), (q, k, v) = NIN(GroupNorm(x)); /√2 if `skip_rescale`.
+
+    Single head over the H·W positions; the last NIN starts near zero.
+    """
+
+    num_groups: int = 32
+    projection_scale: float = 0.1
+    init_mode: str = "fan_avg"
+    skip_rescale: bool = False
+
+    @nn.compact
+    def __call__(self, x: Image) -> Image:
+        """Let every position of an image look at all others; the shape of x: [B, H, W, C] stays."""
+        b, h, w, c = x.shape
+        u = GroupNorm(self.num_groups)(x).reshape(b, h * w, c)
+        q, k, v = (NIN(c, self.projection_scale, self.init_mode)(u) for _ in range(3))
+        u = NIN(c, 0.0, self.init_mode)(attention(q, k, v)).reshape(b, h, w, c)
+        return (x + u) * 0.5**0.5 if self.skip_rescale else x + u
+
+
+class Downsample(nn.Module):
+    """Halve height and width: a strided 3×3 convolution, or the mean of 2×2 blocks.
+
+    padding `same` pads (0, 1) on an even size, `symmetric` pads (1, 1): the kernels are centred on
+    the odd or on the even pixels.
+    """
+
+    with_conv: bool = True
+    padding: str = "same"
+    init_mode: str = "fan_avg"
+
+    @nn.compact
+    def __call__(self, x: Image) -> Float[Array, "b h//2 w//2 c"]:
+        """Map x: [B, H, W, C] to [B, H/2, W/2, C]."""
+        if not self.with_conv:
+            return mean_downsample(x)
+        return nn.Conv(
+            x.shape[-1],
+            (3, 3),
+            strides=2,
+            padding=DOWNSAMPLE_PADDING[self.padding],
+            kernel_init=default_init(1.0, self.init_mode),
+        )(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a 3×3 convolution if `with_conv`."""
+
+    with_conv: bool = True
+    init_mode: str = "fan_avg"
+
+    @nn.compact
+    def __call__(self, x: Image) -> Float[Array, "b 2*h 2*w c"]:
+        """Map x: [B, H, W, C] to [B, 2H, 2W, C]."""
+        h = nearest_upsample(x)
+        return conv3x3(x.shape[-1], init_mode=self.init_mode)(h) if self.with_conv else h

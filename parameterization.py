@@ -1,0 +1,112 @@
+"""From the output of a network to the score, and from time to what the network is told.
+
+    score     s = net                      noise     s = −net/σ
+    drift     s = net/g                    velocity  s = −(α net + σ x)/(σ (α² + σ²))
+
+x_t = α x0 + σ z, velocity = α z − σ x0 (Salimans & Ho 2022). The networks know nothing of SDEs:
+only this file divides by σ or g.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from operators import Batched, PerExample, scale
+from sde_lib import SDE
+
+Params = Any
+ScoreFn = Callable[[Batched, PerExample], Batched]
+
+
+def score_from_score(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
+    """s = net."""
+    del x, t, sde
+    return net
+
+
+def score_from_noise(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
+    """s = −net/σ: the network predicts z (Ho et al. 2020)."""
+    del x
+    return scale(-1.0 / sde.sigma(t), net)
+
+
+def score_from_drift(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
+    """s = net/g: the network is the drift a = g s (Huang et al. 2021)."""
+    del x
+    return scale(1.0 / sde.g(t), net)
+
+
+def score_from_velocity(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
+    """s = −ẑ/σ with ẑ = (α net + σ x)/(α² + σ²)."""
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    noise = scale(alpha, net) + scale(sigma, x)
+    return scale(-1.0 / (sigma * (alpha**2 + sigma**2)), noise)
+
+
+PARAMETERIZATIONS = {
+    "score": score_from_score,
+    "noise": score_from_noise,
+    "drift": score_from_drift,
+    "velocity": score_from_velocity,
+}
+
+
+def time_label(t: PerExample, sde: SDE) -> PerExample:
+    """999 t, the label of the published VP and sub-VP networks."""
+    del sde
+    return 999.0 * t
+
+
+def unit_time_label(t: PerExample, sde: SDE) -> PerExample:
+    """t itself, the label of the published drift networks."""
+    del sde
+    return t
+
+
+def sigma_label(t: PerExample, sde: SDE) -> PerExample:
+    """σ(t), the label of the published VE networks."""
+    return sde.sigma(t)
+
+
+def log_snr_label(t: PerExample, sde: SDE) -> PerExample:
+    """100 log(σ/α): equal steps for equal ratios of noise to signal, down to t_min."""
+    return 100.0 * (jnp.log(sde.sigma(t)) - jnp.log(sde.alpha(t)))
+
+
+TIME_LABELS = {
+    "time": time_label,
+    "unit_time": unit_time_label,
+    "sigma": sigma_label,
+    "log_snr": log_snr_label,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreModel:
+    """A network, the SDE it belongs to and the meaning of its input and output."""
+
+    network: nn.Module
+    sde: SDE
+    to_score: Callable[[Batched, Batched, PerExample, SDE], Batched] = score_from_noise
+    label: Callable[[PerExample, SDE], PerExample] = time_label
+
+    def init(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
+        """Parameters for examples of the given shape."""
+        x, t = jnp.zeros((1, *shape)), jnp.ones((1,))
+        return self.network.init(key, x, self.label(t, self.sde))["params"]
+
+    def score(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> ScoreFn:
+        """s(x, t) at these parameters; dropout is on when a key is given, one mask per key."""
+        train = dropout_key is not None
+        rngs = {"dropout": dropout_key} if train else None
+
+        def score_fn(x: Batched, t: PerExample) -> Batched:
+            label = self.label(t, self.sde)
+            net = self.network.apply({"params": params}, x, label, train=train, rngs=rngs)
+            return self.to_score(net, x, t, self.sde)
+
+        return score_fn

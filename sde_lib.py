@@ -1,0 +1,365 @@
+"""Linear diffusions dx = a(t) x dt + g(t) dw and their Gaussian transition x_t = α(t) x0 + σ(t) z.
+
+    a = d log α/dt,   g² = dσ²/dt − 2 a σ²,   W(t) = ∫ g²/σ² dt (the density of the likelihood
+    proposal).
+
+An SDE is a frozen dataclass of floats: hashable, so it can be a static argument of `jax.jit`. Times
+are arrays [B] (or scalars) in [0, T]; states are [B, *d].
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from operators import Batched, PerExample, dimension, gaussian, scale, squared_norm
+
+Time = Float[Array, "*t"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SDE:
+    """A linear SDE. Subclasses give the scalar functions; everything else follows from them."""
+
+    @property
+    def T(self) -> float:
+        """Largest time; the prior is the law at T."""
+        return 1.0
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the prior N(0, prior_std² I)."""
+        return 1.0
+
+    def drift_coefficient(self, t: Time) -> Time:
+        """a(t) of the drift f(x, t) = a(t) x."""
+        raise NotImplementedError
+
+    def g2(self, t: Time) -> Time:
+        """Squared diffusion coefficient g²(t)."""
+        raise NotImplementedError
+
+    def alpha(self, t: Time) -> Time:
+        """Mean coefficient α(t) of x_t given x0."""
+        raise NotImplementedError
+
+    def sigma(self, t: Time) -> Time:
+        """Standard deviation σ(t) of x_t given x0."""
+        raise NotImplementedError
+
+    def cumulative_weight(self, t: Time) -> Time:
+        """W(t), an antiderivative of g²/σ²."""
+        raise NotImplementedError
+
+    def time_of_weight(self, w: Time) -> Time:
+        """Inverse of `cumulative_weight`."""
+        raise NotImplementedError
+
+    def g(self, t: Time) -> Time:
+        """Diffusion coefficient g = √(g²)."""
+        return jnp.sqrt(self.g2(t))
+
+    def f(self, x: Batched, t: PerExample) -> Batched:
+        """Drift a(t) x."""
+        return scale(self.drift_coefficient(t), x)
+
+    def perturb(self, x0: Batched, t: PerExample, z: Batched) -> Batched:
+        """x_t = α(t) x0 + σ(t) z."""
+        return scale(self.alpha(t), x0) + scale(self.sigma(t), z)
+
+    def reverse_drift(
+        self, score: Batched, x: Batched, t: PerExample, lmbd: float = 0.0
+    ) -> Batched:
+        """Drift f − (1 − λ/2) g² s of the λ-family, in the direction of growing t.
+
+        λ = 0 is the reverse SDE, λ = 1 the probability-flow ODE; the diffusion is √(1 − λ) g.
+        Reference: Huang et al. 2021, https://arxiv.org/abs/2106.02808, appendix C.
+        """
+        return self.f(x, t) - scale((1.0 - 0.5 * lmbd) * self.g2(t), score)
+
+    def ode_drift(self, score: Batched, x: Batched, t: PerExample) -> Batched:
+        """Drift f − ½ g² s of the probability-flow ODE (Song et al. 2021, eq. 13)."""
+        return self.reverse_drift(score, x, t, lmbd=1.0)
+
+    def prior_sample(self, keys: Key[Array, " b"], like: Batched) -> Batched:
+        """x_T ~ N(0, prior_std² I), example b from keys[b]."""
+        return self.prior_std * gaussian(keys, like)
+
+    def prior_logp(self, x: Batched) -> PerExample:
+        """log π(x) in nats, shape [B]."""
+        d = dimension(x)
+        log_normaliser = d * (0.5 * math.log(2 * math.pi) + math.log(self.prior_std))
+        return -0.5 * squared_norm(x) / self.prior_std**2 - log_normaliser
+
+    def prior_kl(self, x0: Batched) -> PerExample:
+        """KL(q(x_T | x0) ‖ π) in nats, shape [B]."""
+        t = jnp.full(x0.shape[:1], self.T, x0.dtype)
+        variance_ratio = (self.sigma(t) / self.prior_std) ** 2
+        mean_term = squared_norm(scale(self.alpha(t), x0)) / self.prior_std**2
+        d = dimension(x0)
+        return 0.5 * (mean_term + d * (variance_ratio - 1.0 - jnp.log(variance_ratio)))
+
+    def discretize(
+        self, x: Batched, t: PerExample, dt: float, num_steps: int
+    ) -> tuple[Batched, PerExample]:
+        """One forward step x' = x + F + G z of the discrete chain: (F, G). Euler–Maruyama here."""
+        del num_steps
+        return dt * self.f(x, t), jnp.sqrt(dt) * self.g(t)
+
+    def langevin_alpha(self, t: PerExample, num_steps: int) -> PerExample:
+        """Factor 1 − β_i (VP, sub-VP) or 1 (VE) of the corrector's step size."""
+        del num_steps
+        return jnp.ones_like(t)
+
+    def ancestral(
+        self, score: Batched, x: Batched, t: PerExample, num_steps: int
+    ) -> tuple[Batched, PerExample]:
+        """Mean and standard deviation of the ancestral step; VP and VE only."""
+        raise ValueError(
+            f"sampling.predictor='ancestral_sampling' has no chain for {type(self).__name__}; "
+            "allowed SDEs: VPSDE, VESDE (use 'reverse_diffusion' or 'euler_maruyama')"
+        )
+
+
+def chain_index(t: PerExample, num_steps: int, T: float) -> Int[Array, " b"]:
+    """⌊t (N − 1)/T⌋, index of t in a discrete chain of N steps.
+
+    Times that lie on the grid up to float32 rounding (1e-3 of a cell) count as on it.
+    """
+    return jnp.floor(t * (num_steps - 1) / T + 1e-3).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinearBeta(SDE):
+    """What VP and sub-VP share: β(t) = β0 + t(β1 − β0), B(t) = ∫₀ᵗ β."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.beta_min < self.beta_max:
+            raise ValueError(
+                f"model.beta_min={self.beta_min}, model.beta_max={self.beta_max}: "
+                "need 0 < beta_min < beta_max"
+            )
+
+    def beta(self, t: Time) -> Time:
+        """Rate β(t)."""
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def integral_beta(self, t: Time) -> Time:
+        """B(t) = β0 t + ½ t² (β1 − β0)."""
+        return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    def time_of_integral_beta(self, b: Time) -> Time:
+        """Inverse of B: t = 2B/(β0 + √(β0² + 2(β1 − β0)B)), without cancellation at small B."""
+        slope = self.beta_max - self.beta_min
+        return 2.0 * b / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2.0 * slope * b))
+
+    def drift_coefficient(self, t: Time) -> Time:
+        """a = −β/2."""
+        return -0.5 * self.beta(t)
+
+    def alpha(self, t: Time) -> Time:
+        """α = e^{−B/2}."""
+        return jnp.exp(-0.5 * self.integral_beta(t))
+
+    def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
+        """β_i of the discrete chain: β_i = linspace(β0/N, β1/N, N)[i], i = ⌊t(N − 1)/T⌋."""
+        betas = jnp.linspace(self.beta_min, self.beta_max, num_steps, dtype=t.dtype) / num_steps
+        return betas[chain_index(t, num_steps, self.T)]
+
+    def langevin_alpha(self, t: PerExample, num_steps: int) -> PerExample:
+        """1 − β_i."""
+        return 1.0 - self.chain_beta(t, num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class VPSDE(_LinearBeta):
+    """Variance-preserving SDE: dx = −½β(t) x dt + √β(t) dw, σ² = 1 − e^{−B}.
+
+    Reference: Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (11).
+    """
+
+    def g2(self, t: Time) -> Time:
+        """g² = β."""
+        return self.beta(t)
+
+    def sigma(self, t: Time) -> Time:
+        """σ = √(1 − e^{−B})."""
+        return jnp.sqrt(-jnp.expm1(-self.integral_beta(t)))
+
+    def cumulative_weight(self, t: Time) -> Time:
+        """W = log(e^B − 1) = B + log(1 − e^{−B})."""
+        b = self.integral_beta(t)
+        return b + jnp.log(-jnp.expm1(-b))
+
+    def time_of_weight(self, w: Time) -> Time:
+        """B = log(1 + e^W)."""
+        return self.time_of_integral_beta(jax.nn.softplus(w))
+
+    def discretize(
+        self, x: Batched, t: PerExample, dt: float, num_steps: int
+    ) -> tuple[Batched, PerExample]:
+        """DDPM chain: F = (√(1 − β_i) − 1) x, G = √β_i (Ho et al. 2020)."""
+        del dt
+        beta = self.chain_beta(t, num_steps)
+        return scale(jnp.sqrt(1.0 - beta) - 1.0, x), jnp.sqrt(beta)
+
+    def ancestral(
+        self, score: Batched, x: Batched, t: PerExample, num_steps: int
+    ) -> tuple[Batched, PerExample]:
+        """Mean (x + β_i s)/√(1 − β_i), std √β_i."""
+        beta = self.chain_beta(t, num_steps)
+        return scale(jax.lax.rsqrt(1.0 - beta), x + scale(beta, score)), jnp.sqrt(beta)
+
+
+@dataclasses.dataclass(frozen=True)
+class SubVPSDE(_LinearBeta):
+    """Sub-VP SDE: dx = −½β x dt + √(β(1 − e^{−2B})) dw, σ = 1 − e^{−B}.
+
+    Reference: Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix B.
+    """
+
+    def g2(self, t: Time) -> Time:
+        """g² = β (1 − e^{−2B})."""
+        return -self.beta(t) * jnp.expm1(-2.0 * self.integral_beta(t))
+
+    def sigma(self, t: Time) -> Time:
+        """σ = 1 − e^{−B}."""
+        return -jnp.expm1(-self.integral_beta(t))
+
+    def cumulative_weight(self, t: Time) -> Time:
+        """W = 2 log(2 sinh(B/2)) = B + 2 log(1 − e^{−B})."""
+        b = self.integral_beta(t)
+        return b + 2.0 * jnp.log(-jnp.expm1(-b))
+
+    def time_of_weight(self, w: Time) -> Time:
+        """B = 2 asinh(½ e^{W/2})."""
+        return self.time_of_integral_beta(2.0 * jnp.arcsinh(0.5 * jnp.exp(0.5 * w)))
+
+
+@dataclasses.dataclass(frozen=True)
+class VESDE(SDE):
+    """Variance-exploding SDE with geometric σ(t) = σmin (σmax/σmin)^t.
+
+    σ keeps its published value σmin at t = 0, although the variance added since t = 0 is σ² −
+    σmin².
+    Reference: Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (9) and appendix C.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"model.sigma_min={self.sigma_min}, model.sigma_max={self.sigma_max}: "
+                "need 0 < sigma_min < sigma_max"
+            )
+
+    @property
+    def prior_std(self) -> float:
+        """σmax."""
+        return self.sigma_max
+
+    @property
+    def log_ratio(self) -> float:
+        """ln(σmax/σmin)."""
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def drift_coefficient(self, t: Time) -> Time:
+        """a = 0."""
+        return jnp.zeros_like(t)
+
+    def alpha(self, t: Time) -> Time:
+        """α = 1."""
+        return jnp.ones_like(t)
+
+    def sigma(self, t: Time) -> Time:
+        """σ = σmin (σmax/σmin)^t."""
+        return self.sigma_min * jnp.exp(self.log_ratio * t)
+
+    def g2(self, t: Time) -> Time:
+        """g² = 2 ln(σmax/σmin) σ²."""
+        return 2.0 * self.log_ratio * self.sigma(t) ** 2
+
+    def cumulative_weight(self, t: Time) -> Time:
+        """W = 2 ln(σmax/σmin) t."""
+        return 2.0 * self.log_ratio * t
+
+    def time_of_weight(self, w: Time) -> Time:
+        """t = W/(2 ln(σmax/σmin))."""
+        return w / (2.0 * self.log_ratio)
+
+    def chain_variances(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
+        """(σ_i², σ_{i−1}²) of the geometric chain, σ_{−1} = 0, i = ⌊t(N − 1)/T⌋."""
+        index = chain_index(t, num_steps, self.T)
+        grid = jnp.linspace(0.0, self.T, num_steps, dtype=t.dtype)
+        variances = self.sigma(grid) ** 2
+        previous = jnp.where(index == 0, 0.0, variances[jnp.maximum(index - 1, 0)])
+        return variances[index], previous
+
+    def discretize(
+        self, x: Batched, t: PerExample, dt: float, num_steps: int
+    ) -> tuple[Batched, PerExample]:
+        """SMLD chain: F = 0, G = √(σ_i² − σ_{i−1}²)."""
+        del dt
+        current, previous = self.chain_variances(t, num_steps)
+        return jnp.zeros_like(x), jnp.sqrt(current - previous)
+
+    def ancestral(
+        self, score: Batched, x: Batched, t: PerExample, num_steps: int
+    ) -> tuple[Batched, PerExample]:
+        """Mean x + (σ_i² − σ_{i−1}²) s, variance σ_{i−1}²(σ_i² − σ_{i−1}²)/σ_i²."""
+        current, previous = self.chain_variances(t, num_steps)
+        gap = current - previous
+        return x + scale(gap, score), jnp.sqrt(previous * gap / current)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearVESDE(SDE):
+    """Variance-exploding SDE with linear σ(t) = t σmax; g² = 2 t σmax².
+
+    Reference: Lu et al. 2022, https://arxiv.org/abs/2206.08265 (code: linear VE).
+    """
+
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not self.sigma_max > 0.0:
+            raise ValueError(f"model.sigma_max={self.sigma_max}: need sigma_max > 0")
+
+    @property
+    def prior_std(self) -> float:
+        """σmax."""
+        return self.sigma_max
+
+    def drift_coefficient(self, t: Time) -> Time:
+        """a = 0."""
+        return jnp.zeros_like(t)
+
+    def alpha(self, t: Time) -> Time:
+        """α = 1."""
+        return jnp.ones_like(t)
+
+    def sigma(self, t: Time) -> Time:
+        """σ = t σmax."""
+        return t * self.sigma_max
+
+    def g2(self, t: Time) -> Time:
+        """g² = 2 t σmax²."""
+        return 2.0 * t * self.sigma_max**2
+
+    def cumulative_weight(self, t: Time) -> Time:
+        """W = 2 log t."""
+        return 2.0 * jnp.log(t)
+
+    def time_of_weight(self, w: Time) -> Time:
+        """t = e^{W/2}."""
+        return jnp.exp(0.5 * w)
+
+
+SDES = {"vpsde": VPSDE, "subvpsde": SubVPSDE, "vesde": VESDE, "linearvesde": LinearVESDE}

@@ -1,0 +1,19 @@
+"""Strict numerics for every test: no implicit rank promotion, float64 where a test asks for it."""
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64 arithmetic with strict dtype promotion, for tests against closed forms."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield

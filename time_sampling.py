@@ -1,0 +1,156 @@
+"""Proposals for the time t of an integral over [t_min, T], each by its exact inverse CDF.
+
+    uniform     p(t) = 1/(T − t_min)
+    importance  p(t) = (g²/σ²)/Z,  Z = W(T) − W(t_min)
+    debias      p(t) = r(max(t, t_eps))/Z on [0, T],  r = g²/σ²
+
+An integral ∫ h dt is E[h(t)/p(t)]. A proposal turns u ∈ [0, 1) into t, so stratified times need
+nothing but stratified u.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from operators import PerExample, fold_in_each
+from sde_lib import SDE, LinearVESDE, Time
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """t ~ U[t_min, T]."""
+
+    sde: SDE
+    t_min: float
+
+    def __post_init__(self) -> None:
+        _check_t_min(self.t_min, self.sde, positive=False)
+
+    @property
+    def normalizer(self) -> float:
+        """Z = T − t_min."""
+        return self.sde.T - self.t_min
+
+    def quantile(self, u: Time) -> Time:
+        """Inverse CDF."""
+        return self.t_min + self.normalizer * u
+
+    def density(self, t: Time) -> Time:
+        """p(t)."""
+        return jnp.full_like(t, 1.0 / self.normalizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance:
+    """p(t) = (g²/σ²)/Z on [t_min, T], the likelihood-weighting proposal.
+
+    Reference: Song et al. 2021, https://arxiv.org/abs/2101.09258, section 5.1; closed forms in
+    sde_lib.
+    """
+
+    sde: SDE
+    t_min: float
+
+    def __post_init__(self) -> None:
+        _check_t_min(self.t_min, self.sde, positive=True)
+
+    def bounds(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """W(t_min), W(T)."""
+        weight = self.sde.cumulative_weight
+        return weight(jnp.asarray(self.t_min, dtype)), weight(jnp.asarray(self.sde.T, dtype))
+
+    @property
+    def normalizer(self) -> Float[Array, ""]:
+        """Z = W(T) − W(t_min)."""
+        low, high = self.bounds()
+        return high - low
+
+    def quantile(self, u: Time) -> Time:
+        """Inverse CDF: t = W⁻¹(W(t_min) + Z u)."""
+        low, high = self.bounds(u.dtype)
+        t = self.sde.time_of_weight(low + (high - low) * u)
+        return jnp.clip(t, self.t_min, self.sde.T)
+
+    def density(self, t: Time) -> Time:
+        """p(t)."""
+        return self.sde.g2(t) / self.sde.sigma(t) ** 2 / self.normalizer.astype(t.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Debias:
+    """p(t) = r(max(t, t_eps))/Z on [0, T], r = g²/σ², Z = t_eps r(t_eps) + W(T) − W(t_eps).
+
+    Positive on all of [0, T], so an integral over [0, T] stays unbiased under importance weights.
+    Reference: Huang et al. 2021, https://arxiv.org/abs/2106.02808, appendix.
+    """
+
+    sde: SDE
+    t_eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_t_min(self.t_eps, self.sde, positive=True)
+
+    def rate(self, t: Time) -> Time:
+        """r(t) = g²/σ²."""
+        return self.sde.g2(t) / self.sde.sigma(t) ** 2
+
+    def pieces(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], ...]:
+        """r(t_eps), t_eps r(t_eps), W(t_eps), Z."""
+        t_eps = jnp.asarray(self.t_eps, dtype)
+        rate, low = self.rate(t_eps), self.sde.cumulative_weight(t_eps)
+        high = self.sde.cumulative_weight(jnp.asarray(self.sde.T, dtype))
+        return rate, t_eps * rate, low, t_eps * rate + high - low
+
+    @property
+    def normalizer(self) -> Float[Array, ""]:
+        """Z."""
+        return self.pieces()[-1]
+
+    def quantile(self, u: Time) -> Time:
+        """Inverse CDF: linear below t_eps, W⁻¹ above."""
+        rate, flat, low, normalizer = self.pieces(u.dtype)
+        mass = normalizer * u
+        above = self.sde.time_of_weight(jnp.maximum(mass - flat, 0.0) + low)
+        return jnp.where(mass <= flat, mass / rate, jnp.minimum(above, self.sde.T))
+
+    def density(self, t: Time) -> Time:
+        """p(t)."""
+        return self.rate(jnp.maximum(t, self.t_eps)) / self.normalizer.astype(t.dtype)
+
+
+Proposal = Uniform | Importance | Debias
+
+
+def _check_t_min(t_min: float, sde: SDE, *, positive: bool) -> None:
+    lowest = "0 < " if positive or isinstance(sde, LinearVESDE) else "0 <= "
+    if t_min < 0.0 or t_min >= sde.T or (lowest == "0 < " and t_min == 0.0):
+        raise ValueError(f"smallest time {t_min}: need {lowest}t < T = {sde.T}")
+
+
+def independent_uniforms(
+    key: Key[Array, ""], ids: Int[Array, " b"], batch_size: int, dtype: jnp.dtype = jnp.float32
+) -> PerExample:
+    """u_i ~ U(0, 1), one per id; never 0, where the debias law would give t = 0 and σ = 0."""
+    del batch_size
+    smallest = jnp.finfo(dtype).epsneg
+    draw = partial(jax.random.uniform, shape=(), dtype=dtype, minval=smallest)
+    return jax.vmap(draw)(fold_in_each(key, ids))
+
+
+def stratified_uniforms(
+    key: Key[Array, ""], ids: Int[Array, " b"], batch_size: int, dtype: jnp.dtype = jnp.float32
+) -> PerExample:
+    """u_i = ((i + shift) mod B + U_i)/B: one jittered u in each of the B cells, ids 0..B−1.
+
+    Each u_i is U[0, 1) by itself (the shift is uniform over the cells), so the estimate stays
+    unbiased.
+    """
+    shift = jax.random.randint(key, (), 0, batch_size)
+    jitter = independent_uniforms(key, ids, batch_size, dtype)
+    return (((ids + shift) % batch_size).astype(dtype) + jitter) / batch_size
+
+
+UNIFORMS = {False: independent_uniforms, True: stratified_uniforms}

@@ -1,0 +1,123 @@
+"""TrainState, the optimizer chain, the moving average, and one train step for every objective.
+
+g ← pmean(∇L);  g ← g min(1, c/‖g‖);  θ ← θ − η_k (Adam(g) + λ θ);  θ̄ ← r θ̄ + (1 − r) θ
+η_k = η min(k/warmup, 1) × schedule(k),   k = steps taken before this one
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from losses import Batch, LossFn, Metrics
+from parameterization import Params
+
+SCHEDULES: dict[str, Callable[[int], optax.Schedule]] = {
+    "constant": lambda num_steps: optax.constant_schedule(1.0),
+    "cosine": lambda num_steps: optax.cosine_decay_schedule(1.0, num_steps),
+}
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that training changes; arrays only, no keys."""
+
+    step: Int[Array, ""]
+    params: Params
+    ema_params: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The `optim` section.
+
+    Adam as published: β = (beta1, beta2), eps outside the square root, warm-up from a first step of
+    zero, gradients clipped to global norm `grad_clip` (negative: not clipped), decoupled weight
+    decay.
+    """
+
+    optimizer: str
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    warmup: int
+    grad_clip: float
+    schedule: str
+
+    def __post_init__(self) -> None:
+        if self.optimizer.lower() != "adam":
+            raise ValueError(f"optim.optimizer={self.optimizer!r}: allowed ['adam']")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule={self.schedule!r}: allowed {sorted(SCHEDULES)}")
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr={self.lr}: need lr > 0")
+        if self.warmup < 0:
+            raise ValueError(f"optim.warmup={self.warmup}: need warmup >= 0")
+
+    def learning_rate(self, num_steps: int) -> optax.Schedule:
+        """η_k over a run of `num_steps` steps."""
+        shape = SCHEDULES[self.schedule](num_steps)
+        warmup = max(self.warmup, 1)
+        ramp_from = 0 if self.warmup else 1  # no warm-up: the first step counts in full
+        return lambda k: self.lr * jnp.minimum((k + ramp_from) / warmup, 1.0) * shape(k)
+
+    def chain(self, num_steps: int) -> optax.GradientTransformation:
+        """The optax chain; its state has the same structure whatever the numbers are."""
+        clip = (
+            optax.clip_by_global_norm(self.grad_clip) if self.grad_clip >= 0 else optax.identity()
+        )
+        return optax.chain(
+            clip,
+            optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.scale_by_learning_rate(self.learning_rate(num_steps)),
+        )
+
+
+def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step; the moving average starts at the parameters."""
+    copy = jax.tree.map(jnp.array, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, copy, optimizer.init(params))
+
+
+def train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_rate: float, axis_name: str
+) -> Callable[[TrainState, Key[Array, ""], Batch], tuple[TrainState, Metrics]]:
+    """One step on one device: (state, seed key, its part of the batch) → (state, metrics).
+
+    The key of step k is fold_in(seed key, k). Parts of equal size: the mean over devices is the
+    mean over the batch.
+    """
+
+    def step_fn(state: TrainState, seed_key: Key[Array, ""], batch: Batch) -> tuple:
+        rng = jax.random.fold_in(seed_key, state.step)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, metrics), grads = grad_fn(state.params, rng, batch)
+        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_rate)
+        metrics = metrics | {"grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    return step_fn
+
+
+def many_steps(
+    step_fn: Callable[[TrainState, Key[Array, ""], Batch], tuple[TrainState, Metrics]],
+) -> Callable[
+    [TrainState, Key[Array, ""], Batch], tuple[TrainState, dict[str, Float[Array, " n"]]]
+]:
+    """Several steps in one dispatch: batch leaves are [n, B, ...], metrics come back as [n]."""
+
+    def scanned(state: TrainState, seed_key: Key[Array, ""], batches: Batch) -> tuple:
+        return jax.lax.scan(lambda s, batch: step_fn(s, seed_key, batch), state, batches)
+
+    return scanned
