@@ -97,7 +97,10 @@ def time_law(
     return TimeLaw(Uniform(sde, smallest_time), weight, stratified)
 
 
-def score_matching_loss(
+PerExampleLoss = Callable[[Params, Key[Array, ""], Batch], tuple[PerExample, dict[str, PerExample]]]
+
+
+def score_matching(
     model: ScoreModel,
     encoding: Encoding,
     law: TimeLaw,
@@ -105,8 +108,8 @@ def score_matching_loss(
     batch_size: int,
     reduce_mean: bool,
     train: bool,
-) -> LossFn:
-    """First-order denoising score matching.
+) -> PerExampleLoss:
+    """First-order denoising score matching, one value per example.
 
     Args:
         model: network, SDE and parameterisation.
@@ -117,14 +120,13 @@ def score_matching_loss(
         train: apply dropout.
 
     Returns:
-        A loss whose metrics are `loss` and `dsm`, the unweighted mean of R‖e1‖² over the drawn
-        times.
+        (params, rng, batch) → (w(t) R‖e1‖², unweighted parts): `dsm` is R‖e1‖² at the drawn time.
     """
     sde = model.sde
 
-    def loss_fn(
+    def per_example(
         params: Params, rng: Key[Array, ""], batch: Batch
-    ) -> tuple[Float[Array, ""], Metrics]:
+    ) -> tuple[PerExample, dict[str, PerExample]]:
         key_data, key_time, key_noise, key_dropout = jax.random.split(rng, 4)
         ids = batch["noise_id"]
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
@@ -133,8 +135,21 @@ def score_matching_loss(
         score_fn = model.score(params, key_dropout if train else None)
         squares = squared_norm(first_order_residual(score_fn, x0, t, z, sde))
         dsm = squares / dimension(x0) if reduce_mean else 0.5 * squares
-        loss = masked_mean(law.weight(t, sde) * dsm, batch["mask"])
-        return loss, {"loss": loss, "dsm": masked_mean(dsm, batch["mask"])}
+        return law.weight(t, sde) * dsm, {"dsm": dsm}
+
+    return per_example
+
+
+def mean_loss(per_example: PerExampleLoss) -> LossFn:
+    """Mean over the batch; the metrics are `loss` and the mean of every unweighted part."""
+
+    def loss_fn(
+        params: Params, rng: Key[Array, ""], batch: Batch
+    ) -> tuple[Float[Array, ""], Metrics]:
+        values, parts = per_example(params, rng, batch)
+        loss = masked_mean(values, batch["mask"])
+        means = {name: masked_mean(part, batch["mask"]) for name, part in parts.items()}
+        return loss, {"loss": loss, **means}
 
     return loss_fn
 

@@ -73,8 +73,8 @@ def sigma_label(t: PerExample, sde: SDE) -> PerExample:
 
 
 def log_snr_label(t: PerExample, sde: SDE) -> PerExample:
-    """100 log(σ/α): equal steps for equal ratios of noise to signal, down to t_min."""
-    return 100.0 * (jnp.log(sde.sigma(t)) - jnp.log(sde.alpha(t)))
+    """10 log(σ/α): equal steps for equal ratios of noise to signal, down to t_min."""
+    return 10.0 * (jnp.log(sde.sigma(t)) - jnp.log(sde.alpha(t)))
 
 
 TIME_LABELS = {

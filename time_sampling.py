@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from operators import PerExample, fold_in_each
@@ -131,7 +132,7 @@ def _check_t_min(t_min: float, sde: SDE, *, positive: bool) -> None:
 
 
 def independent_uniforms(
-    key: Key[Array, ""], ids: Int[Array, " b"], batch_size: int, dtype: jnp.dtype = jnp.float32
+    key: Key[Array, ""], ids: Int[Array, " b"], batch_size: int, dtype: DTypeLike = jnp.float32
 ) -> PerExample:
     """u_i ~ U(0, 1), one per id; never 0, where the debias law would give t = 0 and σ = 0."""
     del batch_size
@@ -141,7 +142,7 @@ def independent_uniforms(
 
 
 def stratified_uniforms(
-    key: Key[Array, ""], ids: Int[Array, " b"], batch_size: int, dtype: jnp.dtype = jnp.float32
+    key: Key[Array, ""], ids: Int[Array, " b"], batch_size: int, dtype: DTypeLike = jnp.float32
 ) -> PerExample:
     """u_i = ((i + shift) mod B + U_i)/B: one jittered u in each of the B cells, ids 0..B−1.
 

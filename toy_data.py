@@ -37,7 +37,7 @@ class Mixture:
         d = self.means[0].size
         squares = jnp.sum(gap**2, axis=tuple(range(2, gap.ndim)))
         log_normal = -0.5 * (squares / variance + d * jnp.log(2 * math.pi * variance))
-        return jnp.log(self.weights) + log_normal
+        return jnp.log(self.weights)[None] + log_normal
 
     def log_prob(self, x: Batched, t: PerExample, sde: SDE) -> PerExample:
         """log p_t(x) in nats."""
@@ -58,10 +58,10 @@ class Mixture:
         return self.means[k] + expand(jnp.sqrt(self.variances[k]), z) * z
 
     def _variance(self, t: PerExample, sde: SDE) -> Float[Array, "b k"]:
-        return (sde.alpha(t) ** 2)[:, None] * self.variances + (sde.sigma(t) ** 2)[:, None]
+        return (sde.alpha(t) ** 2)[:, None] * self.variances[None] + (sde.sigma(t) ** 2)[:, None]
 
     def _gap(self, x: Batched, t: PerExample, sde: SDE) -> Float[Array, "b k *d"]:
-        centers = expand(sde.alpha(t), self.means[None]) * self.means[None]
+        centers = expand(sde.alpha(t), x[:, None]) * self.means[None]
         return x[:, None] - centers
 
 

@@ -1,0 +1,45 @@
+# make demo   install, then train and evaluate on handwritten digits; ends with a report to open
+# make test   install what the tests need, then lint and run every test
+# make clean  remove the virtual environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/digits_vp
+BIN    := $(VENV)/bin
+DEMO   := $(BIN)/python main.py --config=configs/digits/vp.py --workdir=$(RUN)
+
+.PHONY: demo install test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+demo: $(VENV)/.installed
+	$(DEMO) --mode=train
+	$(DEMO) --mode=eval
+
+install: $(VENV)/.installed
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp file newer than the requirements means that nothing is left to install.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; call make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-test: requirements-test.txt requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $(VENV)/.installed $@

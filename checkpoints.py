@@ -1,0 +1,53 @@
+"""Checkpoints of a run folder: asynchronous, atomic, resumed automatically (Orbax).
+
+`checkpoints/<step>/` holds one TrainState. Kept: the two latest, and every multiple of
+`training.snapshot_freq` for ever.
+"""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from train_state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, workdir: Path, *, keep_every: int | None = None) -> None:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            keep_period=keep_every,
+            enable_async_checkpointing=True,
+        )
+        self.directory = (workdir / "checkpoints").absolute()
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Start writing `state` under its own step; returns before the write has finished."""
+        step = int(state.step)
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at `step`, with the structure, shapes and dtypes of `like`.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it does not fit `like`.
+        """
+        if step not in self._manager.all_steps():
+            raise ValueError(
+                f"no checkpoint of step {step} in {self.directory}: there are {self.steps()}"
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,1 @@
+"""Experiments, one file each: a delta over `base.py`."""

@@ -1,0 +1,156 @@
+"""Every field that a config may have, with its default; an experiment is a delta over this file.
+
+A field that is None in `model` takes the default of the network or SDE that has it; one that is set
+must belong to the chosen network or SDE. Change any field on the command line:
+`--config.training.batch_size=64`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """The defaults."""
+    config = ConfigDict()
+    config.seed = 42
+    config.data = _data()
+    config.model = _model()
+    config.training = _training()
+    config.optim = _optim()
+    config.sampling = _sampling()
+    config.eval = _eval()
+    return config
+
+
+def _data() -> ConfigDict:
+    return ConfigDict(
+        {
+            "dataset": "digits",  # a name in datasets.DATASETS
+            "path": "",  # of an .npz file, an image folder, or a tfds folder
+            "image_size": 0,  # pixels; 0: as the data are
+            "num_channels": 1,
+            "levels": 256,  # number of grey levels
+            "centered": True,  # [0, 1] to [−1, 1]
+            "logit": False,  # logit transform instead of centring
+            "uniform_dequantization": True,  # (k + u)/levels in training, too
+            "random_flip": False,  # left-right, in training only
+            "num_train": 0,  # 0: all (2-D sets: fresh samples for ever)
+            "num_test": 0,  # 0: all (2-D sets: 2000)
+        }
+    )
+
+
+def _model() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "ddpm",  # a name in models.MODELS
+            "parameterization": "noise",  # score | noise | drift | velocity
+            "time_label": "time",  # time | unit_time | sigma | log_snr
+            "ema_rate": 0.9999,
+            "num_scales": 1000,  # noise levels of the discrete chains and of sampling
+            # SDEs
+            "beta_min": placeholder(float),
+            "beta_max": placeholder(float),
+            "sigma_min": placeholder(float),
+            "sigma_max": placeholder(float),
+            # networks
+            "dropout": placeholder(float),
+            "hidden": placeholder(int),
+            "depth": placeholder(int),
+            "embed_dim": placeholder(int),
+            "activation": placeholder(str),
+            "nf": placeholder(int),
+            "ch_mult": placeholder(tuple),
+            "num_res_blocks": placeholder(int),
+            "attn_resolutions": placeholder(tuple),
+            "resamp_with_conv": placeholder(bool),
+            "conditional": placeholder(bool),
+            "nonlinearity": placeholder(str),
+            "num_groups": placeholder(int),
+            "up_attention": placeholder(str),
+            "downsample_padding": placeholder(str),
+            "init_mode": placeholder(str),
+            "dropout_mode": placeholder(str),
+        }
+    )
+
+
+def _training() -> ConfigDict:
+    return ConfigDict(
+        {
+            "sde": "vpsde",  # vpsde | subvpsde | vesde | linearvesde
+            "n_iters": 1_300_001,
+            "batch_size": 128,  # over all devices and hosts
+            "n_jitted_steps": 1,  # steps per dispatch
+            "reduce_mean": True,  # mean over dimensions; False: half the sum
+            "likelihood_weighting": False,  # weight g²
+            "importance_weighting": False,  # and times from p(t) ∝ g²/σ²
+            "debias": False,  # times from the truncated law of the drift ELBO
+            "stratified": False,  # one time per cell of a batch
+            "smallest_time": 1e-5,  # of training, bound and ODE likelihood
+            "log_freq": 100,  # steps between records of the training loss
+            "eval_freq": 1000,  # ... of the held-out loss
+            "snapshot_freq_for_preemption": 5000,  # ... between checkpoints; two are kept
+            "snapshot_freq": 50_000,  # ... between checkpoints that are kept for ever
+            "snapshot_sampling": True,  # samples beside each of the latter
+        }
+    )
+
+
+def _optim() -> ConfigDict:
+    return ConfigDict(
+        {
+            "optimizer": "Adam",
+            "lr": 2e-4,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,  # decoupled
+            "warmup": 5000,  # steps
+            "grad_clip": 1.0,  # global norm; negative: off
+            "schedule": "constant",  # constant | cosine
+        }
+    )
+
+
+def _sampling() -> ConfigDict:
+    return ConfigDict(
+        {
+            "method": "ode",  # ode | pc | sde
+            "smallest_time": 1e-3,
+            "noise_removal": True,  # last step: E[x0 | x_t]
+            "predictor": "euler_maruyama",  # pc
+            "corrector": "none",
+            "snr": 0.16,
+            "n_steps_each": 1,
+            "probability_flow": False,
+            "lmbd": 0.0,  # sde: λ <= 1
+            "solver": "tsit5",  # ode
+            "rtol": 1e-4,
+            "atol": 1e-4,
+        }
+    )
+
+
+def _eval() -> ConfigDict:
+    return ConfigDict(
+        {
+            "begin_ckpt": 0,  # evaluate checkpoints begin..end × training.snapshot_freq;
+            "end_ckpt": 0,  # 0: the latest only
+            "batch_size": 256,
+            "dataset": "test",  # train | test
+            "num_examples": 0,  # the first so many of the split; 0: all
+            "num_repeats": 1,  # draws of dequantisation, probe and times per example
+            "enable_bpd": True,  # log-likelihood by the probability-flow ODE
+            "bound": True,  # variational bound
+            "enable_loss": False,  # training objective
+            "enable_sampling": True,
+            "num_samples": 100,
+            "solver": "tsit5",  # tsit5 | dopri5 | dopri8 | bosh3 | heun
+            "rtol": 1e-4,
+            "atol": 1e-4,
+            "divergence": "rademacher",  # rademacher | gaussian | exact
+            "num_probes": 1,
+            "num_times": 64,  # times per example of the bound
+        }
+    )

@@ -1,0 +1,400 @@
+"""Data sets by name, as deterministic iterators of batches {image, index, mask}.
+
+    position p of the endless training stream:  epoch e = p ÷ n,  example π_e(p mod n);
+    batch k: positions kB, …, (k + 1)B − 1;     host h of H: its rows hB/H, …, (h + 1)B/H − 1.
+
+Batch k is a pure function of (seed, k): a run resumes at any step, on any number of hosts, with
+the batches it would have seen. 2-D sets can also be fresh samples for ever. TensorFlow is imported
+for image folders and tfds only, and never sees the GPU.
+"""
+
+import collections
+import dataclasses
+import difflib
+import itertools
+import math
+import pathlib
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
+Shape = tuple[int, ...]
+Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The `data` section of the config; 2-D sets ignore the image fields."""
+
+    dataset: str  # a name in DATASETS, in any case
+    path: str  # .npz file, image folder, or tfds data folder ('' = where tfds keeps its data)
+    image_size: int  # height = width; 0 = as stored
+    num_channels: int
+    levels: int  # grey levels: values are 0, …, levels − 1
+    random_flip: bool  # flip training images left–right with probability ½
+    centered: bool
+    uniform_dequantization: bool
+    logit: bool
+    num_train: int  # the first so many examples; 0 = all (2-D: fresh samples for ever)
+    num_test: int  # the first so many examples; 0 = all (2-D: at least 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Which part of every global batch this process reads."""
+
+    index: int = 0
+    count: int = 1
+
+    def part(self, batch_size: int) -> slice:
+        """Rows of a global batch that belong to this host."""
+        _require(0 <= self.index < self.count, "host", self, "0 <= index < count")
+        divides = batch_size >= 1 and batch_size % self.count == 0
+        _require(divides, "batch_size", batch_size, f"a positive multiple of {self.count} host(s)")
+        size = batch_size // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+
+def _require(condition: bool, field: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value!r}: expected {expected}")
+
+
+@lru_cache(maxsize=2)  # a batch that crosses an epoch needs two
+def _epoch(seed: int, epoch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Permutation of one epoch and the coin of every place in it."""
+    coins = np.random.default_rng([seed, epoch, 1]).random(size) < 0.5
+    return np.random.default_rng([seed, epoch]).permutation(size), coins
+
+
+@dataclasses.dataclass(frozen=True)
+class Finite:
+    """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them."""
+
+    size: int
+    examples: Examples
+    flip: bool = False
+
+    def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
+        """Rows `part` of batch `step` of the shuffled, endless stream."""
+        positions = step * batch_size + np.arange(batch_size)[part]
+        ids, coins = np.empty(len(positions), np.int64), np.empty(len(positions), bool)
+        epochs, places = np.divmod(positions, self.size)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            order, heads = _epoch(seed, int(epoch), self.size)
+            ids[here], coins[here] = order[places[here]], heads[places[here]]
+        image = self.examples(ids)
+        if self.flip:
+            image = np.where(coins[:, None, None, None], image[:, :, ::-1], image)
+        return {"image": image, "index": ids.astype(np.int32), "mask": np.ones(len(ids), bool)}
+
+    def ordered_batch(self, step: int, *, batch_size: int, part: slice) -> Batch:
+        """Rows `part` of batch `step` in order; past the end the last example, masked, index −1."""
+        ids = step * batch_size + np.arange(batch_size)[part]
+        mask = ids < self.size
+        image = self.examples(np.minimum(ids, self.size - 1))
+        return {"image": image, "index": np.where(mask, ids, -1).astype(np.int32), "mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """An endless training split: new samples in every batch, numbered as they come."""
+
+    sampler: Sampler
+    size: None = None
+
+    def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
+        """Rows `part` of batch `step`; every host draws the whole batch."""
+        image = self.sampler(np.random.default_rng([seed, 0, step]), batch_size)[part]
+        number = step * batch_size + np.arange(batch_size)[part]
+        index = (number % 2**31).astype(np.int32)  # stays an int32 that cannot be taken for padding
+        return {"image": image, "index": index, "mask": np.ones(len(index), bool)}
+
+
+def _prefetch(batch: Callable[[int], Batch], steps: Iterator[int]) -> Iterator[Batch]:
+    """batch(step) for every step, computed two ahead in a thread that ends with this generator."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    try:
+        waiting = collections.deque(pool.submit(batch, k) for k in itertools.islice(steps, 2))
+        while waiting:
+            ready = waiting.popleft().result()
+            waiting.extend(pool.submit(batch, k) for k in itertools.islice(steps, 1))
+            yield ready
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A train and a test split; a batch is {image [b, *shape], index int32 [b], mask bool [b]}.
+
+    Images are uint8 in 0, …, levels − 1; 2-D points are float32 and have levels None. `index` is
+    the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹).
+    """
+
+    name: str
+    shape: Shape
+    levels: int | None
+    train: Finite | Fresh
+    test: Finite
+
+    def _split(self, name: str) -> Finite | Fresh:
+        _require(name in ("train", "test"), "split", name, "'train' or 'test'")
+        return self.train if name == "train" else self.test
+
+    def size(self, split: str) -> int | None:
+        """Number of examples; None for an endless stream."""
+        return self._split(split).size
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, first_step: int, host: Host = Host()
+    ) -> Iterator[Batch]:
+        """This host's rows of batches first_step, …, for ever; ValueError for bad arguments."""
+        _require(0 <= seed < 2**32, "seed", seed, "0 <= seed < 2**32")
+        _require(first_step >= 0, "first_step", first_step, "at least 0")
+        part, draw = host.part(batch_size), self.train.training_batch
+        draw = partial(draw, seed=seed, batch_size=batch_size, part=part)
+        return _prefetch(draw, itertools.count(first_step))
+
+    def eval_batches(self, split: str, *, batch_size: int, host: Host = Host()) -> Iterator[Batch]:
+        """This host's rows of the split, once, in order, unaugmented; ValueError if endless."""
+        data, part = self._split(split), host.part(batch_size)
+        if not isinstance(data, Finite):
+            raise ValueError(f"split={split!r} of {self.name} is endless: set data.num_train > 0")
+        draw = partial(data.ordered_batch, batch_size=batch_size, part=part)
+        return _prefetch(draw, iter(range(math.ceil(data.size / batch_size))))
+
+
+def _polar(radius: np.ndarray | float, angle: np.ndarray) -> np.ndarray:
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def swissroll(rng: np.random.Generator, n: int) -> np.ndarray:
+    """((θ cos θ, θ sin θ) + ½ z)/5 with θ = 3π/2 (1 + 2u)."""
+    theta = 1.5 * np.pi * (1.0 + 2.0 * rng.random(n))
+    return np.float32((_polar(theta, theta) + 0.5 * rng.standard_normal((n, 2))) / 5.0)
+
+
+def checkerboard(rng: np.random.Generator, n: int) -> np.ndarray:
+    """2(a, b) with a = 4u − 2, b = u' − 2 Bern(½) + (⌊a⌋ mod 2): half the squares of [−4, 4]²."""
+    a = 4.0 * rng.random(n) - 2.0
+    b = rng.random(n) - 2.0 * rng.integers(0, 2, n) + np.floor(a) % 2
+    return np.float32(2.0 * np.stack([a, b], axis=1))
+
+
+def moons(rng: np.random.Generator, n: int) -> np.ndarray:
+    """√2 × two centred half circles with noise 0.1; mean variance of a coordinate about 1."""
+    angle, lower = np.pi * rng.random(n), rng.integers(0, 2, n)
+    circles = _polar(1.0 - 2.0 * lower, angle) + np.outer(lower, [1.0, 0.5]) - [0.5, 0.25]
+    return np.float32(np.sqrt(2.0) * (circles + 0.1 * rng.standard_normal((n, 2))))
+
+
+def rings(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Circles of radius ½, 1, 3/2, 2, equally likely, with noise 0.05."""
+    circles = _polar(0.5 * rng.integers(1, 5, n), 2.0 * np.pi * rng.random(n))
+    return np.float32(circles + 0.05 * rng.standard_normal((n, 2)))
+
+
+def mixture(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Eight equally likely Gaussians of standard deviation 0.2 on the circle of radius 2."""
+    centres = _polar(2.0, 0.25 * np.pi * rng.integers(0, 8, n))
+    return np.float32(centres + 0.2 * rng.standard_normal((n, 2)))
+
+
+def gaussian(rng: np.random.Generator, n: int) -> np.ndarray:
+    """N(0, [[1, 0.6], [0.6, 1]])."""
+    factor = np.array([[1.0, 0.0], [0.6, 0.8]])
+    return np.float32(rng.standard_normal((n, 2)) @ factor.T)
+
+
+SAMPLERS = {f.__name__: f for f in (swissroll, checkerboard, moons, rings, mixture, gaussian)}
+
+
+def _points(config: DataConfig, sampler: Sampler) -> Dataset:
+    _require(config.path == "", "data.path", config.path, f"'' for {config.dataset}")
+    _require(config.num_train >= 0, "data.num_train", config.num_train, "at least 0")
+    _require(config.num_test >= 1, "data.num_test", config.num_test, "at least 1 for a 2-D set")
+
+    def fixed(n: int, split: int) -> Finite:
+        # Words [s] and [s, 0, 0] seed the same; no training batch has a fourth word, [seed, 0, k].
+        return Finite(n, sampler(np.random.default_rng([0, 0, 0, split]), n).__getitem__)
+
+    train = fixed(config.num_train, split=1) if config.num_train else Fresh(sampler)
+    return Dataset(config.dataset.lower(), (2,), None, train, fixed(config.num_test, split=2))
+
+
+def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:
+    height, width, channels = shape
+    fits = config.num_channels == channels and channels in (1, 3)
+    expected = f"1 or 3, and as in {where}: {channels}"
+    _require(fits, "data.num_channels", config.num_channels, expected)
+    expected = f"0 or as in {where}: {height}x{width} (resize the images beforehand)"
+    fits = config.image_size == 0 or config.image_size == height == width
+    _require(fits, "data.image_size", config.image_size, expected)
+    _require(2 <= config.levels <= 256, "data.levels", config.levels, "2 to 256")
+
+
+def _image_set(config: DataConfig, shape: Shape, train: Finite, test: Finite) -> Dataset:
+    """The data set of the first num_train and num_test examples (0: all) of the splits."""
+
+    def first(field: str, n: int, split: Finite, flip: bool = False) -> Finite:
+        _require(0 <= n <= split.size, field, n, f"0 (all) to {split.size}")
+        return Finite(n or split.size, split.examples, flip)
+
+    train = first("data.num_train", config.num_train, train, config.random_flip)
+    test = first("data.num_test", config.num_test, test)
+    return Dataset(config.dataset.lower(), shape, config.levels, train, test)
+
+
+def _check_array(key: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
+    """The uint8 images [n, H, W, C], checked; a missing channel axis is added."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"{key} has dtype {array.dtype}: convert it to uint8, 0 to levels - 1")
+    if array.ndim not in (3, 4) or array.size == 0:
+        raise ValueError(f"{key} has shape {array.shape}: expected [n, H, W(, C)], not empty")
+    array = array[..., None] if array.ndim == 3 else array
+    _check_shape(key, array.shape[1:], config)
+    expected = f"more than the largest value of {key}, {array.max()}"
+    _require(config.levels > array.max(), "data.levels", config.levels, expected)
+    return array
+
+
+def _arrays(config: DataConfig, source: str, train: np.ndarray, test: np.ndarray) -> Dataset:
+    train = _check_array(f"x_train of {source}", train, config)
+    test = _check_array(f"x_test of {source}", test, config)
+    shape, found = train.shape[1:], test.shape[1:]
+    _require(shape == found, f"x_test of {source}: shape", found, f"that of x_train, {shape}")
+    return _image_set(config, shape, *(Finite(len(x), x.__getitem__) for x in (train, test)))
+
+
+def _digits(config: DataConfig) -> Dataset:
+    """The 8×8 digits of scikit-learn, grey levels 0 to 16; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+
+    _require(config.path == "", "data.path", config.path, "'' for digits")
+    _require(config.levels == 17, "data.levels", config.levels, "17 for digits")
+    images = load_digits().images.astype(np.uint8)
+    is_test = np.arange(len(images)) % 5 == 4
+    return _arrays(config, "digits", images[~is_test], images[is_test])
+
+
+def _npz(config: DataConfig) -> Dataset:
+    """The arrays x_train and x_test, uint8 [n, H, W] or [n, H, W, C], of an .npz file."""
+    is_npz = pathlib.Path(config.path).is_file() and zipfile.is_zipfile(config.path)
+    _require(is_npz, "data.path", config.path, "an existing .npz file")
+    with np.load(config.path, allow_pickle=False) as file:
+        for key in ("x_train", "x_test"):
+            if key not in file.files:
+                raise ValueError(f"data.path={config.path!r} has no {key}, its keys: {file.files}")
+        return _arrays(config, config.path, file["x_train"], file["x_test"])
+
+
+def _tensorflow() -> types.ModuleType:
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    paths = (p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
+    return sorted(paths, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def _header(path: pathlib.Path) -> tuple[int, int, int]:
+    """(height, width, channels) of an image file, from its header."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "BMP")) as image:
+            mode, (width, height) = image.mode, image.size
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if mode not in ("L", "RGB"):
+        raise ValueError(f"{path} has mode {mode}: convert it to 8-bit grey (L) or colour (RGB)")
+    return height, width, 1 if mode == "L" else 3
+
+
+def _files(paths: list[pathlib.Path], shape: Shape) -> Finite:
+    """The split of these image files, decoded when asked for."""
+    tf, names = _tensorflow(), np.array([bytes(path) for path in paths])
+
+    def decode(name: "tf.Tensor") -> "tf.Tensor":
+        image = tf.io.decode_image(tf.io.read_file(name), expand_animations=False)
+        return tf.ensure_shape(image, shape)
+
+    decode_all = partial(tf.map_fn, decode, fn_output_signature=tf.uint8)
+    decode_all = tf.function(decode_all, input_signature=[tf.TensorSpec([None], tf.string)])
+    return Finite(len(names), lambda ids: decode_all(names[ids]).numpy())
+
+
+def _folder(config: DataConfig) -> Dataset:
+    """Images below path/train and path/test, or below path with every tenth as a test image."""
+    root = pathlib.Path(config.path)
+    _require(config.path != "" and root.is_dir(), "data.path", config.path, "an existing folder")
+    _require(config.levels == 256, "data.levels", config.levels, "256 for image files")
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        train, test = _image_files(root / "train"), _image_files(root / "test")
+    else:
+        images = _image_files(root)
+        train, test = [path for i, path in enumerate(images) if i % 10 != 9], images[9::10]
+    expected = f"png, jpg or bmp for train and test, not {len(train)} and {len(test)}"
+    _require(len(train) > 0 < len(test), "data.path", config.path, expected)
+    shape = _header(train[0])
+    for path in train + test:
+        if (found := _header(path)) != shape:
+            raise ValueError(f"{path} is {found}, but {train[0]} is {shape}: expected equal images")
+    _check_shape(root, shape, config)
+    return _image_set(config, shape, _files(train, shape), _files(test, shape))
+
+
+def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) -> Dataset:
+    """Two splits of a tensorflow-datasets builder, in memory, in the order of its records."""
+    _check_shape(name, shape, config)
+    _tensorflow()
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=config.path or None)
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        advice = f"run `tfds build {name} --data_dir=DIR` where there is a network, copy DIR here"
+        found = f"{name} is not in {builder.data_dir} and preparing it failed: {error!r}"
+        raise ValueError(f"{found}; {advice} and set data.path=DIR") from error
+
+    def read(split: str) -> np.ndarray:
+        in_order = tfds.ReadConfig(interleave_cycle_length=1)
+        examples = builder.as_dataset(split=split, shuffle_files=False, read_config=in_order)
+        images = examples.map(lambda example: example["image"]).batch(1000)
+        return np.concatenate(list(images.as_numpy_iterator()))
+
+    return _arrays(config, name, *map(read, splits))
+
+
+DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
+    **{name: partial(_points, sampler=sampler) for name, sampler in SAMPLERS.items()},
+    "digits": _digits,
+    "npz": _npz,
+    "folder": _folder,
+    "cifar10": partial(_tfds, name="cifar10", splits=("train", "test"), shape=(32, 32, 3)),
+    "mnist": partial(_tfds, name="mnist", splits=("train", "test"), shape=(28, 28, 1)),
+}
+
+
+def load(config: DataConfig) -> Dataset:
+    """The data set of that name, its arrays or the headers of its files checked.
+
+    Raises ValueError for an unknown name or a field that does not fit the data; it names the field.
+    """
+    name = config.dataset.lower()
+    if name not in DATASETS:
+        near = "".join(f" {n}?" for n in difflib.get_close_matches(name, DATASETS, n=1))
+        raise ValueError(f"data.dataset={config.dataset!r}:{near} known are {sorted(DATASETS)}")
+    return DATASETS[name](config)

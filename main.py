@@ -1,0 +1,84 @@
+"""Train and evaluate diffusion models by maximum likelihood.
+
+  python main.py --config=configs/digits/vp.py --workdir=runs/digits --mode=train
+  python main.py --config=configs/digits/vp.py --workdir=runs/digits --mode=eval
+
+Every field of the config can be changed on the command line, e.g. --config.training.batch_size=64
+--config.training.likelihood_weighting=True --config.eval.num_repeats=5; configs/base.py lists all
+fields. A run continues where it was when it is started again with the same --workdir.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+import run_lib
+from run_lib import folder
+from run_lib.settings import Settings, choose
+
+FLAGS = flags.FLAGS
+logger = logging.getLogger("fokker")
+config_flags.DEFINE_config_file("config", None, "Experiment: a file under configs/.")
+flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
+flags.DEFINE_string("mode", None, "train | eval.")
+flags.DEFINE_string("eval_folder", "eval", "Folder of the results of --mode=eval, in --workdir.")
+flags.mark_flags_as_required(["config", "workdir", "mode"])
+
+LATER = {
+    "train_deq": "training of a variational dequantiser",
+    "fid_stats": "Inception statistics of a data set",
+    "diagnose": "curves of score, Fokker–Planck and higher-order errors over time",
+}
+EXIT_USER_ERROR = 2
+
+
+def _mode() -> str:
+    mode = FLAGS.mode
+    if mode in LATER:
+        raise ValueError(
+            f"--mode={mode} ({LATER[mode]}) does not exist yet; allowed now: ['eval', 'train']"
+        )
+    choose({"train": 0, "eval": 0}, mode, "--mode")
+    return mode
+
+
+def _log_start(workdir: Path, mode: str) -> None:
+    folder.log_to(workdir)
+    logger.info("mode %s, workdir %s, %d device(s): %s", mode, workdir, jax.device_count(),
+                 jax.devices()[0].device_kind)  # fmt: skip
+    overrides = config_flags.get_override_values(FLAGS["config"])
+    for name, value in sorted(overrides.items()):
+        logger.info("config.%s = %r (command line)", name, value)
+
+
+def _run() -> None:
+    mode, workdir = _mode(), Path(FLAGS.workdir).expanduser()
+    settings = Settings.from_config(FLAGS.config)
+    if mode == "eval" and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
+    _log_start(workdir, mode)
+    if mode == "train":
+        run_lib.train(settings, workdir)
+    else:
+        run_lib.evaluate(settings, workdir, FLAGS.eval_folder)
+
+
+def main(argv: list[str]) -> None:
+    """Run the chosen mode; a mistake of the user ends in one clear message, without a traceback."""
+    if len(argv) > 1:
+        app.usage(shorthelp=True, detailed_error=f"unexpected arguments: {argv[1:]}", exitcode=2)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO)
+    try:
+        _run()
+    except (ValueError, FloatingPointError) as error:
+        logger.error("error: %s", error)
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,12 @@
+"""From a config to a run: wiring, loops, logging, devices; no formulas.
+
+settings  sections of the config as frozen dataclasses      build     names and settings to objects
+parallel  the one place that maps over devices              folder    what a run folder holds
+training  the training loop                                 evaluation_loop  likelihoods and samples
+report    table, figures and report.html of a run folder
+"""
+
+from run_lib.evaluation_loop import evaluate
+from run_lib.training import train
+
+__all__ = ["evaluate", "train"]

@@ -1,0 +1,128 @@
+"""Settings to objects: the score model, losses, samplers and estimators of a run."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Key
+
+import losses
+from datasets import Dataset
+from dequantization import Encoding, Pixels, Reals
+from likelihood import Divergence
+from ode import Solver
+from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
+from run_lib.settings import Settings, choose
+from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
+from time_sampling import Importance, Proposal, Uniform
+
+AXIS_NAME = "batch"
+
+
+def score_model(settings: Settings) -> ScoreModel:
+    """Network, SDE, parameterisation and time label."""
+    return ScoreModel(
+        settings.network,
+        settings.sde,
+        PARAMETERIZATIONS[settings.model.parameterization],
+        TIME_LABELS[settings.model.time_label],
+    )
+
+
+def encoding(settings: Settings, dataset: Dataset) -> Encoding:
+    """Pixels for quantised data, Reals otherwise."""
+    if dataset.levels is None:
+        return Reals()
+    data = settings.data
+    return Pixels(
+        dataset.levels,
+        centered=data.centered,
+        logit=data.logit,
+        dequantize_uniformly=data.uniform_dequantization,
+    )
+
+
+def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> losses.PerExampleLoss:
+    """The training objective, one value per example."""
+    training = settings.training
+    law = losses.time_law(
+        settings.sde,
+        smallest_time=training.smallest_time,
+        likelihood_weighting=training.likelihood_weighting,
+        importance_weighting=training.importance_weighting,
+        debias=training.debias,
+        stratified=training.stratified,
+    )
+    return losses.score_matching(
+        score_model(settings),
+        encoding(settings, dataset),
+        law,
+        batch_size=training.batch_size,
+        reduce_mean=training.reduce_mean,
+        train=train,
+    )
+
+
+def _pc(settings: Settings, num_steps: int) -> Sampler:
+    sampling = settings.sampling
+    return PredictorCorrector(
+        sampling.predictor,
+        sampling.corrector,
+        num_steps,
+        sampling.smallest_time,
+        snr=sampling.snr,
+        n_steps_each=sampling.n_steps_each,
+        probability_flow=sampling.probability_flow,
+        noise_removal=sampling.noise_removal,
+        axis_name=AXIS_NAME,
+    )
+
+
+def _sde(settings: Settings, num_steps: int) -> Sampler:
+    sampling = settings.sampling
+    return ReverseSDE(num_steps, sampling.smallest_time, sampling.lmbd, sampling.noise_removal)
+
+
+def _ode(settings: Settings, num_steps: int) -> Sampler:
+    del num_steps
+    sampling = settings.sampling
+    solver = Solver(sampling.solver, sampling.rtol, sampling.atol)
+    return OdeSampler(solver, sampling.smallest_time, sampling.noise_removal)
+
+
+METHODS: dict[str, Callable[[Settings, int], Sampler]] = {"pc": _pc, "sde": _sde, "ode": _ode}
+
+
+def sampler(settings: Settings) -> Sampler:
+    """The sampler of `sampling.method`."""
+    return choose(METHODS, settings.sampling.method, "sampling.method")(
+        settings, settings.model.num_scales
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimators:
+    """How likelihoods are estimated."""
+
+    solver: Solver
+    divergence: Divergence
+    proposal: Proposal
+
+
+def estimators(settings: Settings) -> Estimators:
+    """The estimators of the `eval` section; the bound's times follow p(t) ∝ g²/σ²."""
+    config, t_min = settings.eval, settings.training.smallest_time
+    proposal = Importance(settings.sde, t_min) if t_min > 0 else Uniform(settings.sde, t_min)
+    return Estimators(
+        Solver(config.solver, config.rtol, config.atol),
+        Divergence(config.divergence, config.num_probes),
+        proposal,
+    )
+
+
+def keys(settings: Settings) -> dict[str, Key[Array, ""]]:
+    """The named keys of a run, all from `seed`."""
+    names = ("init", "train", "held_out", "snapshot", "eval", "samples")
+    return dict(
+        zip(names, jax.random.split(jax.random.key(settings.seed), len(names)), strict=True)
+    )

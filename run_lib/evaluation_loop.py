@@ -1,0 +1,254 @@
+"""Likelihoods and samples of checkpoints: rows per example and repeat, complete and resumable.
+
+Every number is derived from rows; a row is keyed by (estimator, protocol, step, split, index,
+repeat), so results of different tolerances or probes never mix. The noise of an example depends on
+(seed, repeat, index) only, not on the batch it is in.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import datasets
+import plotting
+import train_state
+from checkpoints import Checkpoints
+from datasets import Dataset
+from likelihood import ode_log_likelihood, variational_bound
+from operators import fold_in_all, fold_in_each
+from records import Records, Row
+from run_lib import build, folder, parallel, report
+from run_lib.sampling_loop import Generator
+from run_lib.settings import Settings
+
+logger = logging.getLogger("fokker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """A named value per example, with the protocol that defines it."""
+
+    name: str
+    protocol: str
+    unit: str
+    # (params, key, batch with noise_id) → {"value": [B], "nfe": [B], "converged": [B]}
+    function: Callable[..., dict[str, jax.Array]]
+
+
+def evaluate(settings: Settings, workdir: Path, eval_folder: str) -> None:
+    """Evaluate checkpoints of a run folder; rows that are already there are not computed again.
+
+    Raises:
+        ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
+    """
+    checkpoints = Checkpoints(workdir)
+    try:
+        steps = checkpoint_steps(settings, checkpoints)
+        folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "optim"))
+        parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
+        dataset = datasets.load(settings.data)
+        target = workdir / eval_folder
+        folder.write_json(target / "config.json", settings.resolved())
+        for step in steps:
+            params = load_parameters(settings, dataset, checkpoints, step)
+            evaluate_checkpoint(settings, dataset, params, step, target)
+    finally:
+        checkpoints.close()
+    logger.info("\n%s", report.table_text(report.summaries(target)))
+    page = report.write(workdir)
+    logger.info("open %s", page)
+
+
+def checkpoint_steps(settings: Settings, checkpoints: Checkpoints) -> list[int]:
+    """Steps to evaluate: begin_ckpt..end_ckpt × snapshot_freq, or the latest."""
+    available = checkpoints.steps()
+    if not available:
+        raise ValueError(
+            f"no checkpoint in {checkpoints.directory}: run --mode=train with this --workdir first"
+        )
+    begin, end = settings.eval.begin_ckpt, settings.eval.end_ckpt
+    if end == 0:
+        return available[-1:]
+    every = settings.training.snapshot_freq
+    wanted = [k * every for k in range(max(begin, 1), end + 1)]
+    absent = sorted(set(wanted) - set(available))
+    if absent:
+        raise ValueError(
+            f"eval.begin_ckpt={begin}, eval.end_ckpt={end} times training.snapshot_freq={every}: "
+            f"no checkpoint of steps {absent}; there are {available}"
+        )
+    return wanted
+
+
+def load_parameters(
+    settings: Settings, dataset: Dataset, checkpoints: Checkpoints, step: int
+) -> Any:
+    """The moving average of a checkpoint."""
+    model = build.score_model(settings)
+    optimizer = settings.optim.chain(settings.training.n_iters)
+
+    def fresh() -> train_state.TrainState:
+        params = model.init(jax.random.key(0), dataset.shape)
+        return train_state.create(params, optimizer)
+
+    return checkpoints.restore(step, jax.eval_shape(fresh)).ema_params
+
+
+def evaluate_checkpoint(
+    settings: Settings, dataset: Dataset, params: Any, step: int, target: Path
+) -> None:
+    """All enabled estimates of one checkpoint."""
+    records = Records(target / "rows.jsonl")
+    for estimator in estimators(settings, dataset):
+        fill_rows(settings, dataset, params, step, estimator, records)
+    if settings.eval.enable_sampling:
+        generate = Generator(settings, dataset, build.keys(settings)["samples"])
+        samples = generate(params, settings.eval.num_samples)
+        np.savez_compressed(target / f"samples_{step}.npz", samples=samples)
+        plotting.save_samples(target.parent / "samples.png", samples, dataset.levels)
+
+
+def estimators(settings: Settings, dataset: Dataset) -> list[Estimator]:
+    """The enabled estimators."""
+    config, table = settings.eval, []
+    if config.enable_bpd:
+        table.append(_ode(settings, dataset))
+    if config.bound:
+        table.append(_bound(settings, dataset))
+    if config.enable_loss:
+        table.append(_loss(settings, dataset))
+    return table
+
+
+def _ode(settings: Settings, dataset: Dataset) -> Estimator:
+    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
+    tools, t_min = build.estimators(settings), settings.training.smallest_time
+
+    def function(params: Any, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        keys = fold_in_each(key, batch["noise_id"])
+        x = encoding.encode(batch["image"], fold_in_all(keys, 0))
+        result = ode_log_likelihood(
+            model.score(params), model.sde, x, fold_in_all(keys, 1),
+            t_min=t_min, solver=tools.solver, divergence=tools.divergence,
+        )  # fmt: skip
+        value = encoding.negative_log_likelihood(result.log_p, x)
+        return {"value": value, "nfe": result.nfe, "converged": result.converged}
+
+    solver, divergence = tools.solver, tools.divergence
+    trace = "exact" if divergence.kind == "exact" else f"{divergence.num_probes} {divergence.kind}"
+    protocol = (
+        f"{solver.name}, rtol {solver.rtol:g}, atol {solver.atol:g}, trace {trace}, "
+        f"t_min {t_min:g}, {_dequantization(encoding)}"
+    )
+    return Estimator("ODE", protocol, encoding.unit, function)
+
+
+def _bound(settings: Settings, dataset: Dataset) -> Estimator:
+    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
+    tools, number = build.estimators(settings), settings.eval.num_times
+
+    def function(params: Any, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        keys = fold_in_each(key, batch["noise_id"])
+        x = encoding.encode(batch["image"], fold_in_all(keys, 0))
+        bound = variational_bound(
+            model.score(params), model.sde, x, fold_in_all(keys, 2),
+            proposal=tools.proposal, num_times=number,
+        )  # fmt: skip
+        value = encoding.negative_log_likelihood(-bound.nll, x)
+        nfe = jnp.full(value.shape, number + 1)
+        return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
+
+    protocol = (
+        f"{number} stratified times, t_min {settings.training.smallest_time:g}, "
+        f"{_dequantization(encoding)}"
+    )
+    return Estimator("bound", protocol, encoding.unit, function)
+
+
+def _loss(settings: Settings, dataset: Dataset) -> Estimator:
+    per_example = build.per_example_loss(settings, dataset, train=False)
+
+    def function(params: Any, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        value, _ = per_example(params, key, batch)
+        return {"value": value, "nfe": jnp.ones(value.shape), "converged": jnp.isfinite(value)}
+
+    protocol = f"training objective, t_min {settings.training.smallest_time:g}"
+    return Estimator("loss", protocol, "", function)
+
+
+def _dequantization(encoding: Any) -> str:
+    return "uniform dequantisation" if encoding.unit == "bits/dim" else "real-valued data"
+
+
+def fill_rows(
+    settings: Settings,
+    dataset: Dataset,
+    params: Any,
+    step: int,
+    estimator: Estimator,
+    records: Records,
+) -> None:
+    """Compute the rows that are missing, batch by batch, each batch saved as it comes."""
+    mapped = parallel.map_over_devices(estimator.function, in_axes=(None, None, 0), out_axes=0)
+    config = settings.eval
+    identity = {
+        "estimator": estimator.name,
+        "protocol": estimator.protocol,
+        "step": step,
+        "split": config.dataset,
+    }
+    for repeat in range(config.num_repeats):
+        key = jax.random.fold_in(build.keys(settings)["eval"], repeat)
+        for batch in evaluation_batches(settings, dataset):
+            rows = [
+                identity | {"index": int(index), "repeat": repeat}
+                for index in batch["index"][batch["mask"]]
+            ]
+            if not records.missing(rows):
+                continue
+            started = time.monotonic()
+            noise_id = np.maximum(batch["index"], 0)
+            split = parallel.split(batch | {"noise_id": noise_id})
+            results = parallel.join(mapped(params, key, split))
+            results = {name: v[batch["mask"]] for name, v in results.items()}
+            check_converged(estimator, rows, results["converged"])
+            seconds = (time.monotonic() - started) / len(rows)
+            records.append(
+                row | {
+                    "value": float(value), "unit": estimator.unit,
+                    "nfe": int(nfe), "seconds": seconds,
+                }
+                for row, value, nfe in zip(rows, results["value"], results["nfe"], strict=True)
+            )  # fmt: skip
+            logger.info(report.partial_text(records, identity))
+
+
+def check_converged(estimator: Estimator, rows: list[Row], converged: np.ndarray) -> None:
+    """An example without a value stops the evaluation; the rows before it are kept."""
+    failed = [row["index"] for row, ok in zip(rows, converged, strict=True) if not ok]
+    if failed:
+        raise FloatingPointError(
+            f"{estimator.name} ({estimator.protocol}): no value for examples {failed[:10]} of "
+            f"{len(failed)}; raise eval.rtol and eval.atol, or check the checkpoint"
+        )
+
+
+def evaluation_batches(settings: Settings, dataset: Dataset) -> Iterator[datasets.Batch]:
+    """The split in order, cut to `eval.num_examples`."""
+    config = settings.eval
+    batches = dataset.eval_batches(
+        config.dataset, batch_size=config.batch_size, host=parallel.host()
+    )
+    for batch in batches:
+        if config.num_examples:
+            batch = batch | {"mask": batch["mask"] & (batch["index"] < config.num_examples)}
+        if not batch["mask"].any():
+            return
+        yield batch

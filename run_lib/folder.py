@@ -1,0 +1,145 @@
+"""What a run folder holds: config.json, versions.json, log.txt, metrics.jsonl, tensorboard/.
+
+Nothing in it is overwritten by a restart except config.json, and that only when every changed field
+may change between runs.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+logger = logging.getLogger("fokker")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
+# Sections and fields that fix what the parameters mean; the rest may change between runs.
+FIXED = ("data", "model", "training.sde", "optim.optimizer")
+FREE = ("model.ema_rate", "model.dropout", "model.num_scales", "data.num_test", "data.path")
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested dict as (dotted name, value)."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ, as (old, new); None where a field is absent."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    names = sorted(before.keys() | after.keys())
+    pairs = {name: (before.get(name), after.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def is_fixed(name: str) -> bool:
+    """Whether changing this field would make the parameters of a run mean something else."""
+    under = any(name == f or name.startswith(f + ".") for f in FIXED)
+    return under and name not in FREE
+
+
+def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] = ()) -> None:
+    """Compare a config with the one of the run folder, log what differs, refuse what may not.
+
+    Args:
+        workdir: the run folder; nothing happens if it has no config.json.
+        config: the resolved config of this start.
+        ignore: sections that do not concern this start.
+
+    Raises:
+        ValueError: a field differs that would corrupt the run; names all of them.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    changed = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    changed = {k: v for k, v in changed.items() if k.split(".")[0] not in ignore}
+    lines = [f"{name}: {old!r} in {path}, now {new!r}" for name, (old, new) in changed.items()]
+    refused = [line for name, line in zip(changed, lines, strict=True) if is_fixed(name)]
+    if refused:
+        raise ValueError(
+            "this run folder was made with another config; these fields may not change:\n  "
+            + "\n  ".join(refused)
+            + "\nUse another --workdir, or the old values."
+        )
+    for line in lines:
+        logger.info("config field changed: %s", line)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old or the new file, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the libraries, and the git commit ('unknown' outside git)."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "git_commit": git_commit(), **found}
+
+
+def git_commit() -> str:
+    """Commit of the code, with '+' if files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def log_to(workdir: Path) -> None:
+    """Append the project's log records to log.txt, beside the terminal."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(workdir / "log.txt", mode="a", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
+class MetricsWriter:
+    """Scalars by step, to metrics.jsonl and TensorBoard.
+
+    A resumed run starts at the step of its checkpoint: later lines of a killed run are dropped
+    first, so that metrics.jsonl holds each step once.
+    """
+
+    def __init__(self, workdir: Path, first_step: int) -> None:
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl and one TensorBoard point per value."""
+        row = {"step": step, "split": split, "time": time.time(), **values}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a half-written last line is left out."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    complete = path.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]

@@ -1,0 +1,151 @@
+"""What a person reads: the table of results, training curves, a self-contained report.html."""
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import plotting
+from records import Records, Row, Summary, summarize
+from run_lib import folder
+
+
+class Result(NamedTuple):
+    """One line of the table: all rows of one estimator, protocol, checkpoint and split."""
+
+    step: int
+    split: str
+    estimator: str
+    protocol: str
+    unit: str
+    value: Summary
+    nfe: float
+    max_nfe: int
+    seconds: float
+
+    def cells(self) -> list[str]:
+        """The columns of `HEADER` as text."""
+        value = self.value
+        return [
+            str(self.step),
+            self.split,
+            self.estimator,
+            f"{value.mean:.4f} ± {value.standard_error:.4f} {self.unit}",
+            str(value.examples),
+            str(value.repeats),
+            f"{self.nfe:.0f} (max {self.max_nfe})",
+            f"{self.seconds:.3f}",
+            self.protocol,
+        ]
+
+
+HEADER = ("step", "split", "estimator", "mean ± s.e.", "n", "repeats", "evaluations",
+          "s/example", "protocol")  # fmt: skip
+
+
+def summaries(eval_folder: Path) -> list[Result]:
+    """One result per group of rows in an evaluation folder."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in Records(eval_folder / "rows.jsonl").rows.values():
+        group = (row["step"], row["split"], row["estimator"], row["protocol"])
+        groups.setdefault(group, []).append(row)
+    return [_result(group, groups[group]) for group in sorted(groups)]
+
+
+def _result(group: tuple, rows: list[Row]) -> Result:
+    nfe = [row["nfe"] for row in rows]
+    seconds = sum(row["seconds"] for row in rows) / len(rows)
+    unit = rows[0]["unit"]
+    return Result(*group, unit, summarize(rows), sum(nfe) / len(nfe), max(nfe), seconds)
+
+
+def table_text(results: list[Result]) -> str:
+    """The table for a terminal."""
+    lines = [list(HEADER), *(result.cells() for result in results)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def table_html(results: list[Result]) -> str:
+    """The table for the report."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in result.cells()) + "</tr>"
+        for result in results
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def partial_text(records: Records, identity: dict[str, Any]) -> str:
+    """The mean so far, for the log of a running evaluation."""
+    rows = records.select(**identity)
+    value = summarize(rows)
+    return (
+        f"{identity['estimator']} of step {identity['step']}: {value.mean:.4f} ± "
+        f"{value.standard_error:.4f} {rows[0]['unit']} after {len(rows)} rows"
+    )
+
+
+def save_curves(workdir: Path) -> Path | None:
+    """curves.png from metrics.jsonl; None where there are no metrics yet."""
+    rows = folder.read_metrics(workdir)
+    names = [name for name in rows[-1] if name not in ("step", "split", "time")] if rows else []
+    names = sorted({*names, *(k for r in rows for k in r)} - {"step", "split", "time"})
+    panels = {}
+    for name in names:
+        curves = {}
+        for split in ("train", "held_out"):
+            points = [(r["step"], r[name]) for r in rows if r["split"] == split and name in r]
+            if points:
+                steps, values = zip(*points, strict=True)
+                curves[split.replace("_", "-")] = (list(steps), list(values))
+        panels[name] = curves
+    if not panels:
+        return None
+    plotting.save_curves(workdir / "curves.png", panels)
+    return workdir / "curves.png"
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
+color:#222}table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3em
+.6em;
+text-align:left}img{max-width:100%;image-rendering:pixelated}pre{background:#f6f6f6;padding:1em;
+overflow:auto;font-size:12px}h2{margin-top:1.6em}"""
+
+
+def write(workdir: Path) -> Path:
+    """Write report.html, one file with its images inside, from whatever the folder holds."""
+    parts = [f"<h1>{html.escape(workdir.name)}</h1>"]
+    for rows in sorted(workdir.glob("*/rows.jsonl")):
+        parts += [f"<h2>Results: {html.escape(rows.parent.name)}</h2>"]
+        parts += [table_html(summaries(rows.parent))]
+        parts += [
+            "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
+            "averaged first. ODE: exact change of variables along the probability-flow ODE. bound: "
+            "variational upper bound on the negative log-likelihood. Lower is better.</p>"
+        ]
+    snapshots = sorted((workdir / "samples").glob("*.png"))
+    for title, image in (
+        ("Samples", workdir / "samples.png"),
+        ("Training", save_curves(workdir)),
+        ("Last snapshot of training", snapshots[-1] if snapshots else None),
+    ):
+        if image is not None and image.exists():
+            parts += [f"<h2>{title}</h2>", _image(image)]
+    for title, path in (("Config", "config.json"), ("Versions", "versions.json")):
+        if (workdir / path).exists():
+            text = json.dumps(json.loads((workdir / path).read_text()), indent=2)
+            parts += [f"<h2>{title}</h2><pre>{html.escape(text)}</pre>"]
+    page = workdir / "report.html"
+    page.write_text(
+        f"<!doctype html><html><head><meta charset='utf-8'><title>{html.escape(workdir.name)}"
+        f"</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    return page
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"<img alt='{html.escape(path.stem)}' src='data:image/png;base64,{data}'>"

@@ -1,0 +1,55 @@
+"""Any number of samples from a checkpoint, batch by batch over the devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from datasets import Dataset
+from operators import fold_in_each
+from run_lib import build, parallel
+from run_lib.settings import Settings
+
+
+@dataclasses.dataclass
+class Generator:
+    """Samples as the data are (uint8 images or real points); sample i depends on (key, i) only."""
+
+    settings: Settings
+    dataset: Dataset
+    key: jax.Array
+
+    def __post_init__(self) -> None:
+        model, sampler = build.score_model(self.settings), build.sampler(self.settings)
+
+        def generate(params: Any, key: jax.Array, ids: jax.Array) -> jax.Array:
+            like = jnp.zeros((ids.shape[0], *self.dataset.shape), jnp.float32)
+            samples = sampler(model.score(params), model.sde, fold_in_each(key, ids), like)
+            return samples.x
+
+        self._mapped = parallel.map_over_devices(generate, in_axes=(None, None, 0), out_axes=0)
+        self._encoding = build.encoding(self.settings, self.dataset)
+
+    def __call__(self, params: Any, number: int) -> np.ndarray:
+        """`number` samples.
+
+        Raises:
+            FloatingPointError: a sample is not finite (the solver ran out of steps, or the network
+                is not usable yet); names the samples.
+        """
+        devices = jax.local_device_count()
+        size = min(self.settings.eval.batch_size, -(-number // devices) * devices)
+        batches = []
+        for first in range(0, number, size):
+            ids = np.arange(first, first + size, dtype=np.int32)
+            batches.append(parallel.join(self._mapped(params, self.key, parallel.split(ids))))
+        x = np.concatenate(batches)[:number]
+        bad = np.flatnonzero(~np.isfinite(x.reshape(number, -1)).all(axis=1))
+        if bad.size:
+            raise FloatingPointError(
+                f"{bad.size} of {number} samples are not finite (first: {bad[:5].tolist()}); "
+                "raise sampling.rtol and sampling.atol, or use sampling.method='pc'"
+            )
+        return np.asarray(self._encoding.decode(jnp.asarray(x)))

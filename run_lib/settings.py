@@ -1,0 +1,233 @@
+"""The sections of a config as frozen dataclasses; an unknown field is an error that names it.
+
+A ConfigDict stops here. `model` is open: its fields belong to the network, the SDE or to
+ModelConfig, and None means "the default of the class that has the field".
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+import models
+import sde_lib
+from datasets import DataConfig
+from parameterization import PARAMETERIZATIONS, TIME_LABELS
+from train_state import OptimizerConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The fields of `model` that belong neither to the network nor to the SDE."""
+
+    name: str
+    parameterization: str
+    time_label: str
+    ema_rate: float
+    num_scales: int
+
+    def __post_init__(self) -> None:
+        choose(models.MODELS, self.name, "model.name")
+        choose(PARAMETERIZATIONS, self.parameterization, "model.parameterization")
+        choose(TIME_LABELS, self.time_label, "model.time_label")
+        require(0.0 <= self.ema_rate < 1.0, "model.ema_rate", self.ema_rate, "0 <= rate < 1")
+        require(self.num_scales >= 2, "model.num_scales", self.num_scales, "at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The `training` section."""
+
+    sde: str
+    n_iters: int
+    batch_size: int
+    n_jitted_steps: int
+    reduce_mean: bool
+    likelihood_weighting: bool
+    importance_weighting: bool
+    debias: bool
+    stratified: bool
+    smallest_time: float
+    log_freq: int
+    eval_freq: int
+    snapshot_freq_for_preemption: int
+    snapshot_freq: int
+    snapshot_sampling: bool
+
+    def __post_init__(self) -> None:
+        choose(sde_lib.SDES, self.sde.lower(), "training.sde")
+        positive = ("n_iters", "batch_size", "n_jitted_steps", "log_freq", "eval_freq",
+                    "snapshot_freq_for_preemption", "snapshot_freq")  # fmt: skip
+        for field in positive:
+            value = getattr(self, field)
+            require(value >= 1, f"training.{field}", value, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """The `sampling` section."""
+
+    method: str
+    smallest_time: float
+    noise_removal: bool
+    predictor: str
+    corrector: str
+    snr: float
+    n_steps_each: int
+    probability_flow: bool
+    lmbd: float
+    solver: str
+    rtol: float
+    atol: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The `eval` section."""
+
+    begin_ckpt: int
+    end_ckpt: int
+    batch_size: int
+    dataset: str
+    num_examples: int
+    num_repeats: int
+    enable_bpd: bool
+    bound: bool
+    enable_loss: bool
+    enable_sampling: bool
+    num_samples: int
+    solver: str
+    rtol: float
+    atol: float
+    divergence: str
+    num_probes: int
+    num_times: int
+
+    def __post_init__(self) -> None:
+        choose({"train": 0, "test": 0}, self.dataset, "eval.dataset")
+        for field in ("batch_size", "num_repeats", "num_samples", "num_times"):
+            value = getattr(self, field)
+            require(value >= 1, f"eval.{field}", value, "at least 1")
+        for field in ("begin_ckpt", "end_ckpt", "num_examples"):
+            value = getattr(self, field)
+            require(value >= 0, f"eval.{field}", value, "0 or more")
+        order = self.begin_ckpt <= self.end_ckpt
+        allowed = f"at least eval.begin_ckpt={self.begin_ckpt}"
+        require(order, "eval.end_ckpt", self.end_ckpt, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A whole config: one dataclass per section, the SDE and the network."""
+
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+    network: Any  # a flax Module
+    sde: sde_lib.SDE
+    training: TrainingConfig
+    optim: OptimizerConfig
+    sampling: SamplingConfig
+    eval: EvalConfig
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Settings":
+        """Resolve a config.
+
+        Raises:
+            ValueError: a field is unknown, unused, missing or has a value that is not allowed.
+        """
+        sections = dict(config)
+        sections.pop("name", None)
+        known = ("seed", "data", "model", "training", "optim", "sampling", "eval")
+        for name in sections:
+            choose(dict.fromkeys(known), name, "config section")
+        training = section(TrainingConfig, sections["training"], "training")
+        model, network, sde = _model(sections["model"], training.sde.lower())
+        return cls(
+            seed=sections["seed"],
+            data=section(DataConfig, sections["data"], "data"),
+            model=model,
+            network=network,
+            sde=sde,
+            training=training,
+            optim=section(OptimizerConfig, sections["optim"], "optim"),
+            sampling=section(SamplingConfig, sections["sampling"], "sampling"),
+            eval=section(EvalConfig, sections["eval"], "eval"),
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain nested dict in the layout of the config, defaults of network and SDE filled in."""
+        model = dataclasses.asdict(self.model) | _fields(self.network) | _fields(self.sde)
+        return {
+            "seed": self.seed,
+            "data": dataclasses.asdict(self.data),
+            "model": model,
+            "training": dataclasses.asdict(self.training),
+            "optim": dataclasses.asdict(self.optim),
+            "sampling": dataclasses.asdict(self.sampling),
+            "eval": dataclasses.asdict(self.eval),
+        }
+
+
+def _model(values: Mapping[str, Any], sde_name: str) -> tuple[ModelConfig, Any, sde_lib.SDE]:
+    """Distribute the open `model` section over ModelConfig, the network and the SDE."""
+    given = {name: value for name, value in dict(values).items() if value is not None}
+    own = {f.name for f in dataclasses.fields(ModelConfig)}
+    model = section(ModelConfig, {k: v for k, v in given.items() if k in own}, "model")
+    network_class, sde_class = models.MODELS[model.name], sde_lib.SDES[sde_name]
+    network_fields, sde_fields = _field_names(network_class), _field_names(sde_class)
+    for name in given.keys() - own - network_fields - sde_fields:
+        raise ValueError(
+            f"model.{name}={given[name]!r} is used neither by model.name={model.name!r} (fields "
+            f"{sorted(network_fields)}) nor by training.sde={sde_name!r} (fields "
+            f"{sorted(sde_fields)}){_nearest(name, own | network_fields | sde_fields)}"
+        )
+    network = network_class(**{k: v for k, v in given.items() if k in network_fields})
+    sde = sde_class(**{k: v for k, v in given.items() if k in sde_fields})
+    return model, network, sde
+
+
+def _field_names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls) if f.name not in ("parent", "name")}
+
+
+def _fields(instance: Any) -> dict[str, Any]:
+    return {name: getattr(instance, name) for name in sorted(_field_names(type(instance)))}
+
+
+def section(cls: type[T], values: Mapping[str, Any], name: str) -> T:
+    """`cls(**values)`; a field that is unknown or missing is named, with the nearest known one."""
+    values = dict(values)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for field in values:
+        if field not in known:
+            raise ValueError(f"{name}.{field} is not a field of the config{_nearest(field, known)}")
+    missing = sorted(known - values.keys())
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(f'{name}.{f}' for f in missing)}")
+    return cls(**values)
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def choose(table: Mapping[str, T], name: str, field: str) -> T:
+    """Entry `name` of a table of names; an unknown name lists the known ones."""
+    if name not in table:
+        raise ValueError(
+            f"{field}={name!r}: allowed {sorted(table)}{_nearest(str(name), set(table))}"
+        )
+    return table[name]
+
+
+def require(condition: bool, field: str, value: Any, allowed: str) -> None:
+    """Raise a ValueError that names field, value and what is allowed unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{field}={value!r}: need {allowed}")

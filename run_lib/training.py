@@ -1,0 +1,259 @@
+"""The training loop: data, steps, metrics, checkpoints, snapshots; resumes where it was."""
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import datasets
+import plotting
+import train_state
+from checkpoints import Checkpoints
+from datasets import Batch, Dataset
+from losses import mean_loss
+from run_lib import build, folder, parallel, report
+from run_lib.sampling_loop import Generator
+from run_lib.settings import Settings
+from train_state import TrainState
+
+logger = logging.getLogger("fokker")
+NumpyMetrics = dict[str, np.ndarray]
+
+
+def train(settings: Settings, workdir: Path) -> None:
+    """Train to `training.n_iters` steps, from the latest checkpoint of the folder if there is one.
+
+    Raises:
+        ValueError: a config field or the data are not usable.
+        FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
+    """
+    parallel.check_batch_size(settings.training.batch_size, "training.batch_size")
+    dataset = datasets.load(settings.data)
+    build.estimators(settings), build.sampler(settings)  # their errors should come before training
+    folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling"))
+    folder.write_json(workdir / "config.json", settings.resolved())
+    folder.write_json(workdir / "versions.json", folder.versions())
+    Trainer(settings, dataset, workdir).run()
+    report.write(workdir)
+
+
+class Trainer:
+    """One run: its state, and what happens at which step."""
+
+    def __init__(self, settings: Settings, dataset: Dataset, workdir: Path) -> None:
+        self.settings, self.dataset, self.workdir = settings, dataset, workdir
+        self.keys = build.keys(settings)
+        self.checkpoints = Checkpoints(workdir, keep_every=settings.training.snapshot_freq)
+        optimizer = settings.optim.chain(settings.training.n_iters)
+        model = build.score_model(settings)
+        params = model.init(self.keys["init"], dataset.shape)
+        self.state = restore_latest(self.checkpoints, train_state.create(params, optimizer))
+        self.step = int(self.state.step)
+        loss_fn = mean_loss(build.per_example_loss(settings, dataset, train=True))
+        step_fn = train_state.train_step(
+            loss_fn, optimizer, settings.model.ema_rate, build.AXIS_NAME
+        )
+        self.step_fn = parallel.map_over_devices(
+            train_state.many_steps(step_fn),
+            in_axes=(None, None, 1),
+            out_axes=None,
+            donate_argnums=(0,),
+        )
+        self.held_out = HeldOutLoss(settings, dataset, self.keys["held_out"])
+        self.metrics = PendingMetrics()
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+        logger.info(
+            "%s: %s, %d parameters, %d device(s), from step %d to %d",
+            workdir, settings.model.name, num_params, jax.device_count(),
+            self.step, settings.training.n_iters,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Take all remaining steps; always leaves a checkpoint of the last one."""
+        last = self.settings.training.n_iters
+        writer = folder.MetricsWriter(self.workdir, self.step)
+        progress = Progress(self.step, last)
+        try:
+            for first, batches in self.batches():
+                self.state, metrics = self.step_fn(self.state, self.keys["train"], batches)
+                self.step = first + len(batches["mask"])
+                self.metrics.add(first, metrics)
+                self.events(first, writer, progress)
+            if last > 0 and self.step not in self.checkpoints.steps():
+                self.save()
+        finally:
+            progress.close()
+            writer.close()
+            self.checkpoints.close()
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """(first step, batches [n, D, B/D, ...]); n is less than n_jitted_steps only at the end."""
+        training = self.settings.training
+        stream = self.dataset.train_batches(
+            batch_size=training.batch_size,
+            seed=self.settings.seed,
+            first_step=self.step,
+            host=parallel.host(),
+        )
+        noise_id = np.arange(training.batch_size, dtype=np.int32)
+        noise_id = noise_id[parallel.host().part(training.batch_size)]
+        first = self.step
+        while first < training.n_iters:
+            count = min(training.n_jitted_steps, training.n_iters - first)
+            group = [next(stream) | {"noise_id": noise_id} for _ in range(count)]
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)
+            yield first, parallel.split(stacked, axis=1)
+            first += count
+
+    def events(self, first: int, writer: folder.MetricsWriter, progress: "Progress") -> None:
+        """Whatever is due between step `first` and now."""
+        training, last = self.settings.training, self.step == self.settings.training.n_iters
+
+        def due(every: int) -> bool:
+            return self.step // every > first // every or last
+
+        if due(training.log_freq):
+            means = self.metrics.flush()
+            writer.write(self.step, "train", means)
+            progress.update(self.step, means)
+        if due(training.eval_freq):
+            values = self.held_out(self.state.ema_params)
+            writer.write(self.step, "held_out", values)
+            progress.message(f"step {self.step}: held-out {_text(values)}")
+        if due(training.snapshot_freq) and training.snapshot_sampling:
+            self.snapshot()
+        if due(training.snapshot_freq_for_preemption) or due(training.snapshot_freq):
+            self.save()
+
+    def save(self) -> None:
+        """Checkpoint, but never a state that follows a value that was not finite."""
+        self.metrics.check()
+        self.checkpoints.save(self.state)
+
+    def snapshot(self) -> None:
+        """Samples of the moving average, as samples/step_<step>.png."""
+        generate = Generator(self.settings, self.dataset, self.keys["snapshot"])
+        samples = generate(self.state.ema_params, 64)
+        path = self.workdir / "samples" / f"step_{self.step:07d}.png"
+        plotting.save_samples(path, samples, self.dataset.levels)
+
+
+def restore_latest(checkpoints: Checkpoints, fresh: TrainState) -> TrainState:
+    """The latest checkpoint, or `fresh` where there is none."""
+    steps = checkpoints.steps()
+    return checkpoints.restore(steps[-1], fresh) if steps else fresh
+
+
+class PendingMetrics:
+    """Metrics still on the device; fetched and checked at the next log or checkpoint."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, Any]] = []
+        self._fetched: list[NumpyMetrics] = []
+
+    def add(self, first_step: int, metrics: Any) -> None:
+        """Metrics [n] of steps first_step, first_step + 1, ..."""
+        self._pending.append((first_step, metrics))
+
+    def check(self) -> None:
+        """Fetch all that is pending.
+
+        Raises:
+            FloatingPointError: one of them is not finite; names the step and the metric.
+        """
+        for first_step, metrics in self._pending:
+            fetched = jax.device_get(metrics)
+            for name, values in fetched.items():
+                bad = np.flatnonzero(~np.isfinite(values))
+                if bad.size:
+                    raise FloatingPointError(
+                        f"{name} = {values[bad[0]]} at step {first_step + bad[0]} (steps "
+                        f"{self._pending[0][0]} to {first_step + len(values) - 1} were in flight); "
+                        "training stops, the last checkpoint is from before it. Lower optim.lr, "
+                        "lengthen optim.warmup or lower optim.grad_clip"
+                    )
+            self._fetched.append(fetched)
+        self._pending.clear()
+
+    def flush(self) -> dict[str, float]:
+        """Means since the last flush."""
+        self.check()
+        names = self._fetched[0]
+        means = {
+            name: float(np.mean(np.concatenate([f[name] for f in self._fetched]))) for name in names
+        }
+        self._fetched.clear()
+        return means
+
+
+@dataclasses.dataclass
+class HeldOutLoss:
+    """The training objective without dropout on the first test examples, same noise every time."""
+
+    settings: Settings
+    dataset: Dataset
+    key: jax.Array
+
+    def __post_init__(self) -> None:
+        per_example = build.per_example_loss(self.settings, self.dataset, train=False)
+        self._mapped: Callable = parallel.map_over_devices(
+            per_example, in_axes=(None, None, 0), out_axes=0
+        )
+        batch_size = self.settings.training.batch_size
+        batches = self.dataset.eval_batches("test", batch_size=batch_size, host=parallel.host())
+        self._batch = next(batches)
+        noise_id = np.arange(batch_size, dtype=np.int32)[parallel.host().part(batch_size)]
+        self._split = parallel.split(self._batch | {"noise_id": noise_id})
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Means over this host's examples."""
+        values, parts = parallel.join(self._mapped(params, self.key, self._split))
+        mask = self._batch["mask"]
+        return {name: float(v[mask].mean()) for name, v in {"loss": values, **parts}.items()}
+
+
+def _text(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, plain lines otherwise."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.bar = tqdm(total=last, initial=first, unit="step") if sys.stderr.isatty() else None
+        self.started = self.spoken = time.monotonic()
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Show the step, its rate and the time left; without a terminal at most every 10 s."""
+        if self.bar is not None:
+            self.bar.set_postfix(values, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.spoken < 10.0 and step < self.last:
+            return
+        self.spoken = now
+        rate = (step - self.first) / max(now - self.started, 1e-9)
+        left = (self.last - step) / rate
+        logger.info(
+            "step %d/%d, %s, %.1f steps/s, %.0f s left", step, self.last, _text(values), rate, left
+        )
+
+    def message(self, text: str) -> None:
+        """A line of its own."""
+        if self.bar is not None:
+            self.bar.clear()
+        logger.info(text)
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        if self.bar is not None:
+            self.bar.close()

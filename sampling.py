@@ -1,0 +1,288 @@
+"""Samplers: predictor–corrector, the λ-family of reverse SDEs, and the probability-flow ODE.
+
+    predictor    x ← x − F̃ + G̃ z           one step of a discretised reverse SDE
+    corrector    x ← x + ε s + √(2ε) z       Langevin steps at fixed t
+    λ-family     x ← x − δ[f − (1 − λ/2) g² s] + √((1 − λ) δ) g z,   λ ≤ 1
+    ODE          dx/dt = f − ½ g² s          adaptive, per-example steps
+    denoising    E[x0 | x_t] = (x + σ² s)/α  as the last step of each (Tweedie)
+
+The noise of sample i at step k is a function of (keys[i], k) only.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ode import Solver
+from operators import Batched, PerExample, fold_in_all, gaussian, scale, squared_norm
+from parameterization import ScoreFn
+from sde_lib import SDE
+
+
+class Grid(NamedTuple):
+    """What a step must know of the time grid: spacing dt and number of steps N of the chain."""
+
+    dt: float
+    num_steps: int
+
+
+Step = tuple[Batched, Batched]  # (x with noise, x before the noise)
+
+
+def euler_maruyama(
+    score: Batched, x: Batched, t: PerExample, z: Batched, sde: SDE, grid: Grid, lmbd: float
+) -> Step:
+    """Euler–Maruyama step of size dt, backwards in time; λ = 1 is Euler on the ODE."""
+    mean = x - grid.dt * sde.reverse_drift(score, x, t, lmbd)
+    return mean + scale(jnp.sqrt((1.0 - lmbd) * grid.dt) * sde.g(t), z), mean
+
+
+def reverse_diffusion(
+    score: Batched, x: Batched, t: PerExample, z: Batched, sde: SDE, grid: Grid, lmbd: float
+) -> Step:
+    """Reverse of the discrete chain: F̃ = F − (1 − λ/2) G² s (Song et al. 2021, appendix E)."""
+    drift, diffusion = sde.discretize(x, t, grid.dt, grid.num_steps)
+    mean = x - drift + scale((1.0 - 0.5 * lmbd) * diffusion**2, score)
+    return mean + scale(jnp.sqrt(1.0 - lmbd) * diffusion, z), mean
+
+
+def ancestral_sampling(
+    score: Batched, x: Batched, t: PerExample, z: Batched, sde: SDE, grid: Grid, lmbd: float
+) -> Step:
+    """Ancestral step of DDPM (VP) or SMLD (VE); λ must be 0."""
+    if lmbd != 0.0:
+        raise ValueError(
+            "sampling.predictor='ancestral_sampling' has no deterministic form: "
+            "set sampling.probability_flow=False"
+        )
+    mean, std = sde.ancestral(score, x, t, grid.num_steps)
+    return mean + scale(std, z), mean
+
+
+PREDICTORS = {
+    "euler_maruyama": euler_maruyama,
+    "reverse_diffusion": reverse_diffusion,
+    "ancestral_sampling": ancestral_sampling,
+    "none": None,
+}
+
+
+def langevin_step_size(
+    score: Batched, z: Batched, t: PerExample, sde: SDE, axis_name: str | None
+) -> PerExample:
+    """(mean‖z‖/mean‖s‖)², means over the whole batch, on all devices of `axis_name`."""
+    del sde
+    norms = jnp.sqrt(squared_norm(z)).mean(), jnp.sqrt(squared_norm(score)).mean()
+    z_norm, score_norm = jax.lax.pmean(norms, axis_name) if axis_name else norms
+    return jnp.full_like(t, 1.0) * (z_norm / score_norm) ** 2
+
+
+def annealed_step_size(
+    score: Batched, z: Batched, t: PerExample, sde: SDE, axis_name: str | None
+) -> PerExample:
+    """σ(t)², annealed Langevin dynamics."""
+    del score, z, axis_name
+    return sde.sigma(t) ** 2
+
+
+CORRECTORS = {"langevin": langevin_step_size, "ald": annealed_step_size, "none": None}
+
+
+def corrector_step(
+    step_size: Callable[..., PerExample],
+    score: Batched,
+    x: Batched,
+    t: PerExample,
+    z: Batched,
+    sde: SDE,
+    *,
+    num_steps: int,
+    snr: float,
+    axis_name: str | None = None,
+) -> Step:
+    """x + ε s + √(2ε) z, ε = 2 (1 − β_i) snr² × step_size (Song et al. 2021, algorithms 4, 5)."""
+    size = step_size(score, z, t, sde, axis_name)
+    epsilon = 2.0 * sde.langevin_alpha(t, num_steps) * snr**2 * size
+    mean = x + scale(epsilon, score)
+    return mean + scale(jnp.sqrt(2.0 * epsilon), z), mean
+
+
+def denoise(score_fn: ScoreFn, sde: SDE, x: Batched, t: PerExample) -> Batched:
+    """E[x0 | x_t] = (x_t + σ² s)/α."""
+    return scale(1.0 / sde.alpha(t), x + scale(sde.sigma(t) ** 2, score_fn(x, t)))
+
+
+class Samples(NamedTuple):
+    """Samples in model space and the number of score evaluations of each."""
+
+    x: Batched
+    nfe: Int[Array, " b"]
+
+
+def _times(value: Float[Array, ""] | float, x: Batched) -> PerExample:
+    return jnp.full(x.shape[:1], value, x.dtype)
+
+
+def _check_sampler(t_min: float, num_steps: int) -> None:
+    if not 0.0 <= t_min < 1.0:
+        raise ValueError(f"sampling.smallest_time={t_min}: need 0 <= t < 1")
+    if num_steps < 2:
+        raise ValueError(f"model.num_scales={num_steps}: need at least 2 steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorCorrector:
+    """N noise levels from T to t_min: corrector, then predictor, at each; denoising at the last.
+
+    Differs from the published loop in that the predictor's step is the spacing of the grid, so it
+    ends at t_min, and in that the last level denoises instead of stepping past t_min.
+    Reference: Song et al. 2021, https://arxiv.org/abs/2011.13456, algorithm 1.
+    """
+
+    predictor: str
+    corrector: str
+    num_steps: int
+    t_min: float
+    snr: float = 0.16
+    n_steps_each: int = 1
+    probability_flow: bool = False
+    noise_removal: bool = True
+    axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_sampler(self.t_min, self.num_steps)
+        for field, table in (("predictor", PREDICTORS), ("corrector", CORRECTORS)):
+            name = getattr(self, field)
+            if name not in table:
+                raise ValueError(f"sampling.{field}={name!r}: allowed {sorted(table)}")
+        if self.predictor == self.corrector == "none":
+            raise ValueError("sampling.predictor and sampling.corrector are both 'none'")
+
+    def __call__(
+        self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
+    ) -> Samples:
+        """One sample per key, of the shape of `like`."""
+        grid = Grid((sde.T - self.t_min) / (self.num_steps - 1), self.num_steps)
+
+        def level(k: Int[Array, ""], x: Batched) -> Batched:
+            t = _times(sde.T - k.astype(like.dtype) * grid.dt, x)
+            keys_now = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
+            x = self.correct(score_fn, sde, fold_in_all(keys_now, 0), x, t)
+            return self.predict(score_fn, sde, fold_in_all(keys_now, 1), x, t, grid)
+
+        x = sde.prior_sample(fold_in_all(keys, self.num_steps + 1), like)
+        x = jax.lax.fori_loop(0, self.num_steps - 1, level, x)
+        t_min = _times(self.t_min, x)
+        x = self.correct(score_fn, sde, fold_in_all(keys, self.num_steps), x, t_min)
+        if self.noise_removal:
+            x = denoise(score_fn, sde, x, t_min)
+        return Samples(x, jnp.full(x.shape[:1], self.evaluations()))
+
+    def evaluations(self) -> int:
+        """Score evaluations of one sample."""
+        corrections = self.num_steps * self.n_steps_each * (self.corrector != "none")
+        predictions = (self.num_steps - 1) * (self.predictor != "none")
+        return corrections + predictions + self.noise_removal
+
+    def correct(
+        self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], x: Batched, t: PerExample
+    ) -> Batched:
+        """`n_steps_each` corrector steps at t."""
+        step_size = CORRECTORS[self.corrector]
+        for i in range(self.n_steps_each if step_size else 0):
+            z = gaussian(fold_in_all(keys, i), x)
+            x, _ = corrector_step(
+                step_size, score_fn(x, t), x, t, z, sde,
+                num_steps=self.num_steps, snr=self.snr, axis_name=self.axis_name,
+            )  # fmt: skip
+        return x
+
+    def predict(
+        self,
+        score_fn: ScoreFn,
+        sde: SDE,
+        keys: Key[Array, " b"],
+        x: Batched,
+        t: PerExample,
+        grid: Grid,
+    ) -> Batched:
+        """One predictor step from t."""
+        predictor = PREDICTORS[self.predictor]
+        if predictor is None:
+            return x
+        lmbd = 1.0 if self.probability_flow else 0.0
+        return predictor(score_fn(x, t), x, t, gaussian(keys, x), sde, grid, lmbd)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseSDE:
+    """Euler–Maruyama on the λ-family, N equal steps from T to t_min.
+
+    λ = 0 is the reverse SDE, λ = 1 Euler on the ODE, λ < 0 noisier than the forward process.
+    Reference: Huang et al. 2021, https://arxiv.org/abs/2106.02808, appendix C.
+    """
+
+    num_steps: int
+    t_min: float
+    lmbd: float = 0.0
+    noise_removal: bool = True
+
+    def __post_init__(self) -> None:
+        _check_sampler(self.t_min, self.num_steps)
+        if not self.lmbd <= 1.0:
+            raise ValueError(f"sampling.lmbd={self.lmbd}: need λ <= 1, the diffusion is √(1 − λ) g")
+        if self.noise_removal and self.t_min == 0.0:
+            raise ValueError("sampling.noise_removal=True needs sampling.smallest_time > 0")
+
+    def __call__(
+        self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
+    ) -> Samples:
+        """One sample per key, of the shape of `like`."""
+        grid = Grid((sde.T - self.t_min) / self.num_steps, self.num_steps)
+
+        def step(k: Int[Array, ""], x: Batched) -> Batched:
+            t = _times(sde.T - k.astype(like.dtype) * grid.dt, x)
+            z = gaussian(jax.vmap(lambda key: jax.random.fold_in(key, k))(keys), x)
+            return euler_maruyama(score_fn(x, t), x, t, z, sde, grid, self.lmbd)[0]
+
+        x = sde.prior_sample(fold_in_all(keys, self.num_steps + 1), like)
+        x = jax.lax.fori_loop(0, self.num_steps, step, x)
+        if self.noise_removal:
+            x = denoise(score_fn, sde, x, _times(self.t_min, x))
+        return Samples(x, jnp.full(x.shape[:1], self.num_steps + self.noise_removal))
+
+
+@dataclasses.dataclass(frozen=True)
+class OdeSampler:
+    """Probability-flow ODE from T to t_min with per-example error control."""
+
+    solver: Solver
+    t_min: float
+    noise_removal: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.t_min < 1.0:
+            raise ValueError(f"sampling.smallest_time={self.t_min}: need 0 < t < 1 for the ODE")
+
+    def __call__(
+        self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
+    ) -> Samples:
+        """One sample per key, of the shape of `like`; NaN where the solver ran out of steps."""
+
+        def field(t: PerExample, x: Batched, args: None) -> Batched:
+            del args
+            return sde.ode_drift(score_fn(x, t), x, t)
+
+        latent = sde.prior_sample(keys, like)
+        x, nfe, reached = self.solver.integrate(field, sde.T, self.t_min, latent, None)
+        x = scale(jnp.where(reached, 1.0, jnp.nan).astype(x.dtype), x)
+        if self.noise_removal:
+            x = denoise(score_fn, sde, x, _times(self.t_min, x))
+        return Samples(x, nfe + self.noise_removal)
+
+
+Sampler = PredictorCorrector | ReverseSDE | OdeSampler

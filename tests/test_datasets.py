@@ -1,0 +1,434 @@
+"""Laws of the data streams: a batch is a function of (seed, step) and of nothing else."""
+
+import dataclasses
+import itertools
+import pathlib
+import subprocess
+import sys
+import threading
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+from datasets import DataConfig, Host, load
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FINITE = ("swissroll_fixed", "digits", "npz", "folder", "mnist")
+SOURCES = ("swissroll", *FINITE)
+NUM_TRAIN, NUM_TEST = 23, 7
+
+
+def config(dataset, **changes):
+    levels, no = (17 if dataset == "digits" else 256), False
+    default = DataConfig(dataset, "", 0, 1, levels, no, no, no, no, 0, 0)
+    return dataclasses.replace(default, **changes)
+
+
+def images(n, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def write_images(folder, arrays, suffix=".png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{i:03d}{suffix}")
+
+
+@pytest.fixture(scope="session")
+def tfds_folder(tmp_path_factory):
+    """A prepared `mnist` of 23 and 7 images: real records, written by the real builder."""
+    pytest.importorskip("importlib_resources", reason="tensorflow-datasets prepares sets with it")
+    tfds = pytest.importorskip("tensorflow_datasets")
+    folder = tmp_path_factory.mktemp("tfds")
+
+    def labelled(n, seed):
+        return enumerate({"image": x, "label": 0} for x in images(n, 28, 28, 1, seed=seed))
+
+    splits = {"train": labelled(NUM_TRAIN, 1), "test": labelled(NUM_TEST, 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfds.builder_cls("mnist"), "_split_generators", lambda *_: splits)
+        tfds.builder("mnist", data_dir=folder).download_and_prepare()
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory, request):
+    """make(source, **changes): a set of 23 and 7 examples from every kind of source."""
+    folder = tmp_path_factory.mktemp("data")
+    x_train, x_test = images(NUM_TRAIN, 6, 5, 3, seed=1), images(NUM_TEST, 6, 5, 3, seed=2)
+    np.savez(folder / "data.npz", x_train=x_train, x_test=x_test)
+    write_images(folder / "images" / "train", x_train)
+    write_images(folder / "images" / "test", x_test)
+
+    def build(source, **changes):
+        options = {
+            "swissroll": {"num_test": NUM_TEST},
+            "npz": {"path": str(folder / "data.npz"), "num_channels": 3},
+            "folder": {"path": str(folder / "images"), "num_channels": 3},
+        }.get(source, {"num_train": NUM_TRAIN, "num_test": NUM_TEST})
+        if source == "mnist":
+            options = {"path": request.getfixturevalue("tfds_folder")}
+        return load(config(source.removesuffix("_fixed"), **{**options, **changes}))
+
+    return build
+
+
+def train(data, n, **changes):
+    arguments = {"batch_size": 8, "seed": 0, "first_step": 0, **changes}
+    return list(itertools.islice(data.train_batches(**arguments), n))
+
+
+def assert_equal(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys() == {"image", "index", "mask"}
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], strict=True)
+
+
+def rows(batches, part):
+    return [{key: value[part] for key, value in batch.items()} for batch in batches]
+
+
+def join(batches, key="image"):
+    return np.concatenate([batch[key] for batch in batches])
+
+
+def stored(data, split):
+    return join(data.eval_batches(split, batch_size=data.size(split)))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_batches_have_the_stated_types_and_differ_between_steps_and_seeds(make, source):
+    data = make(source)
+    (a, b), (c, _) = train(data, 2), train(data, 2, seed=1)
+    for batch in (a, *data.eval_batches("test", batch_size=8)):
+        assert batch["image"].shape == (8, *data.shape)
+        assert batch["image"].dtype == (np.float32 if data.levels is None else np.uint8)
+        assert batch["index"].shape == batch["mask"].shape == (8,)
+        assert (batch["index"].dtype, batch["mask"].dtype) == (np.int32, bool)
+    assert a["mask"].all()
+    assert not np.array_equal(a["image"], b["image"])
+    assert not np.array_equal(a["image"], c["image"])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_batches_are_a_function_of_seed_and_step_whatever_the_start_and_the_host(make, source):
+    """With flips, across the ends of epochs (23 examples, batches of 8), by a fresh object."""
+    whole = train(make(source, random_flip=True), 9)
+    datasets._epoch.cache_clear()
+    data = make(source, random_flip=True)
+    for first in (1, 2, 3, 7):
+        assert_equal(train(data, 9 - first, first_step=first), whole[first:])
+    for count, h in ((2, 0), (2, 1), (4, 0), (4, 3)):
+        part = slice(h * 8 // count, (h + 1) * 8 // count)
+        assert_equal(train(data, 9, host=Host(h, count)), rows(whole, part))
+
+
+@pytest.mark.parametrize("source", FINITE)
+@pytest.mark.parametrize("batch_size", [1, 8, 60])
+def test_every_epoch_holds_every_example_once_in_a_new_order(make, source, batch_size):
+    data = make(source)
+    batches = train(data, 3 * NUM_TRAIN // batch_size + 1, batch_size=batch_size)
+    index = join(batches, "index")
+    np.testing.assert_array_equal(join(batches), stored(data, "train")[index])
+    epochs = index[: 3 * NUM_TRAIN].reshape(3, NUM_TRAIN)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(NUM_TRAIN), (3, 1)))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], np.arange(NUM_TRAIN))
+
+
+@pytest.mark.parametrize("source", ["npz", "folder", "mnist"])
+def test_sources_return_the_pixels_that_were_stored(make, source):
+    """In order; tensorflow-datasets has an order of its own, but keeps every image."""
+    data = make(source)
+    for split, n, seed in (("train", NUM_TRAIN, 1), ("test", NUM_TEST, 2)):
+        found, expected = stored(data, split), images(n, *data.shape, seed=seed)
+        if source == "mnist":
+            found, expected = (np.unique(x, axis=0) for x in (found, expected))
+        np.testing.assert_array_equal(found, expected, strict=True)
+    few = make(source, num_train=5, num_test=3)
+    np.testing.assert_array_equal(stored(few, "train"), stored(data, "train")[:5])
+    np.testing.assert_array_equal(stored(few, "test"), stored(data, "test")[:3])
+    assert set(join(train(few, 5), "index")) == set(range(5))
+
+
+@pytest.mark.parametrize("source", ["npz", "folder"])
+def test_flips_mirror_the_width_of_half_the_training_images_and_nothing_else(make, source):
+    plain, flipping = make(source), make(source, random_flip=True)
+    a, b = train(plain, 100), train(flipping, 100)
+    np.testing.assert_array_equal(join(a, "index"), join(b, "index"))
+    x, y = join(a), join(b)
+    same, mirrored = (x == y).all((1, 2, 3)), (x[:, :, ::-1] == y).all((1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(x))
+    first = join(a, "index") == 0
+    assert 0 < mirrored[first].sum() < first.sum()  # the coin belongs to a place, not an example
+    np.testing.assert_array_equal(stored(plain, "train"), stored(flipping, "train"))
+    np.testing.assert_array_equal(stored(plain, "test"), stored(flipping, "test"))
+
+
+@pytest.mark.parametrize("source", FINITE)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_evaluation_covers_the_split_once_in_order(make, source, split):
+    """For sizes that divide the split or not; a host may have nothing but padding at the end."""
+    data = make(source)
+    n = data.size(split)
+    for batch_size in (1, 4, 7, 8, 40):
+        batches = list(data.eval_batches(split, batch_size=batch_size))
+        position = np.arange(batch_size * -(-n // batch_size))
+        np.testing.assert_array_equal(join(batches, "mask"), position < n)
+        np.testing.assert_array_equal(join(batches, "index"), np.where(position < n, position, -1))
+        np.testing.assert_array_equal(join(batches)[:n], stored(data, split))
+    whole = list(data.eval_batches(split, batch_size=4))
+    for h in range(4):
+        mine = data.eval_batches(split, batch_size=4, host=Host(h, 4))
+        assert_equal(mine, rows(whole, slice(h, h + 1)))
+
+
+def draw(name, n=100_000):
+    x = datasets.SAMPLERS[name](np.random.default_rng(0), n)
+    assert (x.shape, x.dtype) == ((n, 2), np.float32)
+    np.testing.assert_array_equal(x, datasets.SAMPLERS[name](np.random.default_rng(0), n))
+    return x.astype(np.float64)
+
+
+def test_samplers_have_their_second_moments():
+    """E|x|² within five standard errors; the spiral has θ uniform between a and b."""
+    a, b = 1.5 * np.pi, 4.5 * np.pi
+    moments = {"gaussian": 2, "mixture": 4 + 2 * 0.2**2, "rings": 7.5 / 4 + 2 * 0.05**2}
+    moments |= {"checkerboard": 2 * 16 / 3, "moons": 2 * (0.75 + 9 / 16 - 1 / np.pi + 2 * 0.1**2)}
+    moments |= {"swissroll": ((a * a + a * b + b * b) / 3 + 2 * 0.5**2) / 25}
+    assert moments.keys() == datasets.SAMPLERS.keys()
+    for name, moment in moments.items():
+        square = (draw(name) ** 2).sum(1)
+        assert abs(square.mean() - moment) < 5 * square.std() / np.sqrt(len(square))
+
+
+def test_samplers_have_their_shapes():
+    """The cells of a law are equally likely, within five standard errors."""
+    square = np.floor(draw("checkerboard") / 2)
+    assert (np.abs(square + 0.5) < 2).all()
+    assert (square.sum(1) % 2 == 0).all()
+    ring, angle = np.round(2 * np.hypot(*draw("rings").T)), np.arctan2(*draw("mixture").T)
+    for cells, k in ((square, 8), (ring, 4), (np.round(angle / (np.pi / 4)) % 8, 8)):
+        _, counts = np.unique(cells, return_counts=True, axis=0)
+        assert len(counts) == k
+        error = np.sqrt((1 - 1 / k) / k / len(cells))
+        np.testing.assert_allclose(counts / len(cells), 1 / k, atol=5 * error)
+    np.testing.assert_allclose(np.cov(draw("gaussian").T), [[1, 0.6], [0.6, 1]], atol=0.02)
+    np.testing.assert_allclose(draw("moons").mean(0), 0, atol=0.02)
+    x, y = 5 * draw("swissroll").T
+    assert np.cos(np.hypot(x, y) - np.arctan2(y, x)).mean() > 0.85  # E cos(z/2) = e^(−1/8) = 0.88
+
+
+def test_fresh_samples_are_numbered_and_never_repeat(make):
+    data = make("swissroll")
+    assert (data.size("train"), data.size("test")) == (None, NUM_TEST)
+    batches = train(data, 5)
+    np.testing.assert_array_equal(join(batches, "index"), np.arange(40))
+    assert len(np.unique(join(batches), axis=0)) == 40
+    late = train(data, 2, first_step=2**31 // 8 - 1)
+    np.testing.assert_array_equal(join(late, "index"), [*range(2**31 - 8, 2**31), *range(8)])
+
+
+@pytest.mark.parametrize("num_train", [0, 50])
+def test_no_seed_trains_on_the_test_points(num_train):
+    """Among the seeds are all that a test split could use as its only word of entropy."""
+    a, b = (load(config("rings", num_train=num_train, num_test=50)) for _ in range(2))
+    points = stored(a, "test")
+    np.testing.assert_array_equal(points, stored(b, "test"))
+    seeds = (*range(8), 2**32 - 1)
+    seen = {x.tobytes() for s in seeds for x in join(train(a, 3, batch_size=50, seed=s))}
+    assert not seen & {x.tobytes() for x in points}
+    assert len(seen) == (num_train or len(seeds) * 150)
+
+
+def test_digits_keep_every_image_once():
+    from sklearn.datasets import load_digits
+
+    data, source = load(config("digits", image_size=8)), load_digits().images[..., None]
+    assert (data.size("train"), data.size("test")) == (1438, 359)
+    assert (data.shape, data.levels) == ((8, 8, 1), 17)
+    np.testing.assert_array_equal(stored(data, "test"), source[4::5])
+    np.testing.assert_array_equal(stored(data, "train"), np.delete(source, np.s_[4::5], axis=0))
+    assert stored(data, "train").max() == stored(data, "test").max() == 16
+
+
+def test_a_folder_without_splits_gives_every_tenth_image_to_the_test(tmp_path):
+    x = images(23, 4, 4, 1)
+    write_images(tmp_path / "a", x[:12, ..., 0])
+    write_images(tmp_path / "b/c", x[12:, ..., 0], ".PNG")
+    (tmp_path / "README.txt").write_text("not an image")
+    data = load(config("folder", path=str(tmp_path), image_size=4))
+    np.testing.assert_array_equal(stored(data, "test"), x[9::10])
+    np.testing.assert_array_equal(stored(data, "train"), np.delete(x, [9, 19], axis=0))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".bmp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_formats_decode_in_grey_and_colour(tmp_path, suffix, channels):
+    """A smooth image: JPEG decoders may round differently, by a few grey levels."""
+    ramp = np.linspace(0, 255, 64).reshape(8, 8).astype(np.uint8)
+    image = ramp if channels == 1 else np.stack([ramp, ramp.T, ramp[::-1]], -1)
+    write_images(tmp_path, [image] * 10, suffix)
+    found = stored(load(config("folder", path=str(tmp_path), num_channels=channels)), "test")
+    expected = np.asarray(Image.open(tmp_path / f"009{suffix}")).reshape(1, 8, 8, channels)
+    assert np.abs(found.astype(int) - expected).max() <= (4 if suffix in (".jpg", ".jpeg") else 0)
+
+
+def prefetching():
+    return any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("source", ["npz", "folder", "swissroll"])
+def test_dropping_an_iterator_ends_its_thread(make, source):
+    data = make(source)
+    stream = data.train_batches(batch_size=8, seed=0, first_step=0)
+    assert next(stream)["mask"].all()
+    assert prefetching()
+    stream.close()
+    assert not prefetching()
+    for _ in data.train_batches(batch_size=8, seed=0, first_step=0):
+        break
+    assert not prefetching()
+    assert len(list(data.eval_batches("test", batch_size=4))) == 2
+    assert not prefetching()
+
+
+def test_two_batches_are_computed_ahead_and_an_error_comes_out_at_its_own_batch():
+    computed, steps = threading.Semaphore(0), []
+
+    def batch(step):
+        steps.append(step)
+        computed.release()
+        return 6 // (3 - step)
+
+    stream = datasets._prefetch(batch, itertools.count())
+    assert steps == []
+    assert next(stream) == 2
+    assert all(computed.acquire(timeout=5) for _ in range(3))
+    assert not computed.acquire(timeout=0.1)
+    assert [next(stream), next(stream)] == [3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    assert list(stream) == []
+    assert not prefetching()
+
+
+def test_sets_in_memory_need_no_tensorflow_and_open_streams_let_the_process_end(tmp_path):
+    path = str(tmp_path / "data.npz")
+    np.savez(path, x_train=images(4, 3, 3), x_test=images(2, 3, 3))
+    code = f"""
+import sys, datasets
+sets = [("npz", {path!r}, 256), ("digits", "", 17), *((s, "", 0) for s in datasets.SAMPLERS)]
+configs = [datasets.DataConfig(n, p, 0, 1, k, *[False] * 4, 0, 2) for n, p, k in sets]
+arguments = dict(batch_size=2, seed=0, first_step=0)
+streams = [datasets.load(config).train_batches(**arguments) for config in configs]
+assert all(next(stream)["mask"].all() for stream in streams)
+assert not any(name.startswith("tensorflow") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
+def refused(message, name, **changes):
+    with pytest.raises(ValueError, match=message):
+        load(config(name, **changes))
+
+
+def test_names_and_fields_that_do_not_fit_are_refused():
+    assert load(config("SwissRoll", num_test=1)).name == "swissroll"
+    known = r"known are \['checkerboard', 'cifar10', 'digits'"
+    refused(rf"data\.dataset='swisroll': swissroll\? {known}", "swisroll")
+    refused(rf"data\.dataset='zzz': {known}", "zzz")
+    refused(r"data\.num_test=0: expected at least 1", "rings")
+    refused(r"data\.num_train=-1: expected at least 0", "rings", num_test=1, num_train=-1)
+    refused(r"data\.path='x': expected '' for rings", "rings", num_test=1, path="x")
+    refused(r"data\.path='x': expected '' for digits", "digits", path="x")
+    refused(r"data\.levels=256: expected 17", "digits", levels=256)
+    refused(r"data\.num_channels=3: expected 1 or 3, and as in .*: 1", "digits", num_channels=3)
+    refused(r"data\.image_size=28: expected 0 or as in .*: 8x8", "digits", image_size=28)
+    refused(r"data\.num_train=1439: expected 0 \(all\) to 1438", "digits", num_train=1439)
+    refused(r"data\.num_test=-1: expected 0 \(all\) to 359", "digits", num_test=-1)
+    refused(r"data\.num_channels=3: expected .* mnist: 1", "mnist", num_channels=3)
+    refused(r"data\.image_size=64: .* 32x32", "CIFAR10", image_size=64, num_channels=3)
+    refused(r"datasets\.py': expected an existing \.npz file", "npz", path=__file__)
+    refused(r"data\.path='': expected an existing folder", "folder")
+    refused(r"data\.levels=17: expected 256", "folder", path=".", levels=17)
+
+
+def test_arrays_that_do_not_fit_are_refused(tmp_path):
+    good, path = images(4, 5, 5), str(tmp_path / "data.npz")
+
+    def check(message, x_train=good, x_test=good, **changes):
+        np.savez(path, x_train=x_train, x_test=x_test)
+        refused(message, "npz", path=path, **changes)
+
+    check(r"x_train .*float64: convert it to uint8", x_train=good / 255.0)
+    check(r"x_test .*int64: convert it to uint8", x_test=good.astype(int))
+    check(r"x_train .*shape \(5, 5\): expected \[n, H, W", x_train=good[0])
+    check(r"x_test .*shape \(0, 5, 5\): .* not empty", x_test=good[:0])
+    check(r"x_test .*=\(4, 5, 1\): expected that of x_train, \(5, 5, 1\)", x_test=good[:, :4])
+    check(r"data\.num_channels=3: .*x_train.*: 1", num_channels=3)
+    check(r"num_channels=4: expected 1 or 3", x_train=images(2, 5, 5, 4), num_channels=4)
+    check(r"data\.image_size=4: .* 5x5", image_size=4)
+    check(r"data\.image_size=5: .* 4x5", x_train=good[:, :4], image_size=5)
+    check(r"levels=16: .*more than the largest .*x_test .*, 2\d\d", x_train=good // 16, levels=16)
+    check(r"data\.levels=257: expected 2 to 256", levels=257)
+    check(r"allow_pickle=False", x_train=np.array([{}], object))
+    np.savez(path, x_train=good // 16, x_test=good // 16)
+    assert load(config("npz", path=path, levels=16)).levels == good.max() // 16 + 1
+    refused(r"data\.levels=15: expected more than .*, 15", "npz", path=path, levels=15)
+    np.savez(path, x_train=good, y=good)
+    refused(r"has no x_test, its keys: \['x_train', 'y'\]", "npz", path=path)
+
+
+def test_odd_images_of_a_folder_are_refused_by_file_name(tmp_path):
+    write_images(tmp_path, images(9, 4, 4))
+    refused(r"data\.path=.*not 9 and 0", "folder", path=str(tmp_path))
+    for odd, message in (
+        (images(1, 4, 5), r"009\.png is \(4, 5, 1\), but .*000\.png is \(4, 4, 1\)"),
+        (images(1, 4, 4, 3), r"009\.png is \(4, 4, 3\), but"),
+        (images(1, 4, 4, 4), r"009\.png has mode RGBA: convert"),
+        (np.zeros((1, 4, 4), np.uint16), r"009\.png has mode I;16.*: convert"),
+    ):
+        write_images(tmp_path, [*images(9, 4, 4), *odd])
+        refused(message, "folder", path=str(tmp_path))
+    write_images(tmp_path, images(10, 32, 32))
+    file = tmp_path / "009.png"
+    file.write_bytes(file.read_bytes()[:200])  # the header is right, the pixels are cut off
+    data = load(config("folder", path=str(tmp_path)))
+    with pytest.raises(Exception, match="PNG"):
+        next(data.eval_batches("test", batch_size=1))
+    file.write_text("not a picture")
+    refused(r"009\.png cannot be read as an image", "folder", path=str(tmp_path))
+
+
+def test_stream_arguments_are_refused_before_the_first_batch(make):
+    data, endless, host = make("npz"), make("swissroll"), Host(0, 2)
+    with pytest.raises(ValueError, match=r"batch_size=0: expected a positive multiple of 1"):
+        train(data, 0, batch_size=0)
+    with pytest.raises(ValueError, match=r"batch_size=9: expected a positive multiple of 2"):
+        train(data, 0, batch_size=9, host=host)
+    with pytest.raises(ValueError, match=r"host=Host\(index=2, count=2\): expected 0 <= index < c"):
+        train(data, 0, host=Host(2, 2))
+    with pytest.raises(ValueError, match=r"seed=-1: expected 0 <= seed < 2\*\*32"):
+        train(data, 0, seed=-1)
+    with pytest.raises(ValueError, match=r"first_step=-1: expected at least 0"):
+        train(data, 0, first_step=-1)
+    with pytest.raises(ValueError, match=r"batch_size=9: expected a positive multiple of 2"):
+        data.eval_batches("test", batch_size=9, host=host)
+    with pytest.raises(ValueError, match=r"split='valid': expected 'train' or 'test'"):
+        data.size("valid")
+    with pytest.raises(ValueError, match=r"split='train' of swissroll is endless"):
+        endless.eval_batches("train", batch_size=2)
+
+
+def test_a_set_that_cannot_be_downloaded_says_what_to_run(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    no_network = mock.Mock(side_effect=ConnectionError("no route to host"))
+    monkeypatch.setattr(tfds.builder_cls("cifar10"), "download_and_prepare", no_network)
+    message = r"cifar10 is not in .*no route to host.*`tfds build cifar10 --data_dir=DIR`"
+    refused(message, "CIFAR10", path=str(tmp_path), num_channels=3)

@@ -1,0 +1,139 @@
+"""Encodings: log-determinants, bits/dim of uniform densities, integers to reals and back."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dequantization import Pixels, Reals
+
+CODES = [
+    Pixels(256), Pixels(256, centered=False), Pixels(256, centered=False, logit=True),
+    Pixels(17), Pixels(17, centered=False), Pixels(17, centered=False, logit=True), Pixels(2),
+]  # fmt: skip
+every_code = pytest.mark.parametrize("code", CODES, ids=str)
+
+
+def all_integers(code):
+    return jnp.arange(code.levels, dtype=jnp.uint8)[:, None]
+
+
+@pytest.mark.usefixtures("x64")
+@every_code
+def test_log_determinant_is_that_of_the_jacobian(code):
+    w = jax.random.uniform(jax.random.key(0), (5, 6), minval=1e-3, maxval=1 - 1e-3)
+    jacobian = jax.vmap(jax.jacfwd(code.from_unit))(w)
+    expected = jnp.linalg.slogdet(jacobian)[1]
+    np.testing.assert_allclose(code.log_det(code.from_unit(w)), expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(code.to_unit(code.from_unit(w)), w, rtol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+@every_code
+def test_uniform_density_has_log2_levels_bits(code):
+    """The uniform law on the unit cube, written in model space: log p(y) = −log|dy/dw|."""
+    w = jax.random.uniform(jax.random.key(0), (5, 2, 3))
+    y = code.from_unit(w)
+    log_slope = jnp.log(jax.jvp(code.from_unit, (w,), (jnp.ones_like(w),))[1])
+    bits = code.negative_log_likelihood(-jnp.sum(log_slope, axis=(1, 2)), y)
+    np.testing.assert_allclose(bits, math.log2(code.levels), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("code", "log_p_per_dim", "bits"),
+    [
+        (Pixels(256), 0.0, 7.0),
+        (Pixels(256, centered=False), 0.0, 8.0),
+        (Pixels(17), 0.0, math.log2(17) - 1.0),
+        (Pixels(256, centered=False), -3.0 * math.log(2.0), 11.0),
+    ],
+)
+def test_published_offsets_of_bits_per_dim(code, log_p_per_dim, bits):
+    y = jnp.full((2, 5), 0.25)
+    log_p = jnp.full((2,), 5 * log_p_per_dim)
+    np.testing.assert_allclose(code.negative_log_likelihood(log_p, y), bits, rtol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_untrained_drift_network_on_logit_data():
+    """17.2966 − mean log-determinant in bits: sdeflow-light's first evaluation, |y|² = d."""
+    code, d = Pixels(256, centered=False, logit=True), 7
+    y = jnp.ones((1, d))
+    log_p = jnp.full((1,), -0.5 * d * (math.log(2 * math.pi) + 1.0 + 10.05))
+    log_det = float(code.log_det(y)[0])
+    expected = 17.2966 - log_det / (d * math.log(2.0))
+    assert float(code.negative_log_likelihood(log_p, y)[0]) == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@every_code
+def test_decode_inverts_encode_for_every_level(code):
+    """Noise from the first to the last 1e-12 of the cell, in float64."""
+    for u in (1e-12, 0.1, 0.5, 0.9, 1.0 - 1e-12):
+        k = all_integers(code)
+        y = code.encode_with_noise(k, jnp.full(k.shape, u))
+        np.testing.assert_array_equal(code.decode(y), k)
+
+
+@every_code
+def test_decode_inverts_encode_in_float32(code):
+    """Up to 2e-4 of a cell from its edge: 256 levels leave 16 bits for the noise."""
+    for u in (2e-4, 0.5, 1.0 - 2e-4):
+        k = all_integers(code)
+        y = code.encode_with_noise(k, jnp.full(k.shape, u, jnp.float32))
+        assert y.dtype == jnp.float32
+        np.testing.assert_array_equal(code.decode(y), k)
+
+
+@every_code
+def test_encode_adds_uniform_noise_of_each_key(code):
+    n = 4000
+    k = jnp.full((n, 1), code.levels // 2, jnp.uint8)
+    keys = jax.random.split(jax.random.key(0), n)
+    u = np.asarray(code.levels * code.to_unit(code.encode(k, keys)) - code.levels // 2)
+    # Moments of U[0, 1) within 4 standard errors: those of u and of (u − ½)² are √(1/12n), √(1/180n).
+    assert abs(u.mean() - 0.5) < 4 * np.sqrt(1 / (12 * n))
+    assert abs(((u - 0.5) ** 2).mean() - 1 / 12) < 4 * np.sqrt(1 / (180 * n))
+    np.testing.assert_array_equal(code.encode(k[:3], keys[:3]), code.encode(k, keys)[:3])
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("centered", [False, True])
+def test_noise_free_encoding_spans_the_interval_and_comes_back(levels, centered):
+    code = Pixels(levels, centered=centered, dequantize_uniformly=False)
+    k = all_integers(code)
+    y = code.encode(k, jax.random.split(jax.random.key(0), levels))
+    expected = np.linspace(-1.0 if centered else 0.0, 1.0, levels)[:, None]
+    np.testing.assert_allclose(y, expected, atol=1e-7)
+    np.testing.assert_array_equal(code.decode(y), k)
+
+
+@every_code
+def test_decode_clips_to_the_levels(code):
+    outside = jnp.asarray([[-20.0, 20.0]])
+    np.testing.assert_array_equal(code.decode(outside), [[0, code.levels - 1]])
+
+
+@pytest.mark.parametrize("levels", [-1, 0, 1, 257])
+def test_wrong_number_of_levels_is_refused(levels):
+    with pytest.raises(ValueError, match=f"data.levels={levels}.*2 <= levels <= 256"):
+        Pixels(levels)
+
+
+def test_contradictory_transforms_are_refused():
+    with pytest.raises(ValueError, match=r"data.centered=True with data.logit=True"):
+        Pixels(256, centered=True, logit=True)
+    with pytest.raises(ValueError, match="data.uniform_dequantization=True"):
+        Pixels(256, centered=False, logit=True, dequantize_uniformly=False)
+
+
+def test_real_data_are_left_alone_and_reported_in_nats():
+    x = jnp.asarray([[1.5, -2.0]])
+    code = Reals()
+    np.testing.assert_array_equal(code.encode(x, jax.random.split(jax.random.key(0), 1)), x)
+    np.testing.assert_array_equal(code.decode(x), x)
+    np.testing.assert_array_equal(code.negative_log_likelihood(jnp.asarray([3.0]), x), [-3.0])
+    assert (code.unit, Pixels(256).unit) == ("nats", "bits/dim")

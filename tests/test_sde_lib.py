@@ -1,0 +1,290 @@
+"""Laws of the linear diffusions, by automatic differentiation in float64, and their chains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from sde_lib import SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE, chain_index
+
+ALL = [
+    VPSDE(), VPSDE(0.3, 7.0), SubVPSDE(), SubVPSDE(0.3, 7.0),
+    VESDE(0.02, 9.0), LinearVESDE(3.0),
+]  # fmt: skip
+BETA = [sde for sde in ALL if isinstance(sde, VPSDE | SubVPSDE)]
+every_sde = pytest.mark.parametrize("sde", ALL, ids=str)
+beta_sde = pytest.mark.parametrize("sde", BETA, ids=str)
+
+
+def times(lowest=1e-5, number=201, dtype=np.float64):
+    return jnp.asarray(np.geomspace(lowest, 1.0, number), dtype)
+
+
+def derivative(function, t):
+    return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_drift_is_logarithmic_derivative_of_alpha(sde):
+    t = times()
+    expected = derivative(lambda t: jnp.log(sde.alpha(t)), t)
+    np.testing.assert_allclose(sde.drift_coefficient(t), expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_diffusion_makes_the_variance(sde):
+    """g² = dσ²/dt − 2 a σ²."""
+    t = times()
+    a, sigma2 = sde.drift_coefficient(t), sde.sigma(t) ** 2
+    expected = derivative(lambda t: sde.sigma(t) ** 2, t) - 2.0 * a * sigma2
+    np.testing.assert_allclose(sde.g2(t), expected, rtol=1e-12)
+    np.testing.assert_allclose(sde.g(t) ** 2, sde.g2(t), rtol=1e-15)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_cumulative_weight_integrates_likelihood_weight(sde):
+    """W' = g²/σ²."""
+    t = times()
+    np.testing.assert_allclose(
+        derivative(sde.cumulative_weight, t), sde.g2(t) / sde.sigma(t) ** 2, rtol=1e-11
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_time_of_weight_inverts_cumulative_weight(sde):
+    t = times()
+    np.testing.assert_allclose(sde.time_of_weight(sde.cumulative_weight(t)), t, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_perturbed_data_start_at_the_data(sde):
+    zero = jnp.zeros(())
+    assert sde.alpha(zero) == 1.0
+    assert sde.sigma(zero) == (sde.sigma_min if isinstance(sde, VESDE) else 0.0)
+
+
+@pytest.mark.usefixtures("x64")
+@beta_sde
+def test_integral_of_beta(sde):
+    t = times()
+    np.testing.assert_allclose(derivative(sde.integral_beta, t), sde.beta(t), rtol=1e-13)
+    np.testing.assert_allclose(sde.time_of_integral_beta(sde.integral_beta(t)), t, rtol=1e-13)
+    assert sde.beta(jnp.ones(())) == sde.beta_max
+
+
+@pytest.mark.usefixtures("x64")
+def test_published_values():
+    """α_1 and σ of VP, sub-VP and VE at their smallest times (mle_score_ode, sdeflow-light)."""
+    one, tiny, small = jnp.asarray(1.0), jnp.asarray(1e-5), jnp.asarray(1e-2)
+    assert float(VPSDE().alpha(one)) == pytest.approx(6.5715865e-3, rel=1e-7)
+    assert float(VPSDE().sigma(one) ** 2) == pytest.approx(0.99995681, rel=1e-8)
+    assert float(VPSDE().sigma(tiny)) == pytest.approx(1.0005e-3, rel=5e-5)
+    assert float(SubVPSDE().sigma(small)) == pytest.approx(1.993e-3, rel=3e-4)
+    assert float(VESDE().sigma(tiny)) == pytest.approx(1.000085e-2, rel=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+@pytest.mark.parametrize("name", ["alpha", "sigma", "g2", "cumulative_weight"])
+def test_float32_is_accurate_near_the_data(sde, name):
+    """1e-5 relative; √(1 − e^{−B}) in float32 is wrong by 6e-3 at t = 1e-5."""
+    t = jnp.asarray(np.geomspace(1e-5, 1e-2, 400), jnp.float32)
+    function = getattr(sde, name)
+    single, double = function(t), function(t.astype(jnp.float64))
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single.astype(jnp.float64), double, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+@pytest.mark.parametrize("name", ["alpha", "sigma", "g2"])
+def test_no_jump_where_published_code_switches_formula(sde, name):
+    """Steps across t = 0.010017 are equal within 1%; the published σ jumps by ten such steps."""
+    t = jnp.asarray(0.010017 + 1e-6 * np.arange(-50, 51))
+    steps = np.diff(np.log(getattr(sde, name)(t)))
+    np.testing.assert_allclose(steps, steps.mean(), rtol=1e-2, atol=1e-15)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_perturb_and_prior_sample_moments(sde):
+    x0, z, t = jnp.ones((3, 2, 2)), 2.0 * jnp.ones((3, 2, 2)), jnp.asarray([0.1, 0.5, 0.9])
+    expected = np.asarray(sde.alpha(t) + 2.0 * sde.sigma(t))[:, None, None] * np.ones((3, 2, 2))
+    np.testing.assert_allclose(sde.perturb(x0, t, z), expected, rtol=1e-15)
+    x = sde.prior_sample(jax.random.split(jax.random.key(0), 10_000), jnp.zeros((10_000, 2)))
+    assert abs(float(jnp.std(x)) / sde.prior_std - 1.0) < 4 / np.sqrt(2 * x.size)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_prior_log_density(sde):
+    x = sde.prior_std * jax.random.normal(jax.random.key(0), (5, 2, 3))
+    expected = norm.logpdf(np.asarray(x), scale=sde.prior_std).sum(axis=(1, 2))
+    np.testing.assert_allclose(sde.prior_logp(x), expected, rtol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_prior_kl_is_expected_log_ratio(sde):
+    """E[log q(x_T|x0) − log π(x_T)], exact by two nodes: the integrand is quadratic in z."""
+    x0 = 3.0 * jax.random.normal(jax.random.key(0), (5, 2, 3))
+    one = jnp.ones(())
+    mean, std = np.asarray(sde.alpha(one) * x0), float(sde.sigma(one))
+    log_ratio = [
+        norm.logpdf(mean + std * z, mean, std) - norm.logpdf(mean + std * z, 0.0, sde.prior_std)
+        for z in (-1.0, 1.0)
+    ]
+    expected = 0.5 * sum(log_ratio).sum(axis=(1, 2))
+    np.testing.assert_allclose(sde.prior_kl(x0), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+@pytest.mark.parametrize("lmbd", [-3.0, 0.0, 0.5, 1.0])
+def test_every_member_of_the_lambda_family_has_the_forward_marginals(sde, lmbd):
+    """Gaussian data of variance v0, s = −x/v: run backwards, the variance moves by −dv/dt.
+
+    With drift b x and diffusion √(1 − λ) g that is −2 b v + (1 − λ) g² = −dv/dt.
+    """
+    t, v0 = times(1e-3, 50), 0.7
+    variance = lambda t: sde.alpha(t) ** 2 * v0 + sde.sigma(t) ** 2  # noqa: E731
+    v, x = variance(t), jnp.ones((50, 1))
+    b = sde.reverse_drift(-x / v[:, None], x, t, lmbd)[:, 0]
+    backwards = -2.0 * b * v + (1.0 - lmbd) * sde.g2(t)
+    size = np.asarray(sde.g2(t) + jnp.abs(2.0 * b * v))
+    np.testing.assert_array_less(np.abs(backwards + derivative(variance, t)), 1e-12 * size)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_ode_drift_is_the_member_without_noise(sde):
+    x, score, t = jnp.ones((3, 2)), 2.0 * jnp.ones((3, 2)), jnp.asarray([0.1, 0.5, 0.9])
+    np.testing.assert_array_equal(
+        sde.ode_drift(score, x, t), sde.reverse_drift(score, x, t, lmbd=1.0)
+    )
+    np.testing.assert_allclose(
+        sde.ode_drift(score, x, t)[:, 0], sde.drift_coefficient(t) - sde.g2(t), rtol=1e-14
+    )
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 1000])
+def test_times_of_the_chain_fall_on_their_own_index(num_steps):
+    """⌊t (N − 1)⌋ in float32 loses the grid points that round down."""
+    t = jnp.linspace(0.0, 1.0, num_steps)
+    np.testing.assert_array_equal(chain_index(t, num_steps, 1.0), np.arange(num_steps))
+    between = (t[1:] + t[:-1]) / 2
+    np.testing.assert_array_equal(chain_index(between, num_steps, 1.0), np.arange(num_steps - 1))
+
+
+def whole_chain(number):
+    return jnp.linspace(0.0, 1.0, number), jnp.ones((number, 1))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sde", [VPSDE(), VPSDE(0.3, 7.0)], ids=str)
+def test_vp_chain_preserves_variance_with_linear_beta(sde):
+    t, x = whole_chain(1000)
+    f, g = sde.discretize(x, t, 1e-3, 1000)
+    beta = np.linspace(sde.beta_min / 1000, sde.beta_max / 1000, 1000)
+    np.testing.assert_allclose(g**2, beta, rtol=1e-12)
+    np.testing.assert_allclose((x + f)[:, 0] ** 2 + g**2, 1.0, rtol=1e-14)
+    np.testing.assert_allclose(sde.langevin_alpha(t, 1000), 1.0 - beta, rtol=1e-14)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sde", [VESDE(), VESDE(0.02, 9.0)], ids=str)
+def test_ve_chain_adds_geometric_variances(sde):
+    t, x = whole_chain(1000)
+    f, g = sde.discretize(x, t, 1e-3, 1000)
+    sigmas = np.geomspace(sde.sigma_min, sde.sigma_max, 1000)
+    np.testing.assert_array_equal(f, 0.0)
+    np.testing.assert_allclose(np.sqrt(np.cumsum(g**2)), sigmas, rtol=1e-10)
+    np.testing.assert_array_equal(sde.langevin_alpha(t, 1000), 1.0)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sde", [SubVPSDE(), LinearVESDE()], ids=str)
+def test_other_chains_are_euler_maruyama(sde):
+    t, x = jnp.asarray([0.2, 0.7]), jnp.asarray([[1.0, -2.0], [0.5, 3.0]])
+    f, g = sde.discretize(x, t, 0.01, 100)
+    a = np.asarray(sde.drift_coefficient(t))[:, None]
+    np.testing.assert_allclose(f, 0.01 * a * np.asarray(x), rtol=1e-14)
+    np.testing.assert_allclose(g**2, 0.01 * np.asarray(sde.g2(t)), rtol=1e-14)
+
+
+@pytest.mark.usefixtures("x64")
+def test_sub_vp_corrector_uses_the_published_chain():
+    t = whole_chain(100)[0]
+    expected = 1.0 - np.linspace(0.1, 20.0, 100) / 100
+    np.testing.assert_allclose(SubVPSDE().langevin_alpha(t, 100), expected, rtol=1e-14)
+    np.testing.assert_array_equal(LinearVESDE().langevin_alpha(t, 100), 1.0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_vp_ancestral_mean_is_the_posterior_mean():
+    """One data point x0: E[x_{i−1} | x_i, x0] of the chain with ᾱ_i = Π (1 − β_j)."""
+    n, x0, x = 50, 0.8, jnp.full((50, 1), -1.3)
+    beta = np.linspace(0.1, 20.0, n) / n
+    bar = np.cumprod(1.0 - beta)
+    before = np.concatenate([[1.0], bar[:-1]])
+    score = jnp.asarray((np.sqrt(bar) * x0 + 1.3) / (1.0 - bar))[:, None]
+    mean, std = VPSDE().ancestral(score, x, whole_chain(n)[0], n)
+    expected = np.sqrt(before) * beta * x0 - np.sqrt(1.0 - beta) * (1.0 - before) * 1.3
+    np.testing.assert_allclose(mean[:, 0], expected / (1.0 - bar), rtol=1e-9)
+    np.testing.assert_allclose(std, np.sqrt(beta), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_ve_ancestral_step_is_the_posterior():
+    """One data point x0: the precisions of x_{i−1} given x0 and given x_i add up."""
+    n, x0, x = 50, 0.8, jnp.full((50, 1), -1.3)
+    sigma2 = np.geomspace(0.01, 50.0, n) ** 2
+    before = np.concatenate([[0.0], sigma2[:-1]])
+    mean, std = VESDE().ancestral(jnp.asarray((x0 + 1.3) / sigma2)[:, None], x, whole_chain(n)[0], n)
+    assert std[0] == 0.0
+    assert float(mean[0, 0]) == pytest.approx(x0, rel=1e-12)
+    precision = 1.0 / before[1:] + 1.0 / (sigma2 - before)[1:]
+    expected = (x0 / before[1:] - 1.3 / (sigma2 - before)[1:]) / precision
+    np.testing.assert_allclose(std[1:], precision**-0.5, rtol=1e-9)
+    np.testing.assert_allclose(mean[1:, 0], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sde", [SubVPSDE(), LinearVESDE()], ids=str)
+def test_ancestral_sampling_without_a_chain_is_refused(sde):
+    x, t = jnp.ones((1, 2)), jnp.ones((1,))
+    with pytest.raises(ValueError, match=rf"ancestral_sampling.*{type(sde).__name__}.*VPSDE, VESDE"):
+        sde.ancestral(x, x, t, 10)
+
+
+@pytest.mark.parametrize("kind", [VPSDE, SubVPSDE])
+@pytest.mark.parametrize("fields", [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0)])
+def test_wrong_beta_is_refused(kind, fields):
+    with pytest.raises(ValueError, match="beta_min.*beta_max"):
+        kind(*fields)
+
+
+@pytest.mark.parametrize("fields", [(0.0, 50.0), (-0.01, 50.0), (50.0, 0.01), (1.0, 1.0)])
+def test_wrong_geometric_sigma_is_refused(fields):
+    with pytest.raises(ValueError, match="sigma_min.*sigma_max"):
+        VESDE(*fields)
+
+
+@pytest.mark.parametrize("sigma_max", [0.0, -1.0, float("nan")])
+def test_wrong_linear_sigma_is_refused(sigma_max):
+    with pytest.raises(ValueError, match="sigma_max"):
+        LinearVESDE(sigma_max)
+
+
+def test_names_resolve_and_sdes_are_static_arguments():
+    assert SDES == {
+        "vpsde": VPSDE, "subvpsde": SubVPSDE, "vesde": VESDE, "linearvesde": LinearVESDE
+    }  # fmt: skip
+    sigma = jax.jit(lambda sde, t: sde.sigma(t), static_argnums=0)
+    assert float(sigma(LinearVESDE(3.0), jnp.asarray(0.5))) == 1.5
+    assert hash(VPSDE()) == hash(VPSDE(0.1, 20.0))

@@ -1,0 +1,203 @@
+"""Proposals for t: densities, inverse CDFs, published constants, stratification, ids."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import quad
+from scipy.stats import kstest
+
+from sde_lib import VESDE, VPSDE, LinearVESDE, SubVPSDE
+from time_sampling import (
+    UNIFORMS,
+    Debias,
+    Importance,
+    Uniform,
+    independent_uniforms,
+    stratified_uniforms,
+)
+
+PROPOSALS = [
+    Uniform(VPSDE(), 1e-5), Uniform(VESDE(), 0.0),
+    Importance(VPSDE(), 1e-5), Importance(VPSDE(0.3, 7.0), 1e-3),
+    Importance(SubVPSDE(), 1e-2), Importance(SubVPSDE(0.3, 7.0), 1e-3),
+    Importance(VESDE(), 1e-5), Importance(LinearVESDE(3.0), 1e-3),
+    Debias(VPSDE()), Debias(VPSDE(0.3, 7.0), 1e-2), Debias(SubVPSDE(), 1e-2),
+    Debias(VESDE(), 1e-5), Debias(LinearVESDE(3.0), 1e-2),
+]  # fmt: skip
+every_proposal = pytest.mark.parametrize("proposal", PROPOSALS, ids=str)
+
+
+def breaks(proposal):
+    """Support of a proposal, cut into decades, so that quadrature sees the peak at small t."""
+    lowest = getattr(proposal, "t_min", 0.0)
+    decades = [b for b in [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1] if b > lowest]
+    return [lowest, *decades, 1.0]
+
+
+def probability(proposal, t):
+    """P(proposal ≤ t) by quadrature of its density."""
+    density = jax.jit(proposal.density)
+    edges = [b for b in breaks(proposal) if b < t] + [t]
+    pieces = zip(edges[:-1], edges[1:], strict=True)
+    options = {"epsabs": 0.0, "epsrel": 1e-11, "limit": 200}
+    return sum(quad(lambda s: float(density(jnp.asarray(s))), a, b, **options)[0] for a, b in pieces)
+
+
+def tabulated_cdf(proposal):
+    """CDF on a fine logarithmic grid by the trapezoidal rule, good to 1e-5."""
+    lowest = getattr(proposal, "t_min", 0.0)
+    t = np.concatenate([[lowest], np.geomspace(max(lowest, 1e-7), 1.0, 20_000)])
+    p = np.asarray(proposal.density(jnp.asarray(t)))
+    mass = np.concatenate([[0.0], np.cumsum(np.diff(t) * (p[1:] + p[:-1]) / 2)])
+    return functools.partial(np.interp, xp=t, fp=mass)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("proposal", "expected"),
+    [
+        (Importance(VPSDE(), 1e-5), 23.86447),
+        (Importance(VPSDE(), 5e-5), 22.251),
+        (Importance(SubVPSDE(), 1e-2), 22.48413),
+        (Importance(VESDE(), 1e-5), 2.0 * np.log(5000.0) * (1.0 - 1e-5)),
+        (Importance(LinearVESDE(), 1e-3), 2.0 * np.log(1000.0)),
+        (Debias(VPSDE(), 1e-3), 20.25594231),
+        (Uniform(VPSDE(), 1e-2), 0.99),
+    ],
+    ids=str,
+)
+def test_normalisers(proposal, expected):
+    digits = len(str(expected).split(".")[1])
+    assert float(proposal.normalizer) == pytest.approx(expected, abs=max(0.6 * 10.0**-digits, 1e-12))
+
+
+@pytest.mark.usefixtures("x64")
+@every_proposal
+def test_quantile_inverts_the_integral_of_the_density(proposal):
+    """To the ends of the support: the density integrates to one."""
+    u = np.asarray([1e-3, 0.04, 0.3, 0.7, 0.98])
+    t = np.asarray(proposal.quantile(jnp.asarray(u)))
+    np.testing.assert_allclose([probability(proposal, s) for s in t], u, rtol=1e-8)
+    assert probability(proposal, 1.0) == pytest.approx(1.0, rel=1e-9)
+    ends = proposal.quantile(jnp.asarray([0.0, 1.0]))
+    np.testing.assert_allclose(ends, breaks(proposal)[:: len(breaks(proposal)) - 1], rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@every_proposal
+def test_samples_follow_the_density(proposal):
+    u = independent_uniforms(jax.random.key(5), jnp.arange(20_000), 20_000, jnp.float64)
+    result = kstest(np.asarray(proposal.quantile(u)), tabulated_cdf(proposal))
+    assert result.pvalue > 1e-3, result
+
+
+@pytest.mark.usefixtures("x64")
+def test_debias_law_of_the_drift_elbo():
+    """u_eps, quantiles and mean of sdeflow-light with β from 0.1 to 20 and t_eps = 1e-3."""
+    law = Debias(VPSDE(), 1e-3)
+    rate, flat, low, normalizer = (float(piece) for piece in law.pieces())
+    assert rate == pytest.approx(1090.55563, abs=6e-6)
+    assert low == pytest.approx(-9.11542987, abs=6e-9)
+    assert flat / normalizer == pytest.approx(0.05383880, abs=6e-9)
+    u = jnp.asarray([0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
+    expected = [1.857397e-4, 9.286983e-4, 2.282263e-3, 1.9694857e-2]
+    expected += [0.25157653, 0.70336199, 0.89304322, 0.98982097]
+    np.testing.assert_allclose(law.quantile(u), expected, rtol=3e-7)
+    grid = (jnp.arange(200_000.0) + 0.5) / 200_000.0
+    assert float(jnp.mean(law.quantile(grid))) == pytest.approx(0.36393769, abs=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+@every_proposal
+def test_importance_weights_make_integrals_unbiased(proposal):
+    """E[h(t)/p(t)] = ∫ h dt, h = t², by the midpoint rule in u."""
+    t = proposal.quantile((jnp.arange(20_000.0) + 0.5) / 20_000.0)
+    lowest = breaks(proposal)[0]
+    estimate = float(jnp.mean(t**2 / proposal.density(t)))
+    assert estimate == pytest.approx((1.0 - lowest**3) / 3.0, rel=1e-4)
+
+
+@pytest.mark.usefixtures("x64")
+@every_proposal
+def test_quantile_is_accurate_in_float32(proposal):
+    """5e-6 relative: W ≈ −14 near the data has float32 spacing 1e-6, and dt/t ≤ dW there."""
+    u = jnp.asarray(np.concatenate([np.geomspace(1e-7, 0.1, 200), np.linspace(0.1, 1.0, 200)]))
+    single = proposal.quantile(u.astype(jnp.float32))
+    double = proposal.quantile(u.astype(jnp.float32).astype(jnp.float64))
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single.astype(jnp.float64), double, rtol=5e-6)
+    assert float(single.max()) <= 1.0
+
+
+@pytest.mark.parametrize("kind", [Uniform, Importance, Debias])
+@pytest.mark.parametrize("lowest", [-1e-5, 1.0, 2.0])
+def test_smallest_time_outside_the_interval_is_refused(kind, lowest):
+    with pytest.raises(ValueError, match=f"smallest time {lowest}"):
+        kind(VPSDE(), lowest)
+
+
+def test_smallest_time_zero_is_refused_where_the_weight_diverges():
+    for make in (Importance, Debias):
+        for sde in (VPSDE(), SubVPSDE(), VESDE(), LinearVESDE()):
+            with pytest.raises(ValueError, match="0 < t"):
+                make(sde, 0.0)
+    with pytest.raises(ValueError, match="0 < t"):
+        Uniform(LinearVESDE(), 0.0)
+    assert Uniform(VPSDE(), 0.0).normalizer == 1.0
+
+
+def test_stratified_uniforms_fill_every_cell_once():
+    for seed in range(20):
+        u = stratified_uniforms(jax.random.key(seed), jnp.arange(8), 8)
+        np.testing.assert_array_equal(np.sort(np.floor(8 * np.asarray(u))), np.arange(8))
+
+
+def many_uniforms(stratified, number=4000, batch_size=8):
+    draw = functools.partial(UNIFORMS[stratified], ids=jnp.arange(batch_size), batch_size=batch_size)
+    return np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), number)))
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_each_uniform_is_uniform_by_itself(stratified):
+    u = many_uniforms(stratified)
+    for i in (0, 3, 7):
+        assert kstest(u[:, i], "uniform").pvalue > 1e-3
+
+
+def test_stratified_mean_has_the_variance_of_one_cell():
+    """var mean(u) = 1/(12 B) for independent u, 1/(12 B³) for stratified u."""
+    for stratified, expected in ((False, 1 / 96), (True, 1 / (12 * 8**3))):
+        means = many_uniforms(stratified).mean(axis=1)
+        # The relative standard error of a variance is about √(2/n).
+        assert means.var() == pytest.approx(expected, rel=4 * np.sqrt(2 / len(means)))
+        assert abs(means.mean() - 0.5) < 4 * np.sqrt(expected / len(means))
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_time_of_an_example_depends_on_its_id_only(stratified):
+    draw = functools.partial(UNIFORMS[stratified], jax.random.key(1), batch_size=8)
+    whole = draw(jnp.arange(8))
+    parts = jnp.concatenate([draw(jnp.arange(4)), draw(jnp.arange(4, 8))])
+    np.testing.assert_array_equal(whole, parts)
+    order = jnp.asarray([6, 1, 3])
+    np.testing.assert_array_equal(whole[order], draw(order))
+    assert len(np.unique(whole)) == 8
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_uniforms_are_never_zero_or_above_one(stratified):
+    """At u = 0 the debias law gives t = 0, where σ = 0."""
+    u = many_uniforms(stratified, number=500, batch_size=256)
+    assert u.min() > 0.0
+    assert u.max() <= 1.0
+
+
+def test_smallest_uniform_is_positive(monkeypatch):
+    """A generator that returns its lower limit still gives t > 0 under the debias law."""
+    lowest = lambda key, shape, dtype, minval: jnp.full(shape, minval, dtype)  # noqa: E731
+    monkeypatch.setattr(jax.random, "uniform", lowest)
+    u = independent_uniforms(jax.random.key(0), jnp.arange(3), 3)
+    assert float(Debias(VPSDE()).quantile(u).min()) > 0.0
