@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from dequantization import Encoding
@@ -58,9 +59,11 @@ class TimeLaw:
     weight: Callable[[PerExample, SDE], PerExample]
     stratified: bool = False
 
-    def sample(self, key: Key[Array, ""], batch: Batch, batch_size: int) -> PerExample:
+    def sample(
+        self, key: Key[Array, ""], batch: Batch, batch_size: int, dtype: DTypeLike = jnp.float32
+    ) -> PerExample:
         """One time per example of the batch."""
-        u = UNIFORMS[self.stratified](key, batch["noise_id"], batch_size)
+        u = UNIFORMS[self.stratified](key, batch["noise_id"], batch_size, dtype)
         return self.proposal.quantile(u)
 
 
@@ -130,7 +133,7 @@ def score_matching(
         key_data, key_time, key_noise, key_dropout = jax.random.split(rng, 4)
         ids = batch["noise_id"]
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
-        t = law.sample(key_time, batch, batch_size)
+        t = law.sample(key_time, batch, batch_size, x0.dtype)
         z = gaussian(fold_in_each(key_noise, ids), x0)
         score_fn = model.score(params, key_dropout if train else None)
         squares = squared_norm(first_order_residual(score_fn, x0, t, z, sde))
@@ -156,4 +159,5 @@ def mean_loss(per_example: PerExampleLoss) -> LossFn:
 
 def masked_mean(values: PerExample, mask: Array) -> Float[Array, ""]:
     """Mean of the values of real examples; padding counts neither above nor below the line."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    count = jnp.sum(mask, dtype=values.dtype)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, 1.0)

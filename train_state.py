@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from losses import Batch, LossFn, Metrics
 from parameterization import Params
@@ -24,9 +24,12 @@ SCHEDULES: dict[str, Callable[[int], optax.Schedule]] = {
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that training changes; arrays only, no keys."""
+    """Everything that training changes; arrays only, no keys.
 
-    step: Int[Array, ""]
+    Annotated loosely, since transformations also store None and shapes in the leaves.
+    """
+
+    step: Any  # int32 scalar: steps taken
     params: Params
     ema_params: Params
     opt_state: Any
@@ -104,7 +107,7 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_rate)
-        metrics = metrics | {"grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return step_fn

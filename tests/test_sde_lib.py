@@ -246,7 +246,9 @@ def test_ve_ancestral_step_is_the_posterior():
     n, x0, x = 50, 0.8, jnp.full((50, 1), -1.3)
     sigma2 = np.geomspace(0.01, 50.0, n) ** 2
     before = np.concatenate([[0.0], sigma2[:-1]])
-    mean, std = VESDE().ancestral(jnp.asarray((x0 + 1.3) / sigma2)[:, None], x, whole_chain(n)[0], n)
+    mean, std = VESDE().ancestral(
+        jnp.asarray((x0 + 1.3) / sigma2)[:, None], x, whole_chain(n)[0], n
+    )
     assert std[0] == 0.0
     assert float(mean[0, 0]) == pytest.approx(x0, rel=1e-12)
     precision = 1.0 / before[1:] + 1.0 / (sigma2 - before)[1:]
@@ -258,7 +260,9 @@ def test_ve_ancestral_step_is_the_posterior():
 @pytest.mark.parametrize("sde", [SubVPSDE(), LinearVESDE()], ids=str)
 def test_ancestral_sampling_without_a_chain_is_refused(sde):
     x, t = jnp.ones((1, 2)), jnp.ones((1,))
-    with pytest.raises(ValueError, match=rf"ancestral_sampling.*{type(sde).__name__}.*VPSDE, VESDE"):
+    with pytest.raises(
+        ValueError, match=rf"ancestral_sampling.*{type(sde).__name__}.*VPSDE, VESDE"
+    ):
         sde.ancestral(x, x, t, 10)
 
 

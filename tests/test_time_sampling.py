@@ -43,7 +43,9 @@ def probability(proposal, t):
     edges = [b for b in breaks(proposal) if b < t] + [t]
     pieces = zip(edges[:-1], edges[1:], strict=True)
     options = {"epsabs": 0.0, "epsrel": 1e-11, "limit": 200}
-    return sum(quad(lambda s: float(density(jnp.asarray(s))), a, b, **options)[0] for a, b in pieces)
+    return sum(
+        quad(lambda s: float(density(jnp.asarray(s))), a, b, **options)[0] for a, b in pieces
+    )
 
 
 def tabulated_cdf(proposal):
@@ -71,7 +73,9 @@ def tabulated_cdf(proposal):
 )
 def test_normalisers(proposal, expected):
     digits = len(str(expected).split(".")[1])
-    assert float(proposal.normalizer) == pytest.approx(expected, abs=max(0.6 * 10.0**-digits, 1e-12))
+    assert float(proposal.normalizer) == pytest.approx(
+        expected, abs=max(0.6 * 10.0**-digits, 1e-12)
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -156,7 +160,9 @@ def test_stratified_uniforms_fill_every_cell_once():
 
 
 def many_uniforms(stratified, number=4000, batch_size=8):
-    draw = functools.partial(UNIFORMS[stratified], ids=jnp.arange(batch_size), batch_size=batch_size)
+    draw = functools.partial(
+        UNIFORMS[stratified], ids=jnp.arange(batch_size), batch_size=batch_size
+    )
     return np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), number)))
 
 

@@ -1,0 +1,116 @@
+"""Imports only go down the layers; TensorFlow stays out unless an image set is asked for."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Level of every module; run_lib has levels of its own.
+LEVELS = {
+    "operators": 0, "models": 0, "sde_lib": 1, "time_sampling": 2, "parameterization": 2,
+    "dequantization": 2, "toy_data": 2, "losses": 3, "ode": 3, "likelihood": 4, "sampling": 4,
+    "train_state": 5, "records": 5, "checkpoints": 6, "datasets": 6, "plotting": 6,
+    "run_lib": 7, "main": 8,
+}  # fmt: skip
+RUN_LIB = {
+    "settings": 0, "folder": 0, "build": 1, "parallel": 2, "report": 2, "sampling_loop": 3,
+    "training": 4, "evaluation_loop": 5, "__init__": 6,
+}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """Modules imported at module level, dotted."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_level() -> None:
+    modules = {p.stem for p in ROOT.glob("*.py")} | {"models", "run_lib"}
+    assert modules == LEVELS.keys()
+    assert {p.stem for p in (ROOT / "run_lib").glob("*.py")} == RUN_LIB.keys()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_down(path: Path) -> None:
+    level = LEVELS[path.stem]
+    used = {name.split(".")[0] for name in imported(path)} & LEVELS.keys()
+    assert all(LEVELS[name] < level for name in used), used
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "run_lib").glob("*.py")), ids=lambda p: p.stem)
+def test_run_lib_imports_go_down(path: Path) -> None:
+    level = RUN_LIB[path.stem]
+    names = {
+        name.removeprefix("run_lib.") for name in imported(path) if name.startswith("run_lib.")
+    }
+    used = {name.split(".")[0] for name in names} & RUN_LIB.keys()
+    assert all(RUN_LIB[name] < level for name in used), used
+
+
+def test_configs_import_ml_collections_only() -> None:
+    for path in (ROOT / "configs").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert roots <= {"ml_collections", "configs"}, path
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules loaded in a fresh process that runs `code`."""
+    script = f"{code}\nimport sys; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    output = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ).stdout  # fmt: skip
+    return set(output.splitlines()[-1].split())
+
+
+def test_levels_0_to_6_do_not_load_tensorflow() -> None:
+    modules = ", ".join(name for name, level in LEVELS.items() if level <= 6)
+    assert "tensorflow" not in loaded_after(f"import {modules}")
+
+
+@pytest.mark.parametrize("dataset", ["digits", "swissroll"])
+def test_a_whole_run_on_embedded_data_does_not_load_tensorflow(
+    dataset: str, tmp_path: Path
+) -> None:
+    code = f"""
+from pathlib import Path
+import run_lib
+from run_lib.settings import Settings
+from tests import tiny
+settings = Settings.from_config(tiny.config({dataset!r}))
+run_lib.train(settings, Path({str(tmp_path)!r}))
+run_lib.evaluate(settings, Path({str(tmp_path)!r}), "eval")
+"""
+    loaded = loaded_after(code)
+    assert "tensorboardX" in loaded
+    assert "tensorflow" not in loaded
+
+
+def test_each_script_of_the_command_line_explains_itself() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+
+    assert "--mode=train" in run("--help").stdout
+    config = "--config=configs/digits/vp.py"
+    later = run(config, "--workdir=unused", "--mode=diagnose")
+    assert later.returncode == 2
+    assert "does not exist yet" in later.stderr
+    wrong = run(config, "--workdir=unused", "--mode=train", "--config.training.bach_size=3")
+    assert wrong.returncode != 0
+    assert "batch_size" in wrong.stderr
+    missing = run("--config=configs/digits/nothing.py", "--workdir=unused", "--mode=train")
+    assert missing.returncode != 0
+    assert "nothing.py" in missing.stderr
+    assert not (ROOT / "unused").exists()

@@ -1,0 +1,312 @@
+"""ODE log-likelihood and variational bound against closed forms and quadrature, every SDE."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import quad
+
+from likelihood import Divergence, ode_log_likelihood, reconstruction_nll, variational_bound
+from ode import Solver
+from sde_lib import VESDE, VPSDE, LinearVESDE, SubVPSDE
+from time_sampling import Importance, Uniform
+from toy_data import Mixture, gaussian
+
+# Linear VE from 2e-3 to 3: with its published σmax = 50 the tests would only take longer.
+CASES = [(VPSDE(), 1e-5), (SubVPSDE(), 1e-2), (VESDE(), 1e-5), (LinearVESDE(3.0), 2e-3)]
+every_sde = pytest.mark.parametrize(
+    ("sde", "t_min"), CASES, ids=[type(sde).__name__ for sde, _ in CASES]
+)
+EXACT = Solver("dopri8", 1e-12, 1e-12)
+D = 2
+
+
+def mixture():
+    means = jnp.asarray([[1.0, 0.0], [-1.0, 0.5], [0.0, -2.0]])
+    return Mixture(jnp.asarray([0.2, 0.5, 0.3]), means, jnp.asarray([0.25, 0.1, 0.5]))
+
+
+def keys(number, seed=0):
+    return jax.random.split(jax.random.key(seed), number)
+
+
+def within(values, expected, errors=4.0):
+    """The mean of the values agrees with `expected` within so many standard errors."""
+    values = np.asarray(values)
+    return abs(values.mean() - expected) < errors * values.std() / np.sqrt(len(values))
+
+
+def ode(law, sde, x, t_min, divergence, solver=EXACT, seed=0):
+    @jax.jit
+    def solve(x, keys):
+        return ode_log_likelihood(
+            lambda y, t: law.score(y, t, sde), sde, x, keys,
+            t_min=t_min, solver=solver, divergence=divergence,
+        )  # fmt: skip
+
+    return solve(x, keys(x.shape[0], seed))
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_ode_likelihood_of_a_gaussian(sde, t_min):
+    """x_T = x √(v_T/v), log p = log π(x_T) + ½ d ln(v_T/v); one probe: H = −I/v is exact."""
+    x, v0 = 0.6 * jax.random.normal(jax.random.key(1), (3, 2, 2)), 0.36
+    v_min, v_end = (
+        float(sde.alpha(jnp.asarray(t)) ** 2 * v0 + sde.sigma(jnp.asarray(t)) ** 2)
+        for t in (t_min, 1.0)
+    )
+    law = gaussian(jnp.zeros((2, 2)), v0)
+    result = ode(law, sde, x, t_min, Divergence("rademacher"), Solver("dopri8", 1e-11, 1e-11))
+    latent = np.asarray(x) * np.sqrt(v_end / v_min)
+    square = (latent**2).sum(axis=(1, 2)) / sde.prior_std**2
+    expected = -0.5 * square - 2.0 * np.log(2 * np.pi * sde.prior_std**2)
+    expected += 2.0 * np.log(v_end / v_min)
+    np.testing.assert_allclose(result.latent, latent, rtol=1e-8)
+    np.testing.assert_allclose(result.log_p, expected, rtol=1e-8)
+    assert bool(jnp.all(result.converged))
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_ode_transports_the_density_of_a_mixture(sde, t_min):
+    """With the true law at T in place of the prior, log p is that of the mixture at t_min."""
+    law = mixture()
+    x = law.sample(jax.random.key(0), 4)
+    result = ode(law, sde, x, t_min, Divergence("exact"))
+    end, begin = jnp.ones((4,)), jnp.full((4,), t_min)
+    log_p = result.log_p - sde.prior_logp(result.latent) + law.log_prob(result.latent, end, sde)
+    np.testing.assert_allclose(log_p, law.log_prob(x, begin, sde), rtol=0, atol=1e-9)
+
+
+def repeated_ode(divergence, number=1500):
+    """log p of one point of a mixture in R³, many times, each with its own probes."""
+    means = jnp.asarray([[1.0, 0.0, 1.0], [-1.0, 0.5, 0.0], [0.0, -1.0, -1.0]])
+    law = Mixture(jnp.asarray([0.3, 0.4, 0.3]), means, jnp.asarray([0.25, 0.1, 0.5]))
+    x = jnp.tile(jnp.asarray([[0.3, -0.4, 0.2]]), (number, 1))
+    solver = Solver("tsit5", 1e-5, 1e-5)
+    return np.asarray(ode(law, VPSDE(), x, 1e-3, divergence, solver, seed=3).log_p)
+
+
+@pytest.mark.usefixtures("x64")
+def test_probed_ode_likelihood_is_unbiased_and_more_probes_have_less_variance():
+    exact = repeated_ode(Divergence("exact"), number=1)[0]
+    one = repeated_ode(Divergence("rademacher", 1))
+    four = repeated_ode(Divergence("rademacher", 4))
+    normal = repeated_ode(Divergence("gaussian", 1))
+    for values in (one, four, normal):
+        # The trajectory is that of the exact solve, up to the tolerance of the solver.
+        assert abs(values.mean() - exact) < 4 * values.std() / np.sqrt(len(values)) + 1e-4
+    # Quarter of the variance; 4 √(2 · 2/n) is at least 4 standard errors of the ratio here.
+    assert four.var() / one.var() == pytest.approx(0.25, rel=4 * math.sqrt(4 / len(one)))
+    assert normal.var() > 2 * one.var()
+
+
+@pytest.mark.usefixtures("x64")
+def test_probes_of_an_example_depend_on_its_key_only():
+    x = mixture().sample(jax.random.key(0), 4)
+    draw = Divergence("gaussian", 3).draw
+    whole = draw(keys(4), x)
+    assert whole.shape == (4, 3, 2)
+    np.testing.assert_array_equal(whole[1:3], draw(keys(4)[1:3], x[1:3]))
+    assert len(np.unique(whole)) == whole.size
+    assert Divergence("exact").draw(keys(4), x).shape == (4, 0, 2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_unfinished_solves_are_marked():
+    x = mixture().sample(jax.random.key(0), 2)
+    solver = Solver("tsit5", 1e-10, 1e-10, max_steps=8)
+    result = ode(mixture(), VPSDE(), x, 1e-3, Divergence("exact"), solver)
+    assert not bool(jnp.any(result.converged))
+
+
+V0 = 0.49
+
+
+def moments(sde, t):
+    """α², σ² and v = α² V0 + σ² as floats."""
+    alpha2, sigma2 = (float(c(jnp.asarray(t))) ** 2 for c in (sde.alpha, sde.sigma))
+    return alpha2, sigma2, alpha2 * V0 + sigma2
+
+
+def exact_bound(sde, t_min, kappa, square):
+    """The bound for the score −κ x/v at a point with ‖x‖² = square, integral by quadrature.
+
+    e1 = (1 − κ σ²/v) z − κ α σ x/v, so that E‖e1‖² = d (1 − κ σ²/v)² + κ² α² σ² ‖x‖²/v².
+    """
+
+    def residual(t):
+        alpha2, sigma2, v = moments(sde, t)
+        scale = kappa * sigma2 / v
+        return D * (1.0 - scale) ** 2 + kappa**2 * alpha2 * sigma2 * square / v**2
+
+    def integrand(t):
+        sigma2 = moments(sde, t)[1]
+        return 0.5 * float(sde.g2(jnp.asarray(t))) / sigma2 * residual(t)
+
+    edges = [t_min, *[b for b in (1e-4, 1e-3, 1e-2, 0.1) if b > t_min], 1.0]
+    pieces = zip(edges[:-1], edges[1:], strict=True)
+    diffusion = sum(quad(integrand, a, b, epsrel=1e-8)[0] for a, b in pieces)
+    alpha2, sigma2, _ = moments(sde, 1.0)
+    ratio = sigma2 / sde.prior_std**2
+    prior = 0.5 * (alpha2 * square / sde.prior_std**2 + D * (ratio - 1.0 - math.log(ratio)))
+    alpha2, sigma2, _ = moments(sde, t_min)
+    decoder = 0.5 * (D * math.log(2 * math.pi * sigma2 / alpha2) + residual(t_min))
+    return prior, diffusion, decoder
+
+
+def sampled_bound(score_fn, sde, x, proposal, num_times=4, seed=0):
+    run = jax.jit(
+        lambda x, keys: variational_bound(
+            score_fn, sde, x, keys, proposal=proposal, num_times=num_times
+        )
+    )
+    return run(x, keys(x.shape[0], seed))
+
+
+def scaled_score(sde, kappa):
+    law = gaussian(jnp.zeros((D,)), V0)
+    return lambda x, t: kappa * law.score(x, t, sde)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+@pytest.mark.parametrize("kind", [Uniform, Importance])
+@pytest.mark.parametrize("kappa", [0.0, 0.6, 1.0])
+def test_bound_is_unbiased_for_right_and_wrong_scores(sde, t_min, kind, kappa):
+    """Each term within 4 standard errors of its integral, interval factor included.
+
+    A control variate or a time weight that is right only for the exact score fails at κ ≠ 1.
+    """
+    t_min = max(t_min, 2e-3) if kind is Uniform else t_min
+    n, point = 4000, jnp.asarray([0.8, -0.5])
+    x = jnp.tile(point[None], (n, 1))
+    bound = sampled_bound(scaled_score(sde, kappa), sde, x, kind(sde, t_min))
+    expected = exact_bound(sde, t_min, kappa, float(jnp.sum(point**2)))
+    np.testing.assert_allclose(bound.prior, expected[0], rtol=1e-9)
+    assert within(bound.diffusion, expected[1])
+    assert within(bound.reconstruction, expected[2])
+    np.testing.assert_allclose(bound.nll, sum(bound), rtol=1e-14)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_bound_of_gaussian_data_with_the_exact_score(sde, t_min):
+    """E = ½d ln 2πσ_π² + ½d v_T/σ_π² − ½d ln(v_T/v) + ½d(−ln α² − σ²/v), v, α, σ at t_min."""
+    n = 4000
+    x = math.sqrt(V0) * jax.random.normal(jax.random.key(9), (n, D))
+    bound = sampled_bound(scaled_score(sde, 1.0), sde, x, Importance(sde, t_min))
+    alpha2, sigma2, v = moments(sde, t_min)
+    v_end, prior2 = moments(sde, 1.0)[2], sde.prior_std**2
+    expected = math.log(2 * math.pi * prior2) + v_end / prior2 - math.log(v_end / v)
+    if sde.prior_std == 1.0:  # the drift a x of VP and sub-VP: ∫ a d dt = ½ d ln(α_T²/α²)
+        expected += 0.0
+    expected += -math.log(alpha2) - sigma2 / v
+    assert within(bound.nll, 0.5 * D * expected)
+    entropy = 0.5 * D * math.log(2 * math.pi * math.e * V0)
+    assert np.mean(bound.nll) > entropy - 4 * np.std(bound.nll) / math.sqrt(n)
+
+
+@pytest.mark.usefixtures("x64")
+def test_bound_without_a_score_is_the_untrained_drift_elbo():
+    """s = 0: ½ d ln 2π + ½ (α_T² ‖x‖² + d σ_T²) + ½ d B(T), for any t_min."""
+    for t_min in (1e-5, 1e-2):
+        alpha2, sigma2, _ = moments(VPSDE(), 1.0)
+        expected = 0.5 * (D * math.log(2 * math.pi) + alpha2 * 1.7 + D * sigma2 + D * 10.05)
+        assert sum(exact_bound(VPSDE(), t_min, 0.0, 1.7)) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_published_elbo_of_a_scaled_score():
+    """Data N(0, 4), d = 1, score scaled by 0.9: −2.155405 nats (sdeflow-light)."""
+    n, sde = 20_000, VPSDE()
+    x = 2.0 * jax.random.normal(jax.random.key(4), (n, 1))
+    law = gaussian(jnp.zeros((1,)), 4.0)
+    bound = sampled_bound(
+        lambda y, t: 0.9 * law.score(y, t, sde), sde, x, Importance(sde, 1e-5), num_times=8
+    )
+    assert within(bound.nll, 2.155405)
+    assert np.std(bound.nll) / math.sqrt(n) < 0.02
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_bound_is_above_the_negative_log_likelihood_of_a_mixture(sde, t_min):
+    """Tight for the exact score; a shifted score loses ½ ∫ g² ‖shift‖² dt more."""
+    law, n = mixture(), 4000
+    x = law.sample(jax.random.key(5), n)
+    exact = -np.asarray(law.log_prob(x, jnp.full((n,), t_min), sde))
+    shift = 0.5 / sde.prior_std
+    gaps = []
+    for c in (0.0, shift):
+        score_fn = lambda y, t, c=c: law.score(y, t, sde) + c  # noqa: E731
+        bound = sampled_bound(score_fn, sde, x, Importance(sde, t_min))
+        gaps.append(np.asarray(bound.nll) - exact)
+    error = np.std(gaps[0]) / math.sqrt(n)
+    alpha2, _, v_end = moments(sde, 1.0)
+    # KL(q_T ‖ π) is at most E‖α x0‖²/2σ_π² plus the missing variance; p_{t_min} is not p_0 either.
+    slack = {VPSDE: 1e-4, SubVPSDE: 1e-4, VESDE: 2e-3, LinearVESDE: 0.4}[type(sde)]
+    assert -4 * error - 1e-3 < gaps[0].mean() < slack + 4 * error + 1e-3
+    loss = 0.5 * D * shift**2 * quad(lambda t: float(sde.g2(jnp.asarray(t))), t_min, 1.0)[0]
+    assert gaps[1].mean() - gaps[0].mean() > 0.5 * loss
+
+
+@pytest.mark.usefixtures("x64")
+def test_bound_of_an_example_depends_on_its_key_only():
+    x = mixture().sample(jax.random.key(0), 4)
+    score_fn, proposal = scaled_score(VPSDE(), 1.0), Importance(VPSDE(), 1e-3)
+    bound = lambda part: variational_bound(  # noqa: E731
+        score_fn, VPSDE(), x[part], keys(4)[part], proposal=proposal, num_times=3
+    )
+    whole, part = bound(slice(0, 4)), bound(slice(1, 3))
+    np.testing.assert_allclose(whole.nll[1:3], part.nll, rtol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_more_stratified_times_have_less_variance():
+    """Stratification over the interval: 8 times beat 8 independent draws of one time."""
+    x = jnp.tile(jnp.asarray([[0.8, -0.5]]), (2000, 1))
+    score_fn, proposal = scaled_score(VPSDE(), 0.6), Importance(VPSDE(), 1e-3)
+    one, eight = (
+        np.var(sampled_bound(score_fn, VPSDE(), x, proposal, num_times=k).diffusion)
+        for k in (1, 8)
+    )
+    assert eight < 0.9 * one / 8
+
+
+@pytest.mark.usefixtures("x64")
+def test_control_variate_keeps_the_bound_of_an_exact_score_quiet():
+    """Without it the noise of ‖z‖² alone has variance d/2 times that of the weight, Z²."""
+    x = jnp.tile(jnp.asarray([[0.8, -0.5]]), (2000, 1))
+    proposal = Importance(VPSDE(), 1e-5)
+    bound = sampled_bound(scaled_score(VPSDE(), 1.0), VPSDE(), x, proposal, num_times=1)
+    unreduced = 0.5 * D * float(proposal.normalizer) ** 2
+    assert np.var(bound.diffusion) < 0.5 * unreduced
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_reconstruction_is_the_log_density_of_the_decoder(sde, t_min):
+    """−log N(x; (x_t + σ² s)/α, σ²/α²) with x_t, mean and density written out."""
+    x, z = (jax.random.normal(jax.random.key(i), (3, 2, 2)) for i in (0, 1))
+    t = jnp.asarray([t_min, 0.1, 0.4])
+    alpha, sigma = (np.asarray(c(t))[:, None, None] for c in (sde.alpha, sde.sigma))
+    x_t = alpha * np.asarray(x) + sigma * np.asarray(z)
+    mean = (x_t + sigma**2 * np.sin(x_t)) / alpha
+    variance = sigma**2 / alpha**2
+    log_p = -0.5 * ((np.asarray(x) - mean) ** 2 / variance + np.log(2 * np.pi * variance))
+    # The implementation's control variate κ(‖z‖² − d)/2 has mean zero and is taken off again.
+    kappa = (alpha**2 / (alpha**2 + sigma**2))[:, 0, 0] ** 2
+    control = 0.5 * kappa * ((np.asarray(z) ** 2).sum(axis=(1, 2)) - 4.0)
+    nll = reconstruction_nll(lambda y, t: jnp.sin(y), sde, x, t, z)
+    np.testing.assert_allclose(nll, -log_p.sum(axis=(1, 2)) - control, rtol=1e-8)
+
+
+def test_wrong_divergences_are_refused():
+    with pytest.raises(ValueError, match="divergence='trace'.*exact.*gaussian.*rademacher"):
+        Divergence("trace")
+    with pytest.raises(ValueError, match="num_probes=0"):
+        Divergence("rademacher", 0)

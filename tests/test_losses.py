@@ -1,0 +1,326 @@
+"""First-order score matching against published values, Gaussian minima, and split batches."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from scipy.integrate import quad
+
+from dequantization import Pixels, Reals
+from losses import (
+    first_order_residual,
+    likelihood_weight,
+    masked_mean,
+    mean_loss,
+    noise_weight,
+    score_matching,
+    time_law,
+)
+from operators import squared_norm
+from parameterization import ScoreModel, score_from_noise, unit_time_label
+from sde_lib import SDE, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from time_sampling import Debias, Importance, Uniform
+
+FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dsm_orders.npz"
+SDES = [VPSDE(), SubVPSDE(), VESDE(), LinearVESDE(3.0)]
+PLAIN = {
+    "likelihood_weighting": False,
+    "importance_weighting": False,
+    "debias": False,
+    "stratified": False,
+}
+MODES = {
+    "noise": {},
+    "likelihood": {"likelihood_weighting": True},
+    "importance": {"likelihood_weighting": True, "importance_weighting": True},
+    "debias": {"debias": True},
+}
+
+
+def law(sde, mode, smallest_time, **options):
+    return time_law(sde, smallest_time=smallest_time, **(PLAIN | MODES[mode] | options))
+
+
+class GaussianNoise(nn.Module):
+    """The exact noise predictor σ x/v for data N(0, v0 I), told t itself; `gain` scales it."""
+
+    sde: SDE
+    v0: float
+
+    @nn.compact
+    def __call__(self, x, label, train=False):
+        gain = self.param("gain", nn.initializers.ones, (1,), x.dtype)
+        sigma = self.sde.sigma(label)
+        c = sigma / (self.sde.alpha(label) ** 2 * self.v0 + sigma**2)
+        output = gain[0] * c[:, None] * x
+        return nn.Dropout(0.5)(output, deterministic=not train)
+
+
+def gaussian_model(sde, v0):
+    return ScoreModel(GaussianNoise(sde, v0), sde, score_from_noise, unit_time_label)
+
+
+def gaussian_batch(number, v0, d=2):
+    x0 = np.sqrt(v0) * np.random.default_rng(0).standard_normal((number, d))
+    ids = jnp.arange(number, dtype=jnp.int32)
+    return {"image": jnp.asarray(x0), "noise_id": ids, "mask": jnp.ones((number,), bool)}
+
+
+PARAMS = {"gain": np.ones((1,))}
+
+
+def fixture_score(x, t):
+    """The analytic score field of the fixtures' README, section 5."""
+    t = t[:, None]
+    mean = 0.1 * jnp.mean(x, axis=1, keepdims=True)
+    field = x + 0.3 * jnp.sin(2.0 * x + t) + mean + 0.2 * jnp.roll(x, -1, axis=1) * jnp.sin(x)
+    return -field / (1.0 + t)
+
+
+@pytest.mark.skipif(not FIXTURE.exists(), reason="shared/fixtures/dsm_orders.npz is absent")
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("name", "sde"), [("vp", VPSDE()), ("ve", VESDE())])
+def test_published_first_order_losses(name, sde):
+    with np.load(FIXTURE, allow_pickle=False) as data:
+        x0, t, z = (jnp.asarray(data[key]) for key in ("x0", "t", "z"))
+        names = ["loss1", "loss1_likelihood_weighted", "loss1_reduce_sum"]
+        expected = [data[f"{name}/{loss}"] for loss in names]
+    residual = first_order_residual(fixture_score, x0, t, z, sde)
+    mean = squared_norm(residual) / 6.0
+    losses = [noise_weight(t, sde) * mean, likelihood_weight(t, sde) * mean, 3.0 * mean]
+    np.testing.assert_allclose(losses, expected, rtol=1e-9)
+
+
+def minimum(sde, mode, smallest_time, v0):
+    """The loss per dimension of the exact score, c = 1 − σ²/v, averaged by quadrature."""
+
+    def c(t):
+        sigma2 = float(sde.sigma(jnp.asarray(t)) ** 2)
+        return 1.0 - sigma2 / (float(sde.alpha(jnp.asarray(t)) ** 2) * v0 + sigma2)
+
+    def rate(t):
+        t = jnp.asarray(max(t, smallest_time))
+        return float(sde.g2(t) / sde.sigma(t) ** 2)
+
+    def integral(function):
+        edges = [smallest_time, 1e-2, 0.1, 1.0]
+        edges = [0.0, *edges] if mode == "debias" else edges
+        pieces = zip(edges[:-1], edges[1:], strict=True)
+        return sum(quad(function, a, b, epsrel=1e-7)[0] for a, b in pieces)
+
+    if mode == "noise":
+        return integral(c) / (1.0 - smallest_time)
+    weighted = integral(lambda t: rate(t) * c(t))
+    return weighted / ((1.0 - smallest_time) if mode == "likelihood" else integral(rate))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sde", SDES, ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize("mode", MODES)
+def test_exact_score_of_gaussian_data_reaches_the_known_minimum(sde, mode):
+    """Within 4 standard errors, for the weighted loss and for the unweighted part `dsm`."""
+    v0, smallest_time, n = 0.25, 1e-3, 20_000
+    loss_fn = score_matching(
+        gaussian_model(sde, v0), Reals(), law(sde, mode, smallest_time),
+        batch_size=n, reduce_mean=True, train=False,
+    )  # fmt: skip
+    values, parts = jax.jit(loss_fn)(PARAMS, jax.random.key(2), gaussian_batch(n, v0))
+    values = np.asarray(values)
+    error = values.std() / np.sqrt(n)
+    assert abs(values.mean() - minimum(sde, mode, smallest_time, v0)) < 4 * error
+    unweighted = "noise" if mode == "likelihood" else mode
+    dsm = np.asarray(parts["dsm"])
+    expected = minimum(sde, unweighted, smallest_time, v0)
+    assert abs(dsm.mean() - expected) < 4 * dsm.std() / np.sqrt(n)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("v0", "expected"), [(0.25, 0.21771111), (1.0, 0.25192593)])
+def test_published_minimum_of_the_debiased_loss(v0, expected):
+    """½ E_q c per dimension, tabulated for sdeflow-light (β from 0.1 to 20, t_eps = 1e-3)."""
+    assert 0.5 * minimum(VPSDE(), "debias", 1e-3, v0) == pytest.approx(expected, abs=1e-6)
+    n, d = 20_000, 2
+    loss_fn = score_matching(
+        gaussian_model(VPSDE(), v0), Reals(), law(VPSDE(), "debias", 1e-3, stratified=True),
+        batch_size=n, reduce_mean=False, train=False,
+    )  # fmt: skip
+    values, _ = jax.jit(loss_fn)(PARAMS, jax.random.key(1), gaussian_batch(n, v0, d))
+    assert abs(float(values.mean()) / d - expected) < 4 * float(values.std()) / d / np.sqrt(n)
+
+
+@pytest.mark.usefixtures("x64")
+def test_exact_score_is_the_minimiser():
+    """∂L/∂gain = 0 at the exact score within 4 standard errors, and ≠ 0 beside it."""
+    sde, v0, n = VPSDE(), 0.25, 20_000
+    batch = gaussian_batch(n, v0)
+    loss_fn = score_matching(
+        gaussian_model(sde, v0), Reals(), law(sde, "importance", 1e-3),
+        batch_size=n, reduce_mean=True, train=False,
+    )  # fmt: skip
+
+    @jax.jit
+    def slopes(gain):
+        tangent = {"gain": jnp.ones((1,))}
+        values = lambda p: loss_fn(p, jax.random.key(0), batch)[0]  # noqa: E731
+        return jax.jvp(values, ({"gain": gain},), (tangent,))[1]
+
+    for gain, at_minimum in ((1.0, True), (0.9, False), (1.1, False)):
+        slope = np.asarray(slopes(jnp.full((1,), gain)))
+        assert (abs(slope.mean()) < 4 * slope.std() / np.sqrt(n)) == at_minimum
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("stratified", [False, True])
+def test_loss_does_not_depend_on_how_the_batch_is_split_or_ordered(stratified):
+    sde = VPSDE()
+    batch = gaussian_batch(8, 0.25)
+    loss_fn = score_matching(
+        gaussian_model(sde, 0.25), Reals(), law(sde, "likelihood", 1e-3, stratified=stratified),
+        batch_size=8, reduce_mean=True, train=False,
+    )  # fmt: skip
+    whole = loss_fn(PARAMS, jax.random.key(0), batch)[0]
+    for part in (slice(0, 4), slice(4, 8), jnp.asarray([6, 1, 3, 0])):
+        piece = jax.tree.map(lambda leaf, part=part: leaf[part], batch)
+        values = loss_fn(PARAMS, jax.random.key(0), piece)[0]
+        np.testing.assert_allclose(values, whole[part], rtol=1e-13)
+    other = loss_fn(PARAMS, jax.random.key(1), batch)[0]
+    assert bool(jnp.all(other != whole))
+
+
+@pytest.mark.usefixtures("x64")
+def test_stratified_times_lower_the_variance_of_the_loss():
+    batch = gaussian_batch(16, 0.25)
+    variances = []
+    for stratified in (False, True):
+        loss_fn = mean_loss(
+            score_matching(
+                gaussian_model(VPSDE(), 0.25), Reals(),
+                law(VPSDE(), "noise", 1e-3, stratified=stratified),
+                batch_size=16, reduce_mean=True, train=False,
+            )
+        )  # fmt: skip
+        losses = jax.vmap(lambda key, f=loss_fn: f(PARAMS, key, batch)[0])
+        variances.append(float(jnp.var(losses(jax.random.split(jax.random.key(0), 2000)))))
+    assert variances[1] < 0.8 * variances[0]
+
+
+@pytest.mark.usefixtures("x64")
+def test_mean_loss_ignores_padding():
+    batch = gaussian_batch(6, 0.25) | {"mask": jnp.asarray([True] * 4 + [False] * 2)}
+    per_example = score_matching(
+        gaussian_model(VPSDE(), 0.25), Reals(), law(VPSDE(), "likelihood", 1e-3),
+        batch_size=6, reduce_mean=True, train=False,
+    )  # fmt: skip
+    values, parts = per_example(PARAMS, jax.random.key(0), batch)
+    loss, metrics = mean_loss(per_example)(PARAMS, jax.random.key(0), batch)
+    assert metrics.keys() == {"loss", "dsm"}
+    np.testing.assert_allclose([loss, metrics["loss"]], np.mean(values[:4]), rtol=1e-14)
+    np.testing.assert_allclose(metrics["dsm"], np.mean(parts["dsm"][:4]), rtol=1e-14)
+
+
+def test_masked_mean_counts_real_examples_only():
+    values = jnp.asarray([1.0, 2.0, jnp.nan, jnp.inf])
+    mask = jnp.asarray([True, True, False, False])
+    assert float(masked_mean(values, mask)) == 1.5
+    assert float(masked_mean(values, jnp.zeros((4,), bool))) == 0.0
+
+
+@pytest.mark.usefixtures("x64")
+def test_half_sum_is_half_d_times_the_mean():
+    batch = gaussian_batch(5, 0.25, d=6)
+    values = [
+        score_matching(
+            gaussian_model(VPSDE(), 0.25), Reals(), law(VPSDE(), "noise", 1e-3),
+            batch_size=5, reduce_mean=reduce_mean, train=False,
+        )(PARAMS, jax.random.key(0), batch)[0]
+        for reduce_mean in (True, False)
+    ]  # fmt: skip
+    np.testing.assert_allclose(values[1], 3.0 * values[0], rtol=1e-14)
+
+
+def test_dropout_is_on_in_training_only():
+    """It zeroes half of the outputs, for which the residual is z: larger than for exact scores."""
+    batch = gaussian_batch(64, 0.25)
+    params = {"gain": jnp.ones((1,))}
+    values = [
+        score_matching(
+            gaussian_model(VPSDE(), 0.25), Reals(), law(VPSDE(), "noise", 1e-3),
+            batch_size=64, reduce_mean=True, train=train,
+        )(params, jax.random.key(0), batch)[0]
+        for train in (False, True)
+    ]  # fmt: skip
+    assert np.mean(values[0] != values[1]) > 0.5
+
+
+class RecordingPixels(Pixels):
+    """Keeps what it encoded."""
+
+    def encode(self, image, keys):
+        y = super().encode(image, keys)
+        RECORD["x0"] = np.asarray(y)
+        return y
+
+
+class RecordingZero(nn.Module):
+    """A zero score that keeps its input."""
+
+    def __call__(self, x, label, train=False):
+        RECORD.update(x=np.asarray(x), t=np.asarray(label))
+        return jnp.zeros_like(x)
+
+
+RECORD = {}
+
+
+def recorded_noise(seed, number):
+    """Dequantisation noise, time and z of one loss evaluation on identical images."""
+    image = jnp.zeros((number, 1), jnp.uint8)
+    batch = {"image": image, "noise_id": jnp.arange(number), "mask": jnp.ones((number,), bool)}
+    sde = VPSDE()
+    score_matching(
+        ScoreModel(RecordingZero(), sde, score_from_noise, unit_time_label),
+        RecordingPixels(2), law(sde, "noise", 1e-3),
+        batch_size=number, reduce_mean=True, train=False,
+    )({}, jax.random.key(seed), batch)  # fmt: skip
+    t, x0 = RECORD["t"], RECORD["x0"][:, 0]
+    alpha, sigma = (np.asarray(c(jnp.asarray(t))) for c in (sde.alpha, sde.sigma))
+    return np.stack([x0, t, (RECORD["x"][:, 0] - alpha * x0) / sigma])
+
+
+def test_dequantisation_time_and_noise_are_independent_and_new_in_every_step():
+    """Correlations of the three draws of an id, and of two steps, within 4 standard errors."""
+    n = 4000
+    draws = np.concatenate([recorded_noise(seed, n) for seed in (0, 1)])
+    assert np.all(np.abs(np.corrcoef(draws) - np.eye(6)) < 4 / np.sqrt(n))
+    assert all(len(np.unique(draw)) > 0.99 * n for draw in draws)
+
+
+def test_published_switches_give_the_documented_laws():
+    sde = VPSDE()
+    expected = {
+        "noise": (Uniform, noise_weight),
+        "likelihood": (Uniform, likelihood_weight),
+        "importance": (Importance, noise_weight),
+        "debias": (Debias, noise_weight),
+    }
+    for mode, (proposal, weight) in expected.items():
+        for stratified in (False, True):
+            chosen = law(sde, mode, 1e-4, stratified=stratified)
+            assert chosen.proposal == proposal(sde, 1e-4)
+            assert (chosen.weight, chosen.stratified) == (weight, stratified)
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"importance_weighting": True}, "importance_weighting=True needs .*likelihood_weighting"),
+        ({"debias": True, "likelihood_weighting": True}, "debias=True already weights"),
+        ({"debias": True, "importance_weighting": True}, "debias=True already weights"),
+    ],
+)
+def test_switches_without_effect_are_refused(switches, message):
+    with pytest.raises(ValueError, match=message):
+        time_law(VPSDE(), smallest_time=1e-3, **(PLAIN | switches))

@@ -1,0 +1,315 @@
+"""Whole runs at tiny size: resume, devices, non-finite values, evaluation, what a run folder holds."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import run_lib
+from checkpoints import Checkpoints
+from configs import base
+from records import Records
+from run_lib import folder
+from run_lib.settings import Settings
+from run_lib.training import PendingMetrics, Trainer
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    run_lib.train(Settings.from_config(config), workdir)
+
+
+def final_state(workdir: Path, config: ConfigDict) -> dict:
+    """The leaves of the last checkpoint, as numpy."""
+    settings = Settings.from_config(config)
+    trainer = Trainer(settings, __import__("datasets").load(settings.data), workdir)
+    trainer.checkpoints.close()
+    return jax.device_get(trainer.state)
+
+
+@pytest.mark.parametrize("n_jitted_steps", [1, 4])
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
+    tmp_path: Path, n_jitted_steps: int
+) -> None:
+    config = tiny.config()
+    config.model.dropout = 0.1
+    config.training.n_jitted_steps = n_jitted_steps
+    train(config, tmp_path / "straight")
+    config.training.n_iters = 11
+    train(config, tmp_path / "resumed")
+    config.training.n_iters = 20
+    train(config, tmp_path / "resumed")
+    straight = final_state(tmp_path / "straight", config)
+    resumed = final_state(tmp_path / "resumed", config)
+    assert straight.step == 20
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+
+def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    config = tiny.config()
+    train(config, tmp_path)
+    metrics = folder.read_metrics(tmp_path)
+    # as if a killed run had written lines after its last checkpoint
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(
+        lines + '{"step": 24, "split": "train", "loss": 1}\n{"s'
+    )
+    config.training.n_iters = 24
+    train(config, tmp_path)
+    rows = [(row["step"], row["split"]) for row in folder.read_metrics(tmp_path)]
+    assert len(rows) == len(set(rows)) > len(metrics)
+
+
+DEVICES_SCRIPT = """
+import sys, json, numpy as np, jax
+from pathlib import Path
+from tests import tiny
+from run_lib.settings import Settings
+from run_lib.training import Trainer
+import datasets
+config = tiny.config()
+config.training.update(n_iters=10, n_jitted_steps=1, log_freq=1, stratified=True)
+settings = Settings.from_config(config)
+trainer = Trainer(settings, datasets.load(settings.data), Path(sys.argv[1]))
+losses = []
+for first, batches in trainer.batches():
+    trainer.state, metrics = trainer.step_fn(trainer.state, trainer.keys["train"], batches)
+    losses.append(float(metrics["loss"][0]))
+    trainer.step += 1
+trainer.checkpoints.close()
+print(json.dumps([jax.device_count(), losses]))
+"""
+
+
+def test_losses_do_not_depend_on_the_number_of_devices(tmp_path: Path) -> None:
+    losses = {}
+    for devices in (1, 2, 4):
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+        output = subprocess.run(
+            [sys.executable, "-c", DEVICES_SCRIPT, str(tmp_path / str(devices))],
+            env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        count, values = json.loads(output.splitlines()[-1])
+        assert count == devices
+        losses[devices] = np.array(values)
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)
+    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
+    assert np.ptp(losses[1]) > 1e-3  # the losses move, so equality says something
+
+
+def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
+    tmp_path: Path,
+) -> None:
+    config = tiny.config()
+    config.training.n_iters = 10
+    train(config, tmp_path)
+    config.training.n_iters = 40
+    config.optim.lr = 1e38
+    with pytest.raises(FloatingPointError, match=r"at step 1\d"):
+        train(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps()[-1] == 10
+    checkpoints.close()
+
+
+def test_pending_metrics_name_the_first_bad_step() -> None:
+    pending = PendingMetrics()
+    pending.add(4, {"loss": np.array([1.0, 2.0])})
+    pending.add(6, {"loss": np.array([3.0, np.nan])})
+    with pytest.raises(FloatingPointError, match="loss = nan at step 7"):
+        pending.check()
+
+
+def test_pending_metrics_average_all_steps_since_the_last_flush() -> None:
+    pending = PendingMetrics()
+    pending.add(0, {"loss": np.array([1.0, 2.0])})
+    pending.check()
+    pending.add(2, {"loss": np.array([6.0])})
+    assert pending.flush() == {"loss": 3.0}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("trained")
+    config = tiny.config()
+    config.training.snapshot_sampling = True
+    train(config, workdir)
+    return workdir
+
+
+def test_run_folder_holds_what_the_readme_says(trained: Path) -> None:
+    for name in ("config.json", "versions.json", "metrics.jsonl", "curves.png", "report.html"):
+        assert (trained / name).stat().st_size > 0, name
+    assert list((trained / "tensorboard").glob("events*"))
+    assert (trained / "samples" / "step_0000020.png").exists()
+    assert json.loads((trained / "config.json").read_text())["model"]["beta_max"] == 20.0
+    splits = {row["split"] for row in folder.read_metrics(trained)}
+    assert splits == {"train", "held_out"}
+
+
+def evaluate(workdir: Path, eval_folder: str, **changes: object) -> dict[tuple, dict]:
+    config = tiny.config()
+    config.eval.update(changes)
+    run_lib.evaluate(Settings.from_config(config), workdir, eval_folder)
+    return Records(workdir / eval_folder / "rows.jsonl").rows
+
+
+def test_evaluation_is_complete_and_does_not_depend_on_the_batch_size(trained: Path) -> None:
+    one = evaluate(trained, "a", batch_size=24, enable_sampling=False, enable_loss=True)
+    other = evaluate(trained, "b", batch_size=8, enable_sampling=False, enable_loss=True)
+    assert one.keys() == other.keys()
+    assert len(one) == 3 * 24
+    for key, row in one.items():
+        np.testing.assert_allclose(row["value"], other[key]["value"], rtol=2e-4, err_msg=str(key))
+
+
+def test_evaluation_computes_only_the_missing_rows(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = evaluate(trained, "c", enable_sampling=False)
+    path = trained / "c" / "rows.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:30]) + lines[30][:20])
+    logging.getLogger("fokker").setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO, logger="fokker"):
+        second = evaluate(trained, "c", enable_sampling=False)
+    assert {k: r["value"] for k, r in second.items()} == {k: r["value"] for k, r in first.items()}
+    batches = [r for r in caplog.messages if "after" in r]
+    assert len(batches) == 2  # rows 0–29 were there: the rest is the bound of both batches
+    assert len(path.read_text().splitlines()) == len(first)
+
+
+def test_evaluation_writes_samples_and_report(trained: Path) -> None:
+    evaluate(trained, "d", enable_bpd=False)
+    samples = np.load(trained / "d" / "samples_20.npz")["samples"]
+    assert samples.shape == (9, 8, 8, 1)
+    assert samples.dtype == np.uint8
+    assert samples.max() <= 16
+    page = (trained / "report.html").read_text()
+    assert "bits/dim" in page
+    assert "data:image/png;base64," in page
+    assert "src='http" not in page
+
+
+def test_repeats_use_fresh_noise(trained: Path) -> None:
+    rows = evaluate(trained, "e", enable_sampling=False, enable_bpd=False, num_repeats=2)
+    values = [[r["value"] for r in rows.values() if r["repeat"] == k] for k in (0, 1)]
+    assert np.all(np.array(values[0]) != np.array(values[1]))
+
+
+def test_real_valued_data_train_and_evaluate_in_nats(tmp_path: Path) -> None:
+    config = tiny.config("swissroll")
+    config.eval.update(divergence="exact")
+    train(config, tmp_path)
+    run_lib.evaluate(Settings.from_config(config), tmp_path, "eval")
+    rows = Records(tmp_path / "eval" / "rows.jsonl").rows.values()
+    assert {row["unit"] for row in rows} == {"nats"}
+    assert len(rows) == 2 * 24
+    assert (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("sde", "parameterization", "label"),
+    [
+        ("vpsde", "drift", "unit_time"),
+        ("subvpsde", "noise", "time"),
+        ("vesde", "score", "sigma"),
+        ("linearvesde", "velocity", "log_snr"),
+    ],
+)
+def test_every_sde_parameterization_and_label_trains(
+    tmp_path: Path, sde: str, parameterization: str, label: str
+) -> None:
+    config = tiny.config("moons")
+    config.training.update(sde=sde, n_iters=4, smallest_time=1e-2)
+    config.model.update(parameterization=parameterization, time_label=label)
+    train(config, tmp_path)
+    assert folder.read_metrics(tmp_path)[-1]["step"] == 4
+
+
+def test_changed_fields_are_refused_by_name_and_harmless_ones_are_not(trained: Path) -> None:
+    config = tiny.config()
+    config.model.hidden = 17
+    config.optim.lr = 3e-4
+    with pytest.raises(ValueError, match=r"model\.hidden: 16 in") as error:
+        train(config, trained)
+    assert "optim.lr" not in str(error.value)
+    config = tiny.config()
+    config.training.sde = "subvpsde"
+    with pytest.raises(ValueError, match=r"training\.sde: 'vpsde'"):
+        run_lib.evaluate(Settings.from_config(config), trained, "eval")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("training", "bach_size", 3, "training.bach_size is not a field.*batch_size"),
+        ("model", "sigma_max", 3.0, "model.sigma_max=3.0 is used neither by .*'mlp'.*'vpsde'"),
+        ("model", "nf", 32, "model.nf=32 is used neither by"),
+        ("model", "name", "mpl", "model.name='mpl': allowed .*did you mean mlp"),
+        ("training", "sde", "vp", "training.sde='vp': allowed"),
+        ("training", "batch_size", 0, "training.batch_size=0: need at least 1"),
+        ("training", "importance_weighting", True, "needs training.likelihood_weighting=True"),
+        ("eval", "solver", "rk4", "solver='rk4': allowed"),
+        ("eval", "dataset", "val", "eval.dataset='val': allowed"),
+        ("sampling", "method", "sed", "sampling.method='sed': allowed .*did you mean"),
+        ("optim", "optimizer", "sgd", "optim.optimizer='sgd'"),
+        ("data", "dataset", "digit", "digits"),
+    ],
+)
+def test_mistakes_are_named_before_any_training(
+    tmp_path: Path, section: str, field: str, value: object, message: str
+) -> None:
+    config = tiny.config()
+    config.training.update(likelihood_weighting=False, importance_weighting=False)
+    with config.unlocked():
+        config[section][field] = value
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_size_must_fit_the_devices(tmp_path: Path) -> None:
+    config = tiny.config()
+    config.training.batch_size = 18
+    with pytest.raises(ValueError, match=r"training.batch_size=18: .* 4 devices"):
+        train(config, tmp_path)
+
+
+def test_eval_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run --mode=train"):
+        run_lib.evaluate(Settings.from_config(tiny.config()), tmp_path, "eval")
+
+
+def test_chosen_checkpoints_are_evaluated_and_missing_ones_named(trained: Path) -> None:
+    rows = evaluate(trained, "f", begin_ckpt=1, end_ckpt=2, enable_bpd=False, enable_sampling=False)
+    assert {row["step"] for row in rows.values()} == {10, 20}
+    with pytest.raises(ValueError, match=r"no checkpoint of steps \[30\]"):
+        evaluate(trained, "f", begin_ckpt=1, end_ckpt=3)
+
+
+def test_base_config_and_settings_have_the_same_fields() -> None:
+    settings = Settings.from_config(base.get_config())
+    resolved = settings.resolved()
+    for section in ("data", "training", "optim", "sampling", "eval"):
+        assert resolved[section].keys() == base.get_config()[section].keys()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.py")), ids=lambda p: p.stem)
+def test_every_config_is_a_short_documented_delta_that_resolves(path: Path) -> None:
+    if path.name == "__init__.py":
+        pytest.skip("not a config")
+    module = __import__(f"configs.{path.parent.name}.{path.stem}", fromlist=["get_config"])
+    settings = Settings.from_config(module.get_config())
+    assert settings.network is not None
+    assert "Command:" in module.__doc__
+    assert len(path.read_text().split("def get_config")[1].splitlines()) <= 25
