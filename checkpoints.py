@@ -5,6 +5,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,10 +23,13 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         self.directory = (workdir / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
+        """Steps with a complete checkpoint, ascending; waits for a write under way."""
+        self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
@@ -38,11 +42,21 @@ class Checkpoints:
         """The state saved at `step`, with the structure, shapes and dtypes of `like`.
 
         Raises:
-            ValueError: there is no such checkpoint, or it does not fit `like`.
+            ValueError: there is no such checkpoint, or it does not fit `like`; names the leaves.
         """
-        if step not in self._manager.all_steps():
+        steps = self.steps()
+        if step not in steps:
+            raise ValueError(f"no checkpoint of step {step} in {self.directory}: there are {steps}")
+        saved, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(like)
+        wrong = [
+            f"{leaf}: saved {saved.get(leaf, 'nothing')}, wanted {wanted.get(leaf, 'nothing')}"
+            for leaf in sorted(saved.keys() | wanted.keys())
+            if saved.get(leaf) != wanted.get(leaf)
+        ]
+        if wrong:
             raise ValueError(
-                f"no checkpoint of step {step} in {self.directory}: there are {self.steps()}"
+                f"{self.directory / str(step)} does not fit, {len(wrong)} leaves differ: "
+                + "; ".join(wrong[:8])
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
@@ -51,3 +65,12 @@ class Checkpoints:
         """Wait until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf by its path, as params.Dense_0.kernel."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in leaves
+    }

@@ -71,10 +71,10 @@ def time_law(
     sde: SDE,
     *,
     smallest_time: float,
-    likelihood_weighting: bool,
-    importance_weighting: bool,
-    debias: bool,
-    stratified: bool,
+    likelihood_weighting: bool = False,
+    importance_weighting: bool = False,
+    debias: bool = False,
+    stratified: bool = False,
 ) -> TimeLaw:
     """The published switches, resolved once. Under `debias`, t_eps is the smallest time and w = 1.
 

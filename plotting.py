@@ -12,14 +12,14 @@ import matplotlib.pyplot as plt
 Curve = tuple[list[int], list[float]]
 
 
-def image_grid(images: np.ndarray, padding: int = 1) -> np.ndarray:
-    """Tile images [n, H, W, C] row by row into one of about square shape, white between them."""
+def image_grid(images: np.ndarray, white: int, padding: int = 1) -> np.ndarray:
+    """Tile images [n, H, W, C] row by row into one of about square shape, `white` between them."""
     n, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     canvas = np.full(
         (rows * (height + padding) + padding, columns * (width + padding) + padding, channels),
-        images.max(),
+        white,
         images.dtype,
     )
     for i, image in enumerate(images):
@@ -40,7 +40,7 @@ def save_samples(path: Path, samples: np.ndarray, levels: int | None) -> None:
 
 def save_images(path: Path, images: np.ndarray, levels: int) -> None:
     """A PNG of an image grid, small images enlarged without smoothing."""
-    grid = image_grid(images).astype(np.float64) / (levels - 1)
+    grid = image_grid(images, levels - 1).astype(np.float64) / (levels - 1)
     enlarge = max(1, 640 // max(grid.shape[:2]))
     grid = np.clip(np.kron(grid, np.ones((enlarge, enlarge, 1))), 0.0, 1.0)
     plt.imsave(path, np.repeat(grid, 3, axis=2) if grid.shape[2] == 1 else grid)

@@ -127,9 +127,11 @@ def _times(value: Float[Array, ""] | float, x: Batched) -> PerExample:
     return jnp.full(x.shape[:1], value, x.dtype)
 
 
-def _check_sampler(t_min: float, num_steps: int) -> None:
+def _check_sampler(t_min: float, num_steps: int, noise_removal: bool) -> None:
     if not 0.0 <= t_min < 1.0:
         raise ValueError(f"sampling.smallest_time={t_min}: need 0 <= t < 1")
+    if noise_removal and t_min == 0.0:  # the score of VP and sub-VP does not exist at t = 0
+        raise ValueError("sampling.noise_removal=True needs sampling.smallest_time > 0")
     if num_steps < 2:
         raise ValueError(f"model.num_scales={num_steps}: need at least 2 steps")
 
@@ -154,7 +156,7 @@ class PredictorCorrector:
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
-        _check_sampler(self.t_min, self.num_steps)
+        _check_sampler(self.t_min, self.num_steps, self.noise_removal)
         for field, table in (("predictor", PREDICTORS), ("corrector", CORRECTORS)):
             name = getattr(self, field)
             if name not in table:
@@ -232,11 +234,9 @@ class ReverseSDE:
     noise_removal: bool = True
 
     def __post_init__(self) -> None:
-        _check_sampler(self.t_min, self.num_steps)
+        _check_sampler(self.t_min, self.num_steps, self.noise_removal)
         if not self.lmbd <= 1.0:
             raise ValueError(f"sampling.lmbd={self.lmbd}: need λ <= 1, the diffusion is √(1 − λ) g")
-        if self.noise_removal and self.t_min == 0.0:
-            raise ValueError("sampling.noise_removal=True needs sampling.smallest_time > 0")
 
     def __call__(
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.integrate import quad
 
 from likelihood import Divergence, ode_log_likelihood, reconstruction_nll, variational_bound
 from ode import Solver
@@ -32,6 +31,15 @@ def keys(number, seed=0):
     return jax.random.split(jax.random.key(seed), number)
 
 
+def integral(function, t_min):
+    """∫ over [t_min, 1] by Gauss–Legendre on half decades; `function` maps an array of times."""
+    nodes, weights = np.polynomial.legendre.leggauss(24)
+    edges = np.geomspace(t_min, 1.0, 13)
+    half = np.diff(edges)[:, None] / 2
+    t = (edges[:-1, None] + half * (1.0 + nodes)).ravel()
+    return float(np.sum((half * weights).ravel() * np.asarray(function(jnp.asarray(t)))))
+
+
 def within(values, expected, errors=4.0):
     """The mean of the values agrees with `expected` within so many standard errors."""
     values = np.asarray(values)
@@ -54,10 +62,8 @@ def ode(law, sde, x, t_min, divergence, solver=EXACT, seed=0):
 def test_ode_likelihood_of_a_gaussian(sde, t_min):
     """x_T = x √(v_T/v), log p = log π(x_T) + ½ d ln(v_T/v); one probe: H = −I/v is exact."""
     x, v0 = 0.6 * jax.random.normal(jax.random.key(1), (3, 2, 2)), 0.36
-    v_min, v_end = (
-        float(sde.alpha(jnp.asarray(t)) ** 2 * v0 + sde.sigma(jnp.asarray(t)) ** 2)
-        for t in (t_min, 1.0)
-    )
+    t = jnp.asarray([t_min, 1.0])
+    v_min, v_end = np.asarray(sde.alpha(t) ** 2 * v0 + sde.sigma(t) ** 2)
     law = gaussian(jnp.zeros((2, 2)), v0)
     result = ode(law, sde, x, t_min, Divergence("rademacher"), Solver("dopri8", 1e-11, 1e-11))
     latent = np.asarray(x) * np.sqrt(v_end / v_min)
@@ -81,13 +87,13 @@ def test_ode_transports_the_density_of_a_mixture(sde, t_min):
     np.testing.assert_allclose(log_p, law.log_prob(x, begin, sde), rtol=0, atol=1e-9)
 
 
-def repeated_ode(divergence, number=1500):
+def repeated_ode(divergence, number=800):
     """log p of one point of a mixture in R³, many times, each with its own probes."""
     means = jnp.asarray([[1.0, 0.0, 1.0], [-1.0, 0.5, 0.0], [0.0, -1.0, -1.0]])
     law = Mixture(jnp.asarray([0.3, 0.4, 0.3]), means, jnp.asarray([0.25, 0.1, 0.5]))
     x = jnp.tile(jnp.asarray([[0.3, -0.4, 0.2]]), (number, 1))
-    solver = Solver("tsit5", 1e-5, 1e-5)
-    return np.asarray(ode(law, VPSDE(), x, 1e-3, divergence, solver, seed=3).log_p)
+    solver = Solver("tsit5", 1e-4, 1e-4)
+    return np.asarray(ode(law, VPSDE(), x, 1e-2, divergence, solver, seed=3).log_p)
 
 
 @pytest.mark.usefixtures("x64")
@@ -98,7 +104,7 @@ def test_probed_ode_likelihood_is_unbiased_and_more_probes_have_less_variance():
     normal = repeated_ode(Divergence("gaussian", 1))
     for values in (one, four, normal):
         # The trajectory is that of the exact solve, up to the tolerance of the solver.
-        assert abs(values.mean() - exact) < 4 * values.std() / np.sqrt(len(values)) + 1e-4
+        assert abs(values.mean() - exact) < 4 * values.std() / np.sqrt(len(values)) + 1e-3
     # Quarter of the variance; 4 √(2 · 2/n) is at least 4 standard errors of the ratio here.
     assert four.var() / one.var() == pytest.approx(0.25, rel=4 * math.sqrt(4 / len(one)))
     assert normal.var() > 2 * one.var()
@@ -127,35 +133,31 @@ V0 = 0.49
 
 
 def moments(sde, t):
-    """α², σ² and v = α² V0 + σ² as floats."""
-    alpha2, sigma2 = (float(c(jnp.asarray(t))) ** 2 for c in (sde.alpha, sde.sigma))
+    """α², σ² and v = α² V0 + σ²."""
+    t = jnp.asarray(t)
+    alpha2, sigma2 = (np.asarray(c(t)) ** 2 for c in (sde.alpha, sde.sigma))
     return alpha2, sigma2, alpha2 * V0 + sigma2
 
 
 def exact_bound(sde, t_min, kappa, square):
-    """The bound for the score −κ x/v at a point with ‖x‖² = square, integral by quadrature.
+    """The bound for the score −κ x/v at a point with ‖x‖² = square, its integral by quadrature.
 
     e1 = (1 − κ σ²/v) z − κ α σ x/v, so that E‖e1‖² = d (1 − κ σ²/v)² + κ² α² σ² ‖x‖²/v².
     """
 
     def residual(t):
         alpha2, sigma2, v = moments(sde, t)
-        scale = kappa * sigma2 / v
-        return D * (1.0 - scale) ** 2 + kappa**2 * alpha2 * sigma2 * square / v**2
+        return D * (1 - kappa * sigma2 / v) ** 2 + kappa**2 * alpha2 * sigma2 * square / v**2
 
     def integrand(t):
-        sigma2 = moments(sde, t)[1]
-        return 0.5 * float(sde.g2(jnp.asarray(t))) / sigma2 * residual(t)
+        return 0.5 * np.asarray(sde.g2(t)) / moments(sde, t)[1] * residual(t)
 
-    edges = [t_min, *[b for b in (1e-4, 1e-3, 1e-2, 0.1) if b > t_min], 1.0]
-    pieces = zip(edges[:-1], edges[1:], strict=True)
-    diffusion = sum(quad(integrand, a, b, epsrel=1e-8)[0] for a, b in pieces)
     alpha2, sigma2, _ = moments(sde, 1.0)
     ratio = sigma2 / sde.prior_std**2
     prior = 0.5 * (alpha2 * square / sde.prior_std**2 + D * (ratio - 1.0 - math.log(ratio)))
     alpha2, sigma2, _ = moments(sde, t_min)
     decoder = 0.5 * (D * math.log(2 * math.pi * sigma2 / alpha2) + residual(t_min))
-    return prior, diffusion, decoder
+    return float(prior), integral(integrand, t_min), float(decoder)
 
 
 def sampled_bound(score_fn, sde, x, proposal, num_times=4, seed=0):
@@ -202,8 +204,6 @@ def test_bound_of_gaussian_data_with_the_exact_score(sde, t_min):
     alpha2, sigma2, v = moments(sde, t_min)
     v_end, prior2 = moments(sde, 1.0)[2], sde.prior_std**2
     expected = math.log(2 * math.pi * prior2) + v_end / prior2 - math.log(v_end / v)
-    if sde.prior_std == 1.0:  # the drift a x of VP and sub-VP: ∫ a d dt = ½ d ln(α_T²/α²)
-        expected += 0.0
     expected += -math.log(alpha2) - sigma2 / v
     assert within(bound.nll, 0.5 * D * expected)
     entropy = 0.5 * D * math.log(2 * math.pi * math.e * V0)
@@ -235,23 +235,23 @@ def test_published_elbo_of_a_scaled_score():
 @pytest.mark.usefixtures("x64")
 @every_sde
 def test_bound_is_above_the_negative_log_likelihood_of_a_mixture(sde, t_min):
-    """Tight for the exact score; a shifted score loses ½ ∫ g² ‖shift‖² dt more."""
+    """By KL(q_T ‖ π) for the exact score; a shift c of the score adds ½ ‖c‖² (∫ g² dt + σ²)."""
     law, n = mixture(), 4000
-    x = law.sample(jax.random.key(5), n)
-    exact = -np.asarray(law.log_prob(x, jnp.full((n,), t_min), sde))
     shift = 0.5 / sde.prior_std
-    gaps = []
-    for c in (0.0, shift):
-        score_fn = lambda y, t, c=c: law.score(y, t, sde) + c  # noqa: E731
-        bound = sampled_bound(score_fn, sde, x, Importance(sde, t_min))
-        gaps.append(np.asarray(bound.nll) - exact)
-    error = np.std(gaps[0]) / math.sqrt(n)
-    alpha2, _, v_end = moments(sde, 1.0)
-    # KL(q_T ‖ π) is at most E‖α x0‖²/2σ_π² plus the missing variance; p_{t_min} is not p_0 either.
-    slack = {VPSDE: 1e-4, SubVPSDE: 1e-4, VESDE: 2e-3, LinearVESDE: 0.4}[type(sde)]
-    assert -4 * error - 1e-3 < gaps[0].mean() < slack + 4 * error + 1e-3
-    loss = 0.5 * D * shift**2 * quad(lambda t: float(sde.g2(jnp.asarray(t))), t_min, 1.0)[0]
-    assert gaps[1].mean() - gaps[0].mean() > 0.5 * loss
+    x = law.sample(jax.random.key(5), n)
+    entropy = -np.asarray(law.log_prob(x, jnp.zeros((n,)), VPSDE()))
+    exact, shifted = (
+        sampled_bound(
+            lambda y, t, c=c: law.score(y, t, sde) + c, sde, x, Importance(sde, t_min)
+        )
+        for c in (0.0, shift)
+    )  # fmt: skip
+    gap, loss = np.asarray(exact.nll) - entropy, np.asarray(shifted.nll - exact.nll)
+    error = gap.std() / math.sqrt(n)
+    # KL(q_T ‖ π) ≤ E KL(q(x_T|x0) ‖ π), the prior term; the decoder errs by O((σ/s)⁴) < 1e-5.
+    assert -4 * error < gap.mean() < np.mean(exact.prior) + 4 * error + 1e-5
+    variance = integral(sde.g2, t_min) + moments(sde, t_min)[1]
+    assert within(loss, 0.5 * D * shift**2 * variance)
 
 
 @pytest.mark.usefixtures("x64")

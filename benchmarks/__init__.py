@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks.<name>`; each prints one table."""
