@@ -34,6 +34,7 @@ LATER = {
     "diagnose": "curves of score, Fokker–Planck and higher-order errors over time",
 }
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 def _mode() -> str:
@@ -78,7 +79,24 @@ def main(argv: list[str]) -> None:
     except (ValueError, FloatingPointError) as error:
         logger.error("error: %s", error)
         sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        logger.error("interrupted; the same command continues from the last checkpoint or row")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parse the flags; a config file or field that does not exist ends in one line."""
+    try:
+        rest = FLAGS(argv)
+        getattr(FLAGS.config, "seed", None)  # a file that failed to load complains on first use
+        return rest
+    except flags.Error as error:
+        message = str(error)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        message = f"--config: {error}".replace("\\n", " ").replace("\n", " ")
+    sys.stderr.write(f"error: {message}\nmain.py --help explains the flags\n")
+    sys.exit(EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

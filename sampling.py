@@ -282,7 +282,7 @@ class OdeSampler:
         x = scale(jnp.where(reached, 1.0, jnp.nan).astype(x.dtype), x)
         if self.noise_removal:
             x = denoise(score_fn, sde, x, _times(self.t_min, x))
-        return Samples(x, nfe + self.noise_removal)
+        return Samples(x, nfe + int(self.noise_removal))
 
 
 Sampler = PredictorCorrector | ReverseSDE | OdeSampler

@@ -112,7 +112,7 @@ def main() -> None:
         f"{jax.devices()[0].device_kind}, {options.images} images, reference {reference.mean():.4f}"
     )
     print(f"{'solver':8}{'tol':>8}{'NFE':>7}{'max':>6}{'ms/image':>10}{'|Δ mean|':>10}"
-          f"{'mean |Δ|':>10}{'max |Δ|':>10}   bits/dim")  # fmt: skip
+          f"{'mean |Δ|':>10}{'max |Δ|':>10}  (bits/dim)")  # fmt: skip
     for variant, result in results.items():
         error = problem.bits(result) - reference
         milliseconds = 1e3 * statistics.median(times[variant]) / options.images

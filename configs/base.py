@@ -35,7 +35,7 @@ def _data() -> ConfigDict:
             "uniform_dequantization": True,  # (k + u)/levels in training, too
             "random_flip": False,  # left-right, in training only
             "num_train": 0,  # 0: all (2-D sets: fresh samples for ever)
-            "num_test": 0,  # 0: all (2-D sets: 2000)
+            "num_test": 0,  # 0: all (2-D sets: at least 1)
         }
     )
 

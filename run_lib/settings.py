@@ -65,6 +65,9 @@ class TrainingConfig:
         for field in positive:
             value = getattr(self, field)
             require(value >= 1, f"training.{field}", value, "at least 1")
+            if field.endswith(("_freq", "_preemption")):
+                allowed = f"a multiple of training.n_jitted_steps={self.n_jitted_steps}"
+                require(value % self.n_jitted_steps == 0, f"training.{field}", value, allowed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,12 +36,19 @@ def train(settings: Settings, workdir: Path) -> None:
     """
     parallel.check_batch_size(settings.training.batch_size, "training.batch_size")
     dataset = datasets.load(settings.data)
-    build.estimators(settings), build.sampler(settings)  # their errors should come before training
+    check(settings, dataset)
     folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling"))
     folder.write_json(workdir / "config.json", settings.resolved())
     folder.write_json(workdir / "versions.json", folder.versions())
     Trainer(settings, dataset, workdir).run()
     report.write(workdir)
+
+
+def check(settings: Settings, dataset: Dataset) -> None:
+    """Build once what is needed late, so that its errors come before anything is written."""
+    build.per_example_loss(settings, dataset, train=True)
+    build.estimators(settings)
+    build.sampler(settings)
 
 
 class Trainer:
@@ -67,6 +74,7 @@ class Trainer:
             donate_argnums=(0,),
         )
         self.held_out = HeldOutLoss(settings, dataset, self.keys["held_out"])
+        self.generate = Generator(settings, dataset, self.keys["snapshot"])
         self.metrics = PendingMetrics()
         num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
         logger.info(
@@ -76,25 +84,22 @@ class Trainer:
         )  # fmt: skip
 
     def run(self) -> None:
-        """Take all remaining steps; always leaves a checkpoint of the last one."""
-        last = self.settings.training.n_iters
+        """Take all remaining steps; everything is due at the last one."""
         writer = folder.MetricsWriter(self.workdir, self.step)
-        progress = Progress(self.step, last)
+        progress = Progress(self.step, self.settings.training.n_iters)
         try:
             for first, batches in self.batches():
                 self.state, metrics = self.step_fn(self.state, self.keys["train"], batches)
                 self.step = first + len(batches["mask"])
                 self.metrics.add(first, metrics)
-                self.events(first, writer, progress)
-            if last > 0 and self.step not in self.checkpoints.steps():
-                self.save()
+                self.events(writer, progress)
         finally:
             progress.close()
             writer.close()
             self.checkpoints.close()
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """(first step, batches [n, D, B/D, ...]); n is less than n_jitted_steps only at the end."""
+        """(first step, batches [n, D, B/D, ...]), each up to the next multiple of n_jitted_steps."""
         training = self.settings.training
         stream = self.dataset.train_batches(
             batch_size=training.batch_size,
@@ -106,18 +111,19 @@ class Trainer:
         noise_id = noise_id[parallel.host().part(training.batch_size)]
         first = self.step
         while first < training.n_iters:
-            count = min(training.n_jitted_steps, training.n_iters - first)
+            to_multiple = training.n_jitted_steps - first % training.n_jitted_steps
+            count = min(to_multiple, training.n_iters - first)
             group = [next(stream) | {"noise_id": noise_id} for _ in range(count)]
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)
             yield first, parallel.split(stacked, axis=1)
             first += count
 
-    def events(self, first: int, writer: folder.MetricsWriter, progress: "Progress") -> None:
-        """Whatever is due between step `first` and now."""
+    def events(self, writer: folder.MetricsWriter, progress: "Progress") -> None:
+        """Whatever is due at this step."""
         training, last = self.settings.training, self.step == self.settings.training.n_iters
 
         def due(every: int) -> bool:
-            return self.step // every > first // every or last
+            return self.step % every == 0 or last
 
         if due(training.log_freq):
             means = self.metrics.flush()
@@ -139,8 +145,7 @@ class Trainer:
 
     def snapshot(self) -> None:
         """Samples of the moving average, as samples/step_<step>.png."""
-        generate = Generator(self.settings, self.dataset, self.keys["snapshot"])
-        samples = generate(self.state.ema_params, 64)
+        samples = self.generate(self.state.ema_params, 64)
         path = self.workdir / "samples" / f"step_{self.step:07d}.png"
         plotting.save_samples(path, samples, self.dataset.levels)
 
@@ -227,9 +232,9 @@ class Progress:
     """A bar with rate and time left on a terminal, plain lines otherwise."""
 
     def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
+        self.step, self.last = first, last
         self.bar = tqdm(total=last, initial=first, unit="step") if sys.stderr.isatty() else None
-        self.started = self.spoken = time.monotonic()
+        self.spoken = time.monotonic()
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Show the step, its rate and the time left; without a terminal at most every 10 s."""
@@ -240,9 +245,9 @@ class Progress:
         now = time.monotonic()
         if now - self.spoken < 10.0 and step < self.last:
             return
-        self.spoken = now
-        rate = (step - self.first) / max(now - self.started, 1e-9)
+        rate = (step - self.step) / (now - self.spoken)  # of the steps since the last line
         left = (self.last - step) / rate
+        self.step, self.spoken = step, now
         logger.info(
             "step %d/%d, %s, %.1f steps/s, %.0f s left", step, self.last, _text(values), rate, left
         )

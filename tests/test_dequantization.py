@@ -94,7 +94,7 @@ def test_encode_adds_uniform_noise_of_each_key(code):
     k = jnp.full((n, 1), code.levels // 2, jnp.uint8)
     keys = jax.random.split(jax.random.key(0), n)
     u = np.asarray(code.levels * code.to_unit(code.encode(k, keys)) - code.levels // 2)
-    # Moments of U[0, 1) within 4 standard errors: those of u and of (u − ½)² are √(1/12n), √(1/180n).
+    # Within 4 standard errors, those of u and of (u − ½)² being √(1/12n) and √(1/180n).
     assert abs(u.mean() - 0.5) < 4 * np.sqrt(1 / (12 * n))
     assert abs(((u - 0.5) ** 2).mean() - 1 / 12) < 4 * np.sqrt(1 / (180 * n))
     np.testing.assert_array_equal(code.encode(k[:3], keys[:3]), code.encode(k, keys)[:3])
@@ -124,9 +124,9 @@ def test_wrong_number_of_levels_is_refused(levels):
 
 
 def test_contradictory_transforms_are_refused():
-    with pytest.raises(ValueError, match=r"data.centered=True with data.logit=True"):
+    with pytest.raises(ValueError, match=r"data\.centered=True with data\.logit=True"):
         Pixels(256, centered=True, logit=True)
-    with pytest.raises(ValueError, match="data.uniform_dequantization=True"):
+    with pytest.raises(ValueError, match=r"data\.uniform_dequantization=True"):
         Pixels(256, centered=False, logit=True, dequantize_uniformly=False)
 
 

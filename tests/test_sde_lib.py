@@ -269,13 +269,13 @@ def test_ancestral_sampling_without_a_chain_is_refused(sde):
 @pytest.mark.parametrize("kind", [VPSDE, SubVPSDE])
 @pytest.mark.parametrize("fields", [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0)])
 def test_wrong_beta_is_refused(kind, fields):
-    with pytest.raises(ValueError, match="beta_min.*beta_max"):
+    with pytest.raises(ValueError, match=r"beta_min.*beta_max"):
         kind(*fields)
 
 
 @pytest.mark.parametrize("fields", [(0.0, 50.0), (-0.01, 50.0), (50.0, 0.01), (1.0, 1.0)])
 def test_wrong_geometric_sigma_is_refused(fields):
-    with pytest.raises(ValueError, match="sigma_min.*sigma_max"):
+    with pytest.raises(ValueError, match=r"sigma_min.*sigma_max"):
         VESDE(*fields)
 
 

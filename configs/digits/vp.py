@@ -14,10 +14,10 @@ def get_config() -> ConfigDict:
     config.data.update(dataset="digits", levels=17)
     config.model.update(name="mlp", parameterization="velocity", time_label="log_snr")
     config.model.update(hidden=256, depth=4, dropout=0.1, ema_rate=0.999)
-    config.training.update(n_iters=12_000, batch_size=128, n_jitted_steps=20)
+    config.training.update(n_iters=10_000, batch_size=128, n_jitted_steps=20)
     config.training.update(likelihood_weighting=True, importance_weighting=True, stratified=True)
     config.training.update(log_freq=200, eval_freq=1000)
-    config.training.update(snapshot_freq=6000, snapshot_freq_for_preemption=2000)
+    config.training.update(snapshot_freq=5000, snapshot_freq_for_preemption=2000)
     config.optim.update(lr=1e-3, warmup=200, schedule="cosine")
     config.eval.update(batch_size=360, num_repeats=1)
     return config

@@ -1,0 +1,169 @@
+"""Checkpoints: what is saved comes back, what is kept, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train_state
+from checkpoints import Checkpoints
+from train_state import OptimizerConfig, TrainState
+
+OPTIMIZER = OptimizerConfig("Adam", 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, 1.0, "cosine").chain(100)
+
+
+def state_of(step=0, shape=(3, 2), names=("bias", "kernel"), seed=0) -> TrainState:
+    """A state with different random numbers in every leaf, of three dtypes."""
+    rng = np.random.default_rng(seed)
+    dense = {name: jnp.zeros(shape) for name in names}
+    fresh = train_state.create({"Dense_0": dense, "half": jnp.zeros(3, jnp.bfloat16)}, OPTIMIZER)
+    random = jax.tree.map(lambda a: jnp.asarray(100 * rng.random(a.shape), a.dtype), fresh)
+    return random.replace(step=jnp.asarray(step, jnp.int32))
+
+
+def assert_same(restored, saved):
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def saved_steps(workdir, steps, keep_every=None):
+    """Save states of these steps, close, and return what a new run finds."""
+    checkpoints = Checkpoints(workdir, keep_every=keep_every)
+    for step in steps:
+        checkpoints.save(state_of(step, seed=step))
+    checkpoints.close()
+    again = Checkpoints(workdir)
+    found = again.steps()
+    again.close()
+    return found
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Checkpoints with one state, of step 5, opened anew."""
+    assert saved_steps(tmp_path, [5]) == [5]
+    checkpoints = Checkpoints(tmp_path)
+    yield checkpoints
+    checkpoints.close()
+
+
+def test_restored_state_is_the_saved_one(saved):
+    expected = state_of(5, seed=5)
+    assert_same(saved.restore(5, state_of(0, seed=1)), expected)
+
+
+def test_restores_into_shapes_alone(saved):
+    """As evaluation does, which never makes parameters of its own."""
+    shapes = jax.eval_shape(lambda: state_of())
+    restored = saved.restore(5, shapes)
+    assert_same(restored, state_of(5, seed=5))
+    assert isinstance(restored, TrainState)
+
+
+def test_latest_two_and_every_multiple_are_kept(tmp_path):
+    assert saved_steps(tmp_path, range(0, 50, 5), keep_every=20) == [0, 20, 40, 45]
+
+
+def test_only_the_latest_two_are_kept_without_a_period(tmp_path):
+    assert saved_steps(tmp_path, [0, 3, 7]) == [3, 7]
+
+
+def test_opening_deletes_nothing(tmp_path):
+    kept = saved_steps(tmp_path, [0, 10, 20, 30], keep_every=10)
+    assert kept == [0, 10, 20, 30]
+    assert saved_steps(tmp_path, []) == kept
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(5, seed=1))
+    checkpoints.save(state_of(5, seed=2))
+    assert_same(checkpoints.restore(5, state_of()), state_of(5, seed=1))
+    checkpoints.close()
+
+
+def test_empty_folder_has_no_steps(tmp_path):
+    assert saved_steps(tmp_path / "new", []) == []
+
+
+# Asynchronous writing.
+
+
+def test_close_waits_for_the_write(tmp_path):
+    """The state is large enough for the write to outlive the call."""
+    state = state_of(1, shape=(500, 1000))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state)
+    checkpoints.close()
+    again = Checkpoints(tmp_path)
+    assert again.steps() == [1]
+    assert_same(again.restore(1, jax.eval_shape(lambda: state)), state)
+    again.close()
+
+
+def test_steps_and_restore_wait_for_the_write(tmp_path):
+    state = state_of(1, shape=(500, 1000))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state)
+    assert checkpoints.steps() == [1]
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+    checkpoints.save(state.replace(step=jnp.asarray(2, jnp.int32)))
+    assert_same(checkpoints.restore(2, state).params, state.params)
+    checkpoints.close()
+
+
+def test_save_is_a_snapshot_of_a_state_that_is_donated_next(tmp_path):
+    """The next training step overwrites the buffers while the write is under way."""
+    state = state_of(1, shape=(500, 1000))
+    expected = jax.tree.map(lambda a: np.array(a, copy=True), state)
+    step = jax.jit(lambda s: jax.tree.map(lambda a: a * 0 - 1, s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state)
+    jax.block_until_ready(step(state))
+    checkpoints.close()
+    again = Checkpoints(tmp_path)
+    assert_same(again.restore(1, jax.eval_shape(lambda: expected)), expected)
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["7.orbax-checkpoint-tmp", "7.orbax-checkpoint-tmp-1700000000"])
+def test_interrupted_save_is_ignored_and_can_be_repeated(tmp_path, name):
+    saved_steps(tmp_path, [5])
+    stale = tmp_path / "checkpoints" / name
+    stale.mkdir()
+    (stale / "part").write_bytes(b"half")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == [5]
+    checkpoints.save(state_of(7, seed=7))
+    assert_same(checkpoints.restore(7, state_of()), state_of(7, seed=7))
+    checkpoints.close()
+
+
+# Refusals.
+
+
+def test_missing_step_is_refused_with_what_there_is(saved):
+    with pytest.raises(ValueError, match=r"no checkpoint of step 6 .*there are \[5\]"):
+        saved.restore(6, state_of())
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (state_of(shape=(2, 3)), r"params\.Dense_0\.kernel: saved \(3, 2\), wanted \(2, 3\)"),
+        (state_of(shape=(4, 2)), r"params\.Dense_0\.kernel: saved \(3, 2\), wanted \(4, 2\)"),
+        (state_of(names=("kernel",)), r"params\.Dense_0\.bias: saved \(3, 2\), wanted nothing"),
+        (
+            state_of(names=("bias", "kernel", "scale")),
+            r"params\.Dense_0\.scale: saved nothing, wanted \(3, 2\)",
+        ),
+    ],
+    ids=["transposed", "larger", "leaf too many", "leaf missing"],
+)
+def test_state_that_does_not_fit_is_refused_with_its_leaves(saved, like, message):
+    with pytest.raises(ValueError, match=message):
+        saved.restore(5, like)
+    with pytest.raises(ValueError, match=message):
+        saved.restore(5, jax.eval_shape(lambda: like))

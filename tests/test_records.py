@@ -1,0 +1,203 @@
+"""Rows on disk: summaries against NumPy, and what survives a kill at any byte."""
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from records import Records, key_of, summarize
+
+VALUES = np.random.default_rng(0).standard_normal((5, 3))  # [examples, repeats]
+
+
+def row(index=0, repeat=0, value=1.0, **fields):
+    identity = {"estimator": "ODE", "protocol": "rtol 1e-4, ½ batch", "step": 10, "split": "test"}
+    return identity | {"index": index, "repeat": repeat, "value": value} | fields
+
+
+def grid_of_rows(values=VALUES, **fields):
+    places = itertools.product(range(values.shape[1]), range(values.shape[0]))
+    return [row(i, r, float(values[i, r]), **fields) for r, i in places]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "eval" / "rows.jsonl"
+
+
+# Summaries.
+
+
+def test_summary_is_mean_over_examples_of_mean_over_repeats():
+    examples = VALUES.mean(axis=1)
+    summary = summarize(grid_of_rows())
+    assert summary.mean == pytest.approx(examples.mean(), rel=1e-14)
+    assert summary.standard_error == pytest.approx(examples.std(ddof=1) / np.sqrt(5), rel=1e-14)
+    assert (summary.examples, summary.repeats) == (5, 3)
+
+
+def test_summary_of_an_unfinished_evaluation_weights_examples_equally():
+    """The third repeat is there for two examples only."""
+    rows = grid_of_rows()[:12]
+    examples = [np.mean([r["value"] for r in rows if r["index"] == i]) for i in range(5)]
+    summary = summarize(rows)
+    assert summary.mean == pytest.approx(np.mean(examples), rel=1e-14)
+    assert summary.standard_error == pytest.approx(np.std(examples, ddof=1) / np.sqrt(5))
+    assert (summary.examples, summary.repeats) == (5, 2)
+
+
+def test_summary_of_another_field():
+    rows = [row(i, nfe=n) for i, n in enumerate([20, 26, 32])]
+    assert summarize(rows, "nfe").mean == 26
+
+
+def test_summary_of_one_example_has_no_standard_error():
+    summary = summarize([row(repeat=0, value=1.0), row(repeat=1, value=2.0)])
+    assert summary.mean == 1.5
+    assert np.isnan(summary.standard_error)
+
+
+def test_summary_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        summarize([])
+
+
+# Append and resume.
+
+
+def test_rows_come_back_as_they_were_written(path):
+    rows = grid_of_rows(unit="bits/dim", nfe=26, seconds=0.25)
+    first = Records(path)
+    first.append(rows[:4])
+    first.append(iter(rows[4:]))
+    again = Records(path)
+    assert list(again.rows.values()) == list(first.rows.values()) == rows
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+
+
+def test_missing_rows_are_those_that_were_not_written(path):
+    rows = grid_of_rows()
+    records = Records(path)
+    assert records.missing(rows) == rows
+    records.append(rows[3:7])
+    expected = rows[:3] + rows[7:]
+    wanted = [{k: v for k, v in r.items() if k != "value"} for r in rows]
+    assert [key_of(r) for r in records.missing(wanted)] == [key_of(r) for r in expected]
+    assert Records(path).missing(rows) == expected
+
+
+def test_no_row_is_written_twice(path):
+    records = Records(path)
+    records.append([row(0, value=1.0), row(1, value=2.0)])
+    records.append([row(1, value=9.0), row(2, value=3.0), row(2, value=3.0)])
+    Records(path).append([row(0, value=9.0)])
+    values = [r["value"] for r in Records(path).rows.values()]
+    assert values == [1.0, 2.0, 3.0]
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_value_that_is_not_finite_is_refused_with_nothing_written(path, value):
+    with pytest.raises(ValueError, match=r"'ODE'.*not finite"):
+        Records(path).append([row(0), row(1, value=value)])
+    assert not path.exists()
+    records = Records(path)
+    records.append([row(0)])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"not finite"):
+        records.append([row(2), row(3, value=value)])
+    assert path.read_bytes() == before
+    assert records.missing([row(2)])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"protocol": "rtol 1e-5"}, {"estimator": "bound"}, {"step": 20}, {"split": "train"}],
+    ids=lambda other: next(iter(other)),
+)
+def test_rows_of_different_settings_never_mix(path, other):
+    records = Records(path)
+    records.append(grid_of_rows())
+    others = grid_of_rows(VALUES + 100.0, **other)
+    assert records.missing(others) == others
+    records.append(others[:5])
+    again = Records(path)
+    assert again.select(**other) == others[:5]
+    mine = {field: row()[field] for field in other}
+    assert again.select(**mine) == grid_of_rows()
+    assert summarize(again.select(**mine)).mean == pytest.approx(VALUES.mean())
+    assert again.missing(others) == others[5:]
+
+
+def test_every_field_of_the_key_identifies(path):
+    changed = {"estimator": "bound", "protocol": "other", "step": 11, "split": "train",
+               "index": 1, "repeat": 1}  # fmt: skip
+    keys = {key_of(row())} | {key_of(row() | {k: v}) for k, v in changed.items()}
+    assert len(keys) == 7
+
+
+# A kill at any byte.
+
+
+def test_half_written_line_is_cut_and_the_next_append_is_readable(path):
+    Records(path).append([row(0), row(1)])
+    whole = path.read_bytes()
+    path.write_bytes(whole + json.dumps(row(2)).encode()[:-5])
+    records = Records(path)
+    assert path.read_bytes() == whole
+    assert records.missing([row(0), row(1), row(2)]) == [row(2)]
+    records.append([row(2)])
+    assert list(Records(path).rows.values()) == [row(0), row(1), row(2)]
+
+
+def test_every_truncation_loses_only_the_rows_it_touches(path):
+    """At each byte of the last two lines: the untouched rows stay, the others can be redone."""
+    rows = [row(i, value=float(v), unit="bits/dim") for i, v in enumerate(VALUES[:, 0])]
+    Records(path).append(rows)
+    whole = path.read_bytes()
+    ends = np.cumsum([len(line) for line in whole.splitlines(keepends=True)])
+    for length in range(ends[-3], len(whole) + 1):
+        path.write_bytes(whole[:length])
+        records = Records(path)
+        complete = int(np.sum(ends <= length))
+        assert list(records.rows.values()) == rows[:complete]
+        records.append(records.missing(rows))
+        assert path.read_bytes() == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batches=st.lists(
+        st.lists(
+            st.tuples(st.integers(0, 5), st.integers(0, 1), st.floats(-1e9, 1e9), st.text()),
+            max_size=4,
+        ),
+        max_size=4,
+    ),
+    fraction=st.floats(0.0, 1.0),
+)
+def test_any_history_with_a_kill_is_a_prefix_of_the_rows(batches, fraction):
+    """Any text in a row, any order, any repetition, cut anywhere: distinct rows, first come."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        expected = {}
+        for batch in batches:
+            rows = [row(i, r, value, note=note) for i, r, value, note in batch]
+            Records(path).append(rows)
+            expected = {key_of(new): new for new in rows} | expected
+        whole = path.read_bytes() if path.exists() else b""
+        path.write_bytes(whole[: round(fraction * len(whole))])
+        kept = Records(path).rows
+        lines = path.read_bytes().splitlines()
+        assert len(lines) == len(kept)
+        assert path.read_bytes() == whole[: len(path.read_bytes())]
+        assert all(expected[key] == value for key, value in kept.items())
+        if fraction == 1.0:
+            assert kept == expected
+        Records(path).append([row(6, 0)])
+        assert list(Records(path).rows.values()) == [*kept.values(), row(6, 0)]
