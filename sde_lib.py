@@ -168,6 +168,11 @@ class _LinearBeta(SDE):
 
     def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
         """β_i of the discrete chain: β_i = linspace(β0/N, β1/N, N)[i], i = ⌊t(N − 1)/T⌋."""
+        if self.beta_max >= num_steps:
+            raise ValueError(
+                f"model.num_scales={num_steps}: the chain needs β_N = beta_max/N < 1, "
+                f"so more than {self.beta_max} steps"
+            )
         betas = jnp.linspace(self.beta_min, self.beta_max, num_steps, dtype=t.dtype) / num_steps
         return betas[chain_index(t, num_steps, self.T)]
 

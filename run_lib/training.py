@@ -67,8 +67,10 @@ class Trainer:
         step_fn = train_state.train_step(
             loss_fn, optimizer, settings.model.ema_rate, build.AXIS_NAME
         )
+        single = settings.training.n_jitted_steps == 1
+        dispatch = train_state.single_step if single else train_state.many_steps
         self.step_fn = parallel.map_over_devices(
-            train_state.many_steps(step_fn),
+            dispatch(step_fn),
             in_axes=(None, None, 1),
             out_axes=None,
             donate_argnums=(0,),
@@ -99,7 +101,7 @@ class Trainer:
             self.checkpoints.close()
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """(first step, batches [n, D, B/D, ...]), each up to the next multiple of n_jitted_steps."""
+        """(first step, batches [n, D, B/D, ...]), each up to a multiple of n_jitted_steps."""
         training = self.settings.training
         stream = self.dataset.train_batches(
             batch_size=training.batch_size,

@@ -208,7 +208,10 @@ def test_bound_of_gaussian_data_with_the_exact_score(sde, t_min):
 
 @pytest.mark.usefixtures("x64")
 def test_bound_without_a_score_is_the_untrained_drift_elbo():
-    """s = 0: ½ d ln 2π + ½ (α_T² ‖x‖² + d σ_T²) + ½ d B(T), for any t_min."""
+    """The oracle of the tests above, itself checked against sdeflow-light's closed form.
+
+    s = 0: ½ d ln 2π + ½ (α_T² ‖x‖² + d σ_T²) + ½ d B(T), for any t_min.
+    """
     for t_min in (1e-5, 1e-2):
         alpha2, sigma2, _ = moments(VPSDE(), 1.0)
         expected = 0.5 * (D * math.log(2 * math.pi) + alpha2 * 1.7 + D * sigma2 + D * 10.05)

@@ -41,8 +41,8 @@ MODES = {
 }
 
 
-def law(sde, mode, **options):
-    return time_law(sde, smallest_time=T_MIN, **(PLAIN | MODES[mode] | options))
+def law(sde, mode, smallest_time=T_MIN, **options):
+    return time_law(sde, smallest_time=smallest_time, **(PLAIN | MODES[mode] | options))
 
 
 class GaussianNoise(nn.Module):
@@ -293,8 +293,8 @@ def test_published_switches_give_the_documented_laws():
     }
     for mode, (proposal, weight) in expected.items():
         for stratified in (False, True):
-            chosen = law(sde, mode, stratified=stratified)
-            assert chosen.proposal == proposal(sde, T_MIN)
+            chosen = law(sde, mode, 1e-4, stratified=stratified)
+            assert chosen.proposal == proposal(sde, 1e-4)
             assert (chosen.weight, chosen.stratified) == (weight, stratified)
 
 

@@ -30,19 +30,27 @@ def start(number=4):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", SOLVERS)
-def test_solves_forced_decay_with_one_rate_per_example(name):
-    """Error at most 100 times the tolerance per step, for a few hundred steps."""
+def test_solves_forced_decay_and_reports_its_cost(name):
+    """Error at most 100 times the tolerance per step; cost as counted, to 2 calls of the batch."""
     tolerance = 1e-5 if name == "heun" else 1e-8
-    state, rates = start(), jnp.asarray(RATES)
+    state, rates, calls = start(), jnp.asarray(RATES), []
     solver = Solver(name, tolerance, tolerance)
-    (y, q), nfe, converged = jax.jit(lambda s: solver.integrate(decay, 0.0, 1.5, s, rates))(state)
+
+    def counted(t, state, rate):
+        jax.debug.callback(lambda: calls.append(1))
+        return decay(t, state, rate)
+
+    solve = jax.jit(lambda s: solver.integrate(counted, 0.0, 1.5, s, rates))
+    (y, q), nfe, converged = jax.block_until_ready(solve(state))
+    jax.effects_barrier()
     expected = solution(1.5, np.asarray(state[0]), RATES[:, None])
     np.testing.assert_allclose(y, expected, rtol=0, atol=100 * tolerance)
     # Integrating y' = k (cos t − y) gives q = Σ_i (sin t − (y_i(t) − y_i(0))/k).
     integral = (np.sin(1.5) - (expected - np.asarray(state[0])) / RATES[:, None]).sum(axis=1)
     np.testing.assert_allclose(q, integral, rtol=0, atol=300 * tolerance)
     assert bool(jnp.all(converged))
-    assert bool(jnp.all(nfe > 0))
+    assert 0 <= len(calls) - int(nfe.max()) <= 2
+    assert int(nfe.min()) < int(nfe.max())
 
 
 @pytest.mark.usefixtures("x64")
@@ -66,13 +74,13 @@ def test_tighter_tolerances_cost_more_and_err_less():
     state, rates = start(), jnp.asarray(RATES)
     expected = solution(1.5, np.asarray(state[0]), RATES[:, None])
     errors, costs = [], []
-    for tolerance in (1e-3, 1e-6, 1e-9):
+    for tolerance in (1e-3, 1e-7):
         solver = Solver("tsit5", tolerance, tolerance)
         (y, _), nfe, _ = jax.jit(lambda s, f=solver: f.integrate(decay, 0.0, 1.5, s, rates))(state)
         errors.append(np.abs(np.asarray(y) - expected).max())
         costs.append(int(nfe.max()))
-    assert errors[0] > 10 * errors[1] > 100 * errors[2]
-    assert costs[0] < costs[1] < costs[2]
+    assert errors[0] > 100 * errors[1]
+    assert 2 * costs[0] < costs[1]
 
 
 @pytest.mark.usefixtures("x64")
@@ -93,23 +101,6 @@ def test_result_of_an_example_does_not_depend_on_its_neighbours():
     alone = solve(start(1), jnp.asarray([0.5]))
     np.testing.assert_allclose(alone[0][0][0], mild[0][0], rtol=1e-12)
     assert int(alone[1][0]) == int(mild_nfe[0])
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", SOLVERS)
-def test_reported_evaluations_are_those_made(name):
-    """Counted by a callback in the field; the choice of the first step is good to 2."""
-    calls = []
-
-    def counted(t, y, rate):
-        jax.debug.callback(lambda: calls.append(1))
-        return -rate * y
-
-    tolerance = 1e-3 if name == "heun" else 1e-6
-    solver = Solver(name, tolerance, tolerance)
-    _, nfe, _ = solver.integrate(counted, 0.0, 1.0, jnp.ones((1,)), jnp.full((1,), 5.0))
-    jax.effects_barrier()
-    assert abs(int(nfe[0]) - len(calls)) <= 2
 
 
 @pytest.mark.usefixtures("x64")

@@ -132,6 +132,7 @@ def test_rows_of_different_settings_never_mix(path, other):
     assert again.select(**mine) == grid_of_rows()
     assert summarize(again.select(**mine)).mean == pytest.approx(VALUES.mean())
     assert again.missing(others) == others[5:]
+    assert again.select(**other, index=1) == others[1:2]
 
 
 def test_every_field_of_the_key_identifies(path):

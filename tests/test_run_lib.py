@@ -1,4 +1,4 @@
-"""Whole runs at tiny size: resume, devices, non-finite values, evaluation, what a run folder holds."""
+"""Whole runs at tiny size: resume, devices, non-finite values, evaluation, the run folder."""
 
 import json
 import logging

@@ -136,13 +136,13 @@ class Moments:
         self.mean = (p - q / v) * self.mean + q * alpha(self.kind, t) * self.data_mean / v
         self.variance = (p - q / v) ** 2 * self.variance + r
 
-    def correct(self, corrector, t, i, n, each):
+    def correct(self, corrector, t, i, n, each, snr):
         factor = 1.0 - chain_betas(n)[i] if self.kind in ("vp", "subvp") else 1.0
         for _ in range(each):
             # langevin: mean‖z‖/mean‖s‖ = v/√variance, for centred data
             v = data_variance_at(self.kind, t)
             size = {"ald": sigma(self.kind, t) ** 2, "langevin": v**2 / self.variance}[corrector]
-            epsilon = 2.0 * factor * SNR**2 * size
+            epsilon = 2.0 * factor * snr**2 * size
             self.update(t, 1.0, epsilon, 2.0 * epsilon)
 
 
@@ -166,7 +166,7 @@ def after_predictor_corrector(start, sampler):
     for i in reversed(range(n)):
         t = sampler.t_min + i * dt
         if sampler.corrector != "none":
-            start.correct(sampler.corrector, t, i, n, sampler.n_steps_each)
+            start.correct(sampler.corrector, t, i, n, sampler.n_steps_each, sampler.snr)
         if i > 0 and sampler.predictor != "none":
             step = {
                 "euler_maruyama": lambda t=t: euler_maruyama(kind, t, dt, lmbd),
@@ -203,12 +203,13 @@ def draw(sampler, sde, keys, like=None, score=None):
     return jax.device_get(run(keys, like))
 
 
-def assert_moments(x, law):
-    """Sample mean and variance within four standard errors of the law."""
+def assert_moments(x, law, errors=4):
+    """Sample mean and variance within so many standard errors of the law."""
     n = len(x)
-    np.testing.assert_array_less(np.abs(x.mean(axis=0) - law.mean), 4 * np.sqrt(law.variance / n))
+    error = np.sqrt(law.variance / n)
+    np.testing.assert_array_less(np.abs(x.mean(axis=0) - law.mean), errors * error)
     error = law.variance * np.sqrt(2.0 / (n - 1))
-    np.testing.assert_array_less(np.abs(x.var(axis=0, ddof=1) - law.variance), 4 * error)
+    np.testing.assert_array_less(np.abs(x.var(axis=0, ddof=1) - law.variance), errors * error)
 
 
 def starting_at_like(sde):
@@ -321,10 +322,13 @@ def test_reverse_sde_approaches_the_data():
     "sampler",
     [
         ReverseSDE(N, T_MIN, 1.0),
+        ReverseSDE(N, T_MIN, 1.0, noise_removal=False),
         PredictorCorrector("euler_maruyama", "none", N, T_MIN, probability_flow=True),
-        PredictorCorrector("reverse_diffusion", "none", N, T_MIN, probability_flow=True),
+        PredictorCorrector(
+            "reverse_diffusion", "none", N, T_MIN, probability_flow=True, noise_removal=False
+        ),
     ],
-    ids=["reverse_sde", "euler_maruyama", "reverse_diffusion"],
+    ids=["reverse_sde, denoised", "reverse_sde", "euler_maruyama, denoised", "reverse_diffusion"],
 )
 def test_deterministic_samplers_are_their_recursion_exactly(kind, sampler):
     sde, start = KINDS[kind], np.asarray([[0.3, -1.1], [2.0, 0.0]]) * prior_std(kind)
@@ -332,7 +336,7 @@ def test_deterministic_samplers_are_their_recursion_exactly(kind, sampler):
     for sample, latent in zip(x, start, strict=True):
         law = Moments(kind, DATA_MEAN, latent, 0.0)
         if isinstance(sampler, ReverseSDE):
-            after_reverse_sde(law, 1.0, noise_removal=True)
+            after_reverse_sde(law, 1.0, sampler.noise_removal)
         else:
             after_predictor_corrector(law, sampler)
         np.testing.assert_allclose(sample, law.mean, rtol=1e-10)
@@ -358,8 +362,11 @@ def test_predictors_have_the_moments_of_their_recursion(kind, predictor):
 @pytest.mark.parametrize("kind", ["vp", "subvp", "ve"])
 @pytest.mark.parametrize("corrector", ["langevin", "ald"])
 def test_correctors_have_the_moments_of_their_recursion(kind, corrector):
-    """Two steps at each of N levels; langevin's batch means differ from the expectation by less
-    than 1/√(4n) = 0.4%, and they damp the variance, whose error stays its standard error."""
+    """Two steps at each of N levels.
+
+    The batch means of langevin feed back on the variance: over ten seeds it spreads by 0.8 (VP,
+    sub-VP) and 1.4 (VE) of the standard error of independent samples.
+    """
     sampler = PredictorCorrector(
         "none", corrector, N, T_MIN, snr=SNR, n_steps_each=2, noise_removal=False
     )
@@ -367,7 +374,8 @@ def test_correctors_have_the_moments_of_their_recursion(kind, corrector):
     data_mean = np.zeros(2) if centred else DATA_MEAN
     score = gaussian_score(KINDS[kind], data_mean)
     x = draw(sampler, KINDS[kind], keys_of(20_000), score=score).x
-    assert_moments(x, after_predictor_corrector(at_the_prior(kind, data_mean), sampler))
+    law = after_predictor_corrector(at_the_prior(kind, data_mean), sampler)
+    assert_moments(x, law, errors=6 if corrector == "langevin" else 4)
 
 
 @pytest.mark.usefixtures("x64")
@@ -381,7 +389,29 @@ def test_predictor_and_corrector_together(kind, predictor, corrector):
     data_mean = np.zeros(2) if corrector == "langevin" else DATA_MEAN
     score = gaussian_score(KINDS[kind], data_mean)
     x = draw(sampler, KINDS[kind], keys_of(20_000), score=score).x
-    assert_moments(x, after_predictor_corrector(at_the_prior(kind, data_mean), sampler))
+    law = after_predictor_corrector(at_the_prior(kind, data_mean), sampler)
+    assert_moments(x, law, errors=6 if corrector == "langevin" else 4)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("kind", "sampler"),
+    [
+        ("vp", ReverseSDE(2, T_MIN)),
+        ("vp", PredictorCorrector("euler_maruyama", "none", 2, T_MIN)),
+        ("ve", PredictorCorrector("none", "ald", 2, 0.8, snr=0.5)),
+        ("ve", PredictorCorrector("ancestral_sampling", "ald", 3, T_MIN, snr=0.5)),
+    ],
+    ids=["reverse_sde", "predictor", "corrector", "predictor, corrector"],
+)
+def test_few_steps_show_that_every_noise_is_independent(kind, sampler):
+    """Two steps forget neither the prior nor each other, as many steps would."""
+    law = at_the_prior(kind)
+    if isinstance(sampler, ReverseSDE):
+        after_reverse_sde(law, 0.0, noise_removal=True, n=2)
+    else:
+        after_predictor_corrector(law, sampler)
+    assert_moments(draw(sampler, KINDS[kind], keys_of(20_000)).x, law)
 
 
 # The ODE and the denoising step.
@@ -525,8 +555,8 @@ def counted(sampler, number=1):
     [
         (ReverseSDE(5, T_MIN), 6),
         (ReverseSDE(5, 0.0, noise_removal=False), 5),
-        (PredictorCorrector("none", "ald", 5, T_MIN, n_steps_each=2, noise_removal=False), 10),
-        (PredictorCorrector("euler_maruyama", "langevin", 5, T_MIN, n_steps_each=2), 15),
+        (PredictorCorrector("none", "ald", 25, T_MIN, n_steps_each=2, noise_removal=False), 50),
+        (PredictorCorrector("euler_maruyama", "langevin", 25, T_MIN, n_steps_each=2), 75),
     ],
     ids=["sde, denoised", "sde", "corrector", "predictor, corrector, denoised"],
 )
@@ -538,10 +568,15 @@ def test_reported_evaluations_are_the_calls_of_the_score(sampler, expected):
 
 @pytest.mark.parametrize("name", ["tsit5", "heun"])
 def test_reported_evaluations_of_the_ode_are_the_calls_of_the_score(name):
-    """Up to the two that the solver may spend on its first step; growth with the steps exactly."""
-    coarse, fine = (counted(OdeSampler(Solver(name, r, r), T_MIN)) for r in (1e-2, 1e-4))
-    assert 0 <= coarse[0][0] - coarse[1] <= 2
-    assert fine[0][0] - coarse[0][0] == fine[1] - coarse[1] > 0
+    for tolerance in (1e-2, 1e-4):
+        nfe, calls = counted(OdeSampler(Solver(name, tolerance, tolerance), T_MIN))
+        assert nfe[0] == calls
+
+
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral_sampling"])
+def test_refuses_a_chain_so_short_that_its_beta_reaches_one(predictor):
+    with pytest.raises(ValueError, match=r"model.num_scales=20: .* more than 20.0 steps"):
+        draw(PredictorCorrector(predictor, "none", 20, T_MIN), KINDS["vp"], keys_of(2))
 
 
 # Refusals.

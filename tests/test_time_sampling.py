@@ -37,8 +37,8 @@ def probability(proposal, t):
     """P(proposal ≤ t) by Gauss–Legendre quadrature of its density, cut at t_eps and at decades."""
     nodes, weights = np.polynomial.legendre.leggauss(24)
     low = lowest_time(proposal)
-    cuts = [getattr(proposal, "t_eps", 1e-6), *np.geomspace(1e-5, 1.0, 16)]
-    edges = np.asarray([low, *sorted(b for b in cuts if low < b < t), t])
+    cuts = sorted([low, getattr(proposal, "t_eps", 1e-6), *np.geomspace(1e-5, 1.0, 16)])
+    edges = np.clip(cuts, low, t)  # always as many, the last ones empty
     half = np.diff(edges)[:, None] / 2
     s = (edges[:-1, None] + half * (1.0 + nodes)).ravel()
     return np.sum((half * weights).ravel() * np.asarray(proposal.density(jnp.asarray(s))))
