@@ -1,7 +1,9 @@
 """TrainState, the optimizer chain, the moving average, and one train step for every objective.
 
-g ← pmean(∇L);  g ← g min(1, c/‖g‖);  θ ← θ − η_k (Adam(g) + λ θ);  θ̄ ← r θ̄ + (1 − r) θ
-η_k = η min(k/warmup, 1) × schedule(k),   k = steps taken before this one
+    g ← pmean(∇L);  g ← g min(1, c/‖g‖);  θ ← θ − η_k (Adam(g) + λ θ);  θ̄ ← r_k θ̄ + (1 − r_k) θ
+    η_k = η min(k/warmup, 1) × schedule(k),   r_k = min(r, (2 + k)/(11 + k))
+
+at the step that k steps precede.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from losses import Batch, LossFn, Metrics
 from parameterization import Params
@@ -90,6 +92,15 @@ def create(params: Params, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(jnp.zeros((), jnp.int32), params, copy, optimizer.init(params))
 
 
+def moving_average_rate(ema_rate: float, step: Int[Array, ""]) -> Float[Array, ""]:
+    """r_k = min(r, (2 + k)/(11 + k)): a short run forgets where it started, a long one has r.
+
+    Reference: score_sde_pytorch, models/ema.py; the published JAX codes have r from the start.
+    """
+    k = step.astype(jnp.float32)
+    return jnp.minimum(ema_rate, (2.0 + k) / (11.0 + k))
+
+
 def train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_rate: float, axis_name: str
 ) -> Callable[[TrainState, Key[Array, ""], Batch], tuple[TrainState, Metrics]]:
@@ -106,7 +117,8 @@ def train_step(
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_rate)
+        rate = moving_average_rate(ema_rate, state.step)
+        ema_params = optax.incremental_update(params, state.ema_params, 1.0 - rate)
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 

@@ -30,7 +30,7 @@ ADAM = OptimizerConfig(
 )  # fmt: skip
 START = {"a": np.asarray([1.0, -2.0]), "b": np.asarray([[0.5]])}
 SLOPES = np.asarray([[3.0, 1.0, -2.0], [0.1, 0.02, -0.3], [-1.0, 4.0, 0.0], [0.0, 0.0, 0.1]])
-EMA_RATE = 0.8
+EMA_RATE = 0.2  # below the warm-up from the second step on
 
 
 def linear_loss(params, rng, batch):
@@ -76,7 +76,8 @@ def published_adam(config, slopes):
         v = config.beta2 * v + (1 - config.beta2) * g**2
         m_hat, v_hat = m / (1 - config.beta1 ** (k + 1)), v / (1 - config.beta2 ** (k + 1))
         p = p - rate * (m_hat / (np.sqrt(v_hat) + config.eps) + config.weight_decay * p)
-        ema = EMA_RATE * ema + (1 - EMA_RATE) * p
+        ema_rate = min(EMA_RATE, (2 + k) / (11 + k))
+        ema = ema_rate * ema + (1 - ema_rate) * p
         history.append((p, ema))
     return history
 
