@@ -31,7 +31,7 @@ from operators import (
 )
 from parameterization import ScoreFn
 from sde_lib import SDE
-from time_sampling import Proposal
+from time_sampling import Importance, Uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def variational_bound(
     x: Batched,
     keys: Key[Array, " b"],
     *,
-    proposal: Proposal,
+    proposal: Uniform | Importance,
     num_times: int,
 ) -> Bound:
     """Unbiased estimate of the variational bound with `num_times` stratified times per example.

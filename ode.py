@@ -45,6 +45,8 @@ class Solver:
             raise ValueError(f"solver={self.name!r}: allowed {sorted(SOLVERS)}")
         if not (self.rtol > 0 and self.atol > 0):
             raise ValueError(f"rtol={self.rtol}, atol={self.atol}: need both > 0")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: need at least 1")
 
     def integrate(
         self, field: VectorField, t0: float, t1: float, state: State, args: Any

@@ -63,8 +63,14 @@ class OptimizerConfig:
             raise ValueError(f"optim.schedule={self.schedule!r}: allowed {sorted(SCHEDULES)}")
         if not self.lr > 0:
             raise ValueError(f"optim.lr={self.lr}: need lr > 0")
-        if self.warmup < 0:
-            raise ValueError(f"optim.warmup={self.warmup}: need warmup >= 0")
+        for name in ("warmup", "eps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: need 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: need 0 <= {name} < 1")
+        if self.grad_clip == 0:
+            raise ValueError("optim.grad_clip=0 would stop all learning; negative switches it off")
 
     def learning_rate(self, num_steps: int) -> optax.Schedule:
         """η_k over a run of `num_steps` steps."""

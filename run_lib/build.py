@@ -14,7 +14,7 @@ from ode import Solver
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
 from run_lib.settings import Settings, choose
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
-from time_sampling import Importance, Proposal, Uniform
+from time_sampling import Importance, Uniform
 
 AXIS_NAME = "batch"
 
@@ -106,7 +106,7 @@ class Estimators:
 
     solver: Solver
     divergence: Divergence
-    proposal: Proposal
+    proposal: Uniform | Importance
 
 
 def estimators(settings: Settings) -> Estimators:

@@ -35,5 +35,7 @@ def test_every_config_field_in_the_readme_exists() -> None:
     config = base.get_config()
     for section, field in re.findall(r"`?--config\.(\w+)\.(\w+)=", README):
         assert field in config[section], f"{section}.{field}"
-    for section, field in re.findall(r"`(data|model|training|optim|sampling|eval)\.(?!py`)(\w+)", README):
+    for section, field in re.findall(
+        r"`(data|model|training|optim|sampling|eval)\.(?!py`)(\w+)", README
+    ):
         assert field in config[section], f"{section}.{field}"

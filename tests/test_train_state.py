@@ -273,6 +273,9 @@ def test_result_does_not_depend_on_the_number_of_devices():
         ({"lr": 0.0}, "optim.lr=0.0"),
         ({"lr": float("nan")}, "optim.lr=nan"),
         ({"warmup": -1}, "optim.warmup=-1"),
+        ({"weight_decay": -0.1}, "optim.weight_decay=-0.1"),
+        ({"beta2": 1.0}, "optim.beta2=1.0"),
+        ({"grad_clip": 0.0}, "optim.grad_clip=0"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
