@@ -1,8 +1,7 @@
 """Log-likelihoods of a score model, per example, in nats of the model space.
 
-ODE     dx/dt = f − ½ g² s,  d log p/dt = −(a d − ½ g² div s),  log p(x) = log π(x_T) + ∫ (a d − ½
-g² div s) bound   −log p(x) ≤ KL(q(x_T|x) ‖ π) + ½ ∫ g² E‖s − ∇log q(x_t|x)‖² dt − E log p(x |
-x_{t_min})
+    ODE      dx/dt = f − ½ g² s,   log p(x) = log π(x_T) + ∫ (a d − ½ g² div s) dt
+    bound    −log p(x) ≤ KL(q(x_T|x) ‖ π) + ½ ∫ g² E‖s − ∇log q(x_t|x)‖² dt − E log p(x | x_{t_min})
 
 with decoder p(x | x_{t_min}) = N((x_{t_min} + σ² s)/α, σ²/α²). The ODE starts at the data at t_min.
 """

@@ -135,6 +135,8 @@ def score_matching(
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
         t = law.sample(key_time, batch, batch_size, x0.dtype)
         z = gaussian(fold_in_each(key_noise, ids), x0)
+        # Devices hold different ids, so their masks differ.
+        key_dropout = jax.random.fold_in(key_dropout, ids[0])
         score_fn = model.score(params, key_dropout if train else None)
         squares = squared_norm(first_order_residual(score_fn, x0, t, z, sde))
         dsm = squares / dimension(x0) if reduce_mean else 0.5 * squares

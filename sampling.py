@@ -78,7 +78,7 @@ def langevin_step_size(
     del sde
     norms = jnp.sqrt(squared_norm(z)).mean(), jnp.sqrt(squared_norm(score)).mean()
     z_norm, score_norm = jax.lax.pmean(norms, axis_name) if axis_name else norms
-    return jnp.full_like(t, 1.0) * (z_norm / score_norm) ** 2
+    return jnp.ones_like(t) * (z_norm / score_norm) ** 2
 
 
 def annealed_step_size(
@@ -168,6 +168,7 @@ class PredictorCorrector:
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
     ) -> Samples:
         """One sample per key, of the shape of `like`."""
+        self._check_chain(sde)
         grid = Grid((sde.T - self.t_min) / (self.num_steps - 1), self.num_steps)
 
         def level(k: Int[Array, ""], x: Batched) -> Batched:
@@ -183,6 +184,16 @@ class PredictorCorrector:
         if self.noise_removal:
             x = denoise(score_fn, sde, x, t_min)
         return Samples(x, jnp.full(x.shape[:1], self.evaluations()))
+
+    def _check_chain(self, sde: SDE) -> None:
+        """A chain has N levels from T to 0; stopping early would take some of them twice."""
+        uses_chain = self.predictor in ("reverse_diffusion", "ancestral_sampling") and sde.has_chain
+        if uses_chain and self.t_min * (self.num_steps - 1) >= 1.0:
+            raise ValueError(
+                f"sampling.smallest_time={self.t_min} with model.num_scales={self.num_steps}: "
+                f"predictor {self.predictor!r} follows a chain whose last level is at 1/(N − 1); "
+                "need a smaller time, fewer levels, or 'euler_maruyama'"
+            )
 
     def evaluations(self) -> int:
         """Score evaluations of one sample."""

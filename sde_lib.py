@@ -33,6 +33,11 @@ class SDE:
         """Standard deviation of the prior N(0, prior_std² I)."""
         return 1.0
 
+    @property
+    def has_chain(self) -> bool:
+        """Whether `discretize` is a chain with levels of its own (DDPM, SMLD), not a step dt."""
+        return type(self).discretize is not SDE.discretize
+
     def drift_coefficient(self, t: Time) -> Time:
         """a(t) of the drift f(x, t) = a(t) x."""
         raise NotImplementedError

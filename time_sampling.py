@@ -149,8 +149,9 @@ def stratified_uniforms(
     Each u_i is U[0, 1) by itself (the shift is uniform over the cells), so the estimate stays
     unbiased.
     """
-    shift = jax.random.randint(key, (), 0, batch_size, ids.dtype)
-    jitter = independent_uniforms(key, ids, batch_size, dtype)
+    key_shift, key_jitter = jax.random.split(key)
+    shift = jax.random.randint(key_shift, (), 0, batch_size, ids.dtype)
+    jitter = independent_uniforms(key_jitter, ids, batch_size, dtype)
     return (((ids + shift) % batch_size).astype(dtype) + jitter) / batch_size
 
 

@@ -125,7 +125,9 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         rate = moving_average_rate(ema_rate, state.step)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - rate)
-        metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
+        # The norm of the new parameters: finite exactly when what a checkpoint would hold is.
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        metrics = metrics | norms
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return step_fn

@@ -14,7 +14,7 @@ from ode import Solver
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
 from run_lib.settings import Settings, choose
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
-from time_sampling import Importance, Uniform
+from time_sampling import Importance
 
 AXIS_NAME = "batch"
 
@@ -42,8 +42,19 @@ def encoding(settings: Settings, dataset: Dataset) -> Encoding:
     )
 
 
+def evaluation_encoding(settings: Settings, dataset: Dataset) -> Encoding:
+    """The encoding of likelihoods: pixels are always dequantised, however training saw them.
+
+    The density at noise-free pixels bounds nothing: it can be raised without limit.
+    """
+    found = encoding(settings, dataset)
+    if isinstance(found, Pixels):
+        return dataclasses.replace(found, dequantize_uniformly=True)
+    return found
+
+
 def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> losses.PerExampleLoss:
-    """The training objective, one value per example."""
+    """The training objective, one value per example; times are independent unless training."""
     training = settings.training
     law = losses.time_law(
         settings.sde,
@@ -51,7 +62,7 @@ def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> lo
         likelihood_weighting=training.likelihood_weighting,
         importance_weighting=training.importance_weighting,
         debias=training.debias,
-        stratified=training.stratified,
+        stratified=training.stratified and train,
     )
     return losses.score_matching(
         score_model(settings),
@@ -101,28 +112,27 @@ def sampler(settings: Settings) -> Sampler:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimators:
+class LikelihoodTools:
     """How likelihoods are estimated."""
 
     solver: Solver
     divergence: Divergence
-    proposal: Uniform | Importance
+    proposal: Importance
 
 
-def estimators(settings: Settings) -> Estimators:
-    """The estimators of the `eval` section; the bound's times follow p(t) ∝ g²/σ²."""
-    config, t_min = settings.eval, settings.training.smallest_time
-    proposal = Importance(settings.sde, t_min) if t_min > 0 else Uniform(settings.sde, t_min)
-    return Estimators(
+def likelihood_tools(settings: Settings) -> LikelihoodTools:
+    """What the `eval` section asks for; the bound's times follow p(t) ∝ g²/σ²."""
+    config = settings.eval
+    return LikelihoodTools(
         Solver(config.solver, config.rtol, config.atol),
         Divergence(config.divergence, config.num_probes),
-        proposal,
+        Importance(settings.sde, settings.training.smallest_time),
     )
 
 
 def keys(settings: Settings) -> dict[str, Key[Array, ""]]:
     """The named keys of a run, all from `seed`."""
-    names = ("init", "train", "held_out", "snapshot", "eval", "samples")
+    names = ("init", "train", "held_out", "snapshot", "eval", "eval_loss", "samples")
     return dict(
         zip(names, jax.random.split(jax.random.key(settings.seed), len(names)), strict=True)
     )

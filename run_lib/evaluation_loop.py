@@ -38,6 +38,7 @@ class Estimator:
     name: str
     protocol: str
     unit: str
+    key: str  # a name in build.keys; ODE and bound share their dequantisation noise
     # (params, key, batch with noise_id) → {"value": [B], "nfe": [B], "converged": [B]}
     function: Callable[..., dict[str, jax.Array]]
 
@@ -48,10 +49,14 @@ def evaluate(settings: Settings, workdir: Path, eval_folder: str) -> None:
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
+    if Path(eval_folder).name != eval_folder:
+        raise ValueError(f"--eval_folder={eval_folder!r}: need the plain name of a folder")
     checkpoints = Checkpoints(workdir)
     try:
         steps = checkpoint_steps(settings, checkpoints)
-        folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "optim"))
+        ignore = ("eval", "sampling", "optim", "data.num_train")
+        folder.reconcile(workdir, settings.resolved(), ignore=ignore)
+        folder.same_examples(workdir / eval_folder, settings.resolved())
         parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
         dataset = datasets.load(settings.data)
         target = workdir / eval_folder
@@ -128,8 +133,8 @@ def estimators(settings: Settings, dataset: Dataset) -> list[Estimator]:
 
 
 def _ode(settings: Settings, dataset: Dataset) -> Estimator:
-    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
-    tools, t_min = build.estimators(settings), settings.training.smallest_time
+    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
+    tools, t_min = build.likelihood_tools(settings), settings.training.smallest_time
 
     def function(params: Any, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_each(key, batch["noise_id"])
@@ -147,12 +152,12 @@ def _ode(settings: Settings, dataset: Dataset) -> Estimator:
         f"{solver.name}, rtol {solver.rtol:g}, atol {solver.atol:g}, trace {trace}, "
         f"t_min {t_min:g}, {_dequantization(encoding)}"
     )
-    return Estimator("ODE", protocol, encoding.unit, function)
+    return Estimator("ODE", protocol, encoding.unit, "eval", function)
 
 
 def _bound(settings: Settings, dataset: Dataset) -> Estimator:
-    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
-    tools, number = build.estimators(settings), settings.eval.num_times
+    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
+    tools, number = build.likelihood_tools(settings), settings.eval.num_times
 
     def function(params: Any, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_each(key, batch["noise_id"])
@@ -169,7 +174,7 @@ def _bound(settings: Settings, dataset: Dataset) -> Estimator:
         f"{number} stratified times, t_min {settings.training.smallest_time:g}, "
         f"{_dequantization(encoding)}"
     )
-    return Estimator("bound", protocol, encoding.unit, function)
+    return Estimator("bound", protocol, encoding.unit, "eval", function)
 
 
 def _loss(settings: Settings, dataset: Dataset) -> Estimator:
@@ -179,8 +184,14 @@ def _loss(settings: Settings, dataset: Dataset) -> Estimator:
         value, _ = per_example(params, key, batch)
         return {"value": value, "nfe": jnp.ones(value.shape), "converged": jnp.isfinite(value)}
 
-    protocol = f"training objective, t_min {settings.training.smallest_time:g}"
-    return Estimator("loss", protocol, "", function)
+    training = settings.training
+    protocol = (
+        f"training objective, t_min {training.smallest_time:g}, "
+        f"reduce_mean {training.reduce_mean}, "
+        f"likelihood_weighting {training.likelihood_weighting}, "
+        f"importance_weighting {training.importance_weighting}, debias {training.debias}"
+    )
+    return Estimator("loss", protocol, "", "eval_loss", function)
 
 
 def _dequantization(encoding: Any) -> str:
@@ -197,6 +208,7 @@ def fill_rows(
 ) -> None:
     """Compute the rows that are missing, batch by batch, each batch saved as it comes."""
     mapped = parallel.map_over_devices(estimator.function, in_axes=(None, None, 0), out_axes=0)
+    compiled = False
     config = settings.eval
     identity = {
         "estimator": estimator.name,
@@ -205,7 +217,7 @@ def fill_rows(
         "split": config.dataset,
     }
     for repeat in range(config.num_repeats):
-        key = jax.random.fold_in(build.keys(settings)["eval"], repeat)
+        key = jax.random.fold_in(build.keys(settings)[estimator.key], repeat)
         for batch in evaluation_batches(settings, dataset):
             rows = [
                 identity | {"index": int(index), "repeat": repeat}
@@ -213,9 +225,11 @@ def fill_rows(
             ]
             if not records.missing(rows):
                 continue
+            split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
+            if not compiled:  # so that the seconds are those of the solve
+                mapped.lower(params, key, split).compile()
+                compiled = True
             started = time.monotonic()
-            noise_id = np.maximum(batch["index"], 0)
-            split = parallel.split(batch | {"noise_id": noise_id})
             results = parallel.join(mapped(params, key, split))
             results = {name: v[batch["mask"]] for name, v in results.items()}
             check_converged(estimator, rows, results["converged"])

@@ -51,18 +51,18 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
     """Compare a config with the one of the run folder, log what differs, refuse what may not.
 
     Args:
-        workdir: the run folder; nothing happens if it has no config.json.
+        workdir: the run folder; nothing happens while it has no checkpoint.
         config: the resolved config of this start.
-        ignore: sections that do not concern this start.
+        ignore: sections and fields that do not concern this start.
 
     Raises:
         ValueError: a field differs that would corrupt the run; names all of them.
     """
     path = workdir / "config.json"
-    if not path.exists():
+    if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
         return
     changed = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
-    changed = {k: v for k, v in changed.items() if k.split(".")[0] not in ignore}
+    changed = {k: v for k, v in changed.items() if not {k, k.split(".")[0]} & set(ignore)}
     lines = [f"{name}: {old!r} in {path}, now {new!r}" for name, (old, new) in changed.items()]
     refused = [line for name, line in zip(changed, lines, strict=True) if is_fixed(name)]
     if refused:
@@ -73,6 +73,29 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
         )
     for line in lines:
         logger.info("config field changed: %s", line)
+
+
+def same_examples(eval_folder: Path, config: dict[str, Any]) -> None:
+    """Rows are identified by the index of their example: refuse to mix data or seeds in a folder.
+
+    Raises:
+        ValueError: the folder has rows of other data or another seed; names the fields.
+    """
+    path = eval_folder / "config.json"
+    if not path.exists() or not (eval_folder / "rows.jsonl").exists():
+        return
+    changed = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    lines = [
+        f"{name}: {old!r} then, now {new!r}"
+        for name, (old, new) in changed.items()
+        if name == "seed" or name.startswith("data.")
+    ]
+    if lines:
+        raise ValueError(
+            f"{eval_folder} has rows of other data or noise:\n  "
+            + "\n  ".join(lines)
+            + "\nUse another --eval_folder."
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,7 +1,7 @@
 """The one place that maps over devices: `jax.pmap`, and the splitting of batches over them.
 
 Functions of one device see [B/devices, ...] and the axis name "batch"; nothing below this file has
-a [devices, B, ...] shape. Hosts are joined by `jax.distributed`; each feeds its own devices.
+a [devices, B, ...] shape. Each process feeds its own devices.
 """
 
 from collections.abc import Callable

@@ -91,8 +91,7 @@ def partial_text(records: Records, identity: dict[str, Any]) -> str:
 def save_curves(workdir: Path) -> Path | None:
     """curves.png from metrics.jsonl; None where there are no metrics yet."""
     rows = folder.read_metrics(workdir)
-    names = [name for name in rows[-1] if name not in ("step", "split", "time")] if rows else []
-    names = sorted({*names, *(k for r in rows for k in r)} - {"step", "split", "time"})
+    names = sorted({name for row in rows for name in row} - {"step", "split", "time"})
     panels = {}
     for name in names:
         curves = {}

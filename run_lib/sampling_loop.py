@@ -15,7 +15,11 @@ from run_lib.settings import Settings
 
 @dataclasses.dataclass
 class Generator:
-    """Samples as the data are (uint8 images or real points); sample i depends on (key, i) only."""
+    """Samples as the data are: uint8 images or real points.
+
+    Sample i depends on (key, i) only, but for the `langevin` corrector, whose step size is a mean
+    over the batch.
+    """
 
     settings: Settings
     dataset: Dataset
@@ -40,7 +44,8 @@ class Generator:
                 is not usable yet); names the samples.
         """
         devices = jax.local_device_count()
-        size = min(self.settings.eval.batch_size, -(-number // devices) * devices)
+        size = min(self.settings.eval.batch_size, number)
+        size = -(-size // devices) * devices
         batches = []
         for first in range(0, number, size):
             ids = np.arange(first, first + size, dtype=np.int32)

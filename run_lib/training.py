@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ import train_state
 from checkpoints import Checkpoints
 from datasets import Batch, Dataset
 from losses import mean_loss
+from operators import fold_in_each
 from run_lib import build, folder, parallel, report
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings
@@ -45,10 +47,18 @@ def train(settings: Settings, workdir: Path) -> None:
 
 
 def check(settings: Settings, dataset: Dataset) -> None:
-    """Build once what is needed late, so that its errors come before anything is written."""
+    """Build and trace what is needed late, so that its errors come before anything is written."""
     build.per_example_loss(settings, dataset, train=True)
-    build.estimators(settings)
-    build.sampler(settings)
+    build.likelihood_tools(settings)
+    model, sampler = build.score_model(settings), build.sampler(settings)
+
+    def sample(ids: jax.Array) -> jax.Array:
+        params = model.init(jax.random.key(0), dataset.shape)
+        like = jnp.zeros((2, *dataset.shape))
+        keys = fold_in_each(jax.random.key(0), ids)
+        return sampler(model.score(params), settings.sde, keys, like).x
+
+    jax.eval_shape(jax.vmap(sample, axis_name=build.AXIS_NAME), jnp.zeros((1, 2), jnp.int32))
 
 
 class Trainer:
@@ -135,10 +145,10 @@ class Trainer:
             values = self.held_out(self.state.ema_params)
             writer.write(self.step, "held_out", values)
             progress.message(f"step {self.step}: held-out {_text(values)}")
-        if due(training.snapshot_freq) and training.snapshot_sampling:
-            self.snapshot()
         if due(training.snapshot_freq_for_preemption) or due(training.snapshot_freq):
             self.save()
+        if due(training.snapshot_freq) and training.snapshot_sampling:
+            self.snapshot()
 
     def save(self) -> None:
         """Checkpoint, but never a state that follows a value that was not finite."""
@@ -146,8 +156,12 @@ class Trainer:
         self.checkpoints.save(self.state)
 
     def snapshot(self) -> None:
-        """Samples of the moving average, as samples/step_<step>.png."""
-        samples = self.generate(self.state.ema_params, 64)
+        """Samples of the moving average, as samples/step_<step>.png; training goes on without."""
+        try:
+            samples = self.generate(self.state.ema_params, 64)
+        except FloatingPointError as error:
+            logger.warning("no snapshot at step %d: %s", self.step, error)
+            return
         path = self.workdir / "samples" / f"step_{self.step:07d}.png"
         plotting.save_samples(path, samples, self.dataset.levels)
 

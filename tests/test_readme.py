@@ -31,6 +31,10 @@ def test_the_code_map_names_files_that_exist_and_all_modules() -> None:
             assert (ROOT / name).exists(), name
 
 
+def test_no_figure_is_missing() -> None:
+    assert "@" not in README
+
+
 def test_every_config_field_in_the_readme_exists() -> None:
     config = base.get_config()
     for section, field in re.findall(r"`?--config\.(\w+)\.(\w+)=", README):

@@ -8,17 +8,24 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import datasets
 import run_lib
 from checkpoints import Checkpoints
 from configs import base
+from likelihood import Divergence, ode_log_likelihood
+from ode import Solver
+from operators import fold_in_all, fold_in_each
+from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from records import Records
-from run_lib import folder
+from run_lib import build, folder
 from run_lib.settings import Settings
 from run_lib.training import PendingMetrics, Trainer
+from sde_lib import SDES
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +38,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 def final_state(workdir: Path, config: ConfigDict) -> dict:
     """The leaves of the last checkpoint, as numpy."""
     settings = Settings.from_config(config)
-    trainer = Trainer(settings, __import__("datasets").load(settings.data), workdir)
+    trainer = Trainer(settings, datasets.load(settings.data), workdir)
     trainer.checkpoints.close()
     return jax.device_get(trainer.state)
 
@@ -112,9 +119,9 @@ def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     config = tiny.config()
     config.training.n_iters = 10
     train(config, tmp_path)
-    config.training.n_iters = 40
+    config.training.update(n_iters=40, n_jitted_steps=1, snapshot_freq_for_preemption=1)
     config.optim.lr = 1e38
-    with pytest.raises(FloatingPointError, match=r"at step 1\d"):
+    with pytest.raises(FloatingPointError, match=r"at step 10 "):
         train(config, tmp_path)
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps()[-1] == 10
@@ -170,6 +177,78 @@ def test_evaluation_is_complete_and_does_not_depend_on_the_batch_size(trained: P
     assert len(one) == 3 * 24
     for key, row in one.items():
         np.testing.assert_allclose(row["value"], other[key]["value"], rtol=2e-4, err_msg=str(key))
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_rows_are_the_ode_likelihood_of_the_moving_average(trained: Path, split: str) -> None:
+    options = {"dataset": split, "num_examples": 4, "bound": False, "enable_sampling": False}
+    rows = evaluate(trained, f"rows_{split}", **options)
+    settings = Settings.from_config(tiny.config())
+    dataset = datasets.load(settings.data)
+    batch = next(dataset.eval_batches(split, batch_size=4))
+    repeat_key = jax.random.fold_in(build.keys(settings)["eval"], 0)
+    keys = fold_in_each(repeat_key, jnp.asarray(batch["index"]))
+    u = jax.vmap(lambda k: jax.random.uniform(k, (8, 8, 1)))(fold_in_all(keys, 0))
+    x = 2 * (batch["image"] + u) / 17 - 1
+    state = final_state(trained, tiny.config())
+    result = ode_log_likelihood(
+        build.score_model(settings).score(state.ema_params), settings.sde, x, fold_in_all(keys, 1),
+        t_min=1e-5, solver=Solver("tsit5", 1e-2, 1e-2), divergence=Divergence(),
+    )  # fmt: skip
+    bits = -result.log_p / (64 * np.log(2)) + np.log2(17) - 1
+    assert [row["split"] for row in rows.values()] == [split] * 4
+    np.testing.assert_allclose([row["value"] for row in rows.values()], bits, rtol=1e-4)
+
+
+def test_likelihoods_dequantise_even_if_training_does_not(tmp_path: Path) -> None:
+    config = tiny.config()
+    config.data.uniform_dequantization = False
+    config.eval.update(enable_sampling=False, bound=False)
+    config.training.n_iters = 5
+    train(config, tmp_path)
+    run_lib.evaluate(Settings.from_config(config), tmp_path, "plain")
+    config.data.uniform_dequantization = True
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["data"]["uniform_dequantization"] = True
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    run_lib.evaluate(Settings.from_config(config), tmp_path, "dequantised")
+    one, other = (Records(tmp_path / f / "rows.jsonl").rows for f in ("plain", "dequantised"))
+    assert {k: r["value"] for k, r in one.items()} == {k: r["value"] for k, r in other.items()}
+
+
+def test_rows_of_other_data_or_seeds_do_not_mix(trained: Path) -> None:
+    evaluate(trained, "g", enable_bpd=False, enable_sampling=False)
+    config = tiny.config()
+    config.seed = 1
+    with pytest.raises(ValueError, match="seed: 42 then, now 1"):
+        run_lib.evaluate(Settings.from_config(config), trained, "g")
+
+
+def test_a_first_mistake_does_not_lock_the_folder(tmp_path: Path) -> None:
+    config = tiny.config("moons")
+    config.model.update(name="ddpm")
+    for field in ("hidden", "depth", "embed_dim"):
+        config.model[field] = None
+    with pytest.raises(ValueError, match="shape"):
+        train(config, tmp_path / "run")
+    train(tiny.config("moons"), tmp_path / "run")
+
+
+def test_ill_posed_samplers_are_refused_before_training(tmp_path: Path) -> None:
+    config = tiny.config()
+    config.training.sde = "subvpsde"
+    config.sampling.update(method="pc", predictor="ancestral_sampling")
+    with pytest.raises(ValueError, match="ancestral_sampling"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_snapshot_neither_stops_training_nor_costs_the_checkpoint(tmp_path: Path) -> None:
+    config = tiny.config()
+    config.training.update(n_iters=10, snapshot_sampling=True)
+    config.sampling.update(method="ode", rtol=1e-14, atol=1e-14)
+    train(config, tmp_path)
+    assert (tmp_path / "checkpoints" / "10").exists()
 
 
 def test_evaluation_computes_only_the_missing_rows(
@@ -232,6 +311,10 @@ def test_every_sde_parameterization_and_label_trains(
     config = tiny.config("moons")
     config.training.update(sde=sde, n_iters=4, smallest_time=1e-2)
     config.model.update(parameterization=parameterization, time_label=label)
+    model = build.score_model(Settings.from_config(config))
+    assert type(model.sde) is SDES[sde]
+    assert model.to_score is PARAMETERIZATIONS[parameterization]
+    assert model.label is TIME_LABELS[label]
     train(config, tmp_path)
     assert folder.read_metrics(tmp_path)[-1]["step"] == 4
 

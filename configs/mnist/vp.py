@@ -11,7 +11,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """The 28×28 U-Net of the drift-ELBO paper (1.5 M parameters), predicting the noise."""
+    """The 28×28 U-Net of the drift-ELBO paper (1.5 M parameters), predicting the velocity."""
     config = base.get_config()
     config.data.update(dataset="npz", path="mnist.npz", image_size=28)
     config.model.update(name="ddpm", parameterization="velocity", time_label="log_snr")
@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
     config.training.update(likelihood_weighting=True, importance_weighting=True, stratified=True)
     config.training.update(snapshot_freq=10_000, snapshot_freq_for_preemption=1000)
     config.optim.update(lr=2e-4, warmup=500)
-    config.eval.update(batch_size=128, num_examples=1000, num_times=32)
+    config.eval.update(batch_size=128, num_times=32)
     return config
