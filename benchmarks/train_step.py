@@ -9,17 +9,17 @@ medians are printed. Times hold for this machine only, ratios carry over.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 import losses
 import train_state
 from dequantization import Pixels
 from models import MODELS
 from parameterization import ScoreModel
+from run_lib import parallel
 from sde_lib import VPSDE
 
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 
 
 def compiled_step(name: str, shape: tuple[int, ...], fields: dict, batch_size: int) -> tuple:
-    """(step, state, batch, flops, temporary bytes) of one case on one device."""
+    """(step, state, batch, flops, temporary bytes) of one case."""
     sde = VPSDE()
     model = ScoreModel(MODELS[name](**fields), sde)
     law = losses.time_law(
@@ -56,24 +56,20 @@ def compiled_step(name: str, shape: tuple[int, ...], fields: dict, batch_size: i
     optimizer = config.chain(1000)
     state = train_state.create(model.init(jax.random.key(0), shape), optimizer)
     step_fn = train_state.train_step(losses.mean_loss(per_example), optimizer, 0.999, "batch")
-    # The axis "batch" has one member here: a mapped axis of size one.
-    one_device = jax.vmap(step_fn, in_axes=(None, None, 0), out_axes=0, axis_name="batch")
-    batch = {
-        "image": jnp.zeros((1, batch_size, *shape), jnp.uint8),
-        "noise_id": jnp.arange(batch_size)[None],
-        "mask": jnp.ones((1, batch_size), bool),
-    }
-    executable = jax.jit(one_device).lower(state, jax.random.key(1), batch).compile()
+    step = parallel.map_over_devices(
+        step_fn, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,)
+    )
+    batch = parallel.split(
+        {
+            "image": np.zeros((batch_size, *shape), np.uint8),
+            "noise_id": np.arange(batch_size, dtype=np.int32),
+            "mask": np.ones(batch_size, bool),
+        }
+    )
+    executable = step.lower(state, jax.random.key(1), batch).compile()
     flops = executable.cost_analysis()["flops"]
     temporary = executable.memory_analysis().temp_size_in_bytes
-    return executable, state, batch, flops, temporary
-
-
-def seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Wall-clock time of one call, waiting for the result."""
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
+    return step, state, batch, flops, temporary
 
 
 def main() -> None:
@@ -85,8 +81,11 @@ def main() -> None:
     cases = {name: compiled_step(*case, options.batch_size) for name, case in CASES.items()}
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(options.rounds + 1):
-        for name, (step, state, batch, _, _) in cases.items():
-            times[name].append(seconds(step, state, jax.random.key(1), batch))
+        for name, (step, state, batch, flops, temporary) in cases.items():
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, jax.random.key(1), batch))
+            times[name].append(time.perf_counter() - start)
+            cases[name] = (step, state, batch, flops, temporary)
     print(f"{jax.devices()[0].device_kind}, batch {options.batch_size}, {options.rounds} rounds")
     print(f"{'network':14}{'params':>11}{'images/s':>10}{'ms/step':>9}{'GFLOP':>8}{'temp MiB':>10}")
     for name, (_, state, _, flops, temporary) in cases.items():
