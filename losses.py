@@ -1,8 +1,8 @@
 """Training objectives, each a pure function (params, rng, batch) → (loss, metrics).
 
-First-order denoising score matching, e1 = σ s(x_t, t) + z:
+Denoising score matching, e1 = σ s(x_t, t) + z:
 
-    L = E_{t, z} w(t) R‖e1‖²,  R = mean over dimensions (reduce_mean) or ½ sum
+    L = E_{t, z} w(t) (R‖e1‖² + parts of orders 2 and 3),  R = mean over dimensions or ½ sum
     w = 1 (noise weighting) | g²/σ² (likelihood weighting) | 1 under p(t) ∝ g²/σ² (importance
     sampled)
 
@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from dequantization import Encoding
+from high_order import HighOrder
 from operators import Batched, PerExample, dimension, fold_in_each, gaussian, scale, squared_norm
 from parameterization import Params, ScoreFn, ScoreModel
 from sde_lib import SDE
@@ -111,8 +112,9 @@ def score_matching(
     batch_size: int,
     reduce_mean: bool,
     train: bool,
+    high_order: HighOrder | None = None,
 ) -> PerExampleLoss:
-    """First-order denoising score matching, one value per example.
+    """Denoising score matching of order 1, 2 or 3, one value per example.
 
     Args:
         model: network, SDE and parameterisation.
@@ -121,16 +123,23 @@ def score_matching(
         batch_size: global batch size, the number of strata of stratified times.
         reduce_mean: mean over dimensions instead of half the sum.
         train: apply dropout.
+        high_order: the parts of orders 2 and 3; None for order 1.
 
     Returns:
-        (params, rng, batch) → (w(t) R‖e1‖², unweighted parts): `dsm` is R‖e1‖² at the drawn time.
+        (params, rng, batch) → (w(t) (R‖e1‖² + weighted parts), unweighted parts). `dsm` is R‖e1‖²,
+        the others are those of `high_order`; all orders have the same time weight.
     """
     sde = model.sde
+    if high_order is not None and not reduce_mean:
+        raise ValueError(
+            "training.reduce_mean=False with training.score_matching_order > 1: the parts of "
+            "orders 2 and 3 are normalised by d² and d³, which goes with the mean over dimensions"
+        )
 
     def per_example(
         params: Params, rng: Key[Array, ""], batch: Batch
     ) -> tuple[PerExample, dict[str, PerExample]]:
-        key_data, key_time, key_noise, key_dropout = jax.random.split(rng, 4)
+        key_data, key_time, key_noise, key_dropout, key_probe = jax.random.split(rng, 5)
         ids = batch["noise_id"]
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
         t = law.sample(key_time, batch, batch_size, x0.dtype)
@@ -138,9 +147,17 @@ def score_matching(
         # Devices hold different ids, so their masks differ.
         key_dropout = jax.random.fold_in(key_dropout, ids[0])
         score_fn = model.score(params, key_dropout if train else None)
-        squares = squared_norm(first_order_residual(score_fn, x0, t, z, sde))
-        dsm = squares / dimension(x0) if reduce_mean else 0.5 * squares
-        return law.weight(t, sde) * dsm, {"dsm": dsm}
+        if high_order is None:
+            squares = squared_norm(first_order_residual(score_fn, x0, t, z, sde))
+            dsm = squares / dimension(x0) if reduce_mean else 0.5 * squares
+            return law.weight(t, sde) * dsm, {"dsm": dsm}
+        score, parts = high_order.value_and_parts(
+            lambda x: score_fn(x, t), sde.perturb(x0, t, z), z, sde.sigma(t),
+            fold_in_each(key_probe, ids),
+        )  # fmt: skip
+        dsm = squared_norm(scale(sde.sigma(t), score) + z) / dimension(x0)
+        total = dsm + high_order.weighted(parts)
+        return law.weight(t, sde) * total, {"dsm": dsm, **parts}
 
     return per_example
 

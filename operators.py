@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from taylor import along_curve
+
 Batched = Float[Array, "b *d"]
 PerExample = Float[Array, " b"]
 Field = Callable[[Batched], Batched]
@@ -99,3 +101,48 @@ def value_and_probed_divergence(
         return value, inner(probes[0], hv)
     value, tangent_map = jax.linearize(field, x)
     return value, jnp.mean(jax.vmap(lambda v: inner(v, tangent_map(v)))(probes), axis=0)
+
+
+def value_and_jacobian(field: Field, x: Batched) -> tuple[Batched, Float[Array, "b n n"]]:
+    """(s(x), H), H[b, i, j] = ∂s_i/∂x_j over flattened dimensions, by d tangents; small d only."""
+    value, tangent_map = jax.linearize(field, x)
+    basis = jnp.eye(dimension(x), dtype=x.dtype)
+
+    def column(e: Float[Array, " n"]) -> Float[Array, "b n"]:
+        direction = jnp.broadcast_to(e.reshape(x.shape[1:])[None], x.shape)
+        return tangent_map(direction).reshape(x.shape[0], -1)
+
+    return value, jnp.moveaxis(jax.vmap(column)(basis), 0, 2)
+
+
+def value_jacobian_and_trace_gradient(
+    field: Field, x: Batched
+) -> tuple[Batched, Float[Array, "b n n"], Batched]:
+    """(s, H, ∇ₓ tr H), exactly; small d only."""
+
+    def total_trace(y: Batched) -> tuple[Float[Array, ""], tuple]:
+        value, jacobian = value_and_jacobian(field, y)
+        return jnp.trace(jacobian, axis1=1, axis2=2).sum(), (value, jacobian)
+
+    gradient, (value, jacobian) = jax.grad(total_trace, has_aux=True)(x)
+    return value, jacobian, gradient
+
+
+def value_hvp_and_gradient(
+    field: Field, x: Batched, v: Batched
+) -> tuple[Batched, Batched, Batched]:
+    """(s, Hv, ∇ₓ(vᵀHv)): one reverse pass over one jvp, with one primal."""
+
+    def quadratic_form(y: Batched) -> tuple[Float[Array, ""], tuple[Batched, Batched]]:
+        value, hv = jax.jvp(field, (y,), (v,))
+        return jnp.sum(v * hv), (value, hv)
+
+    gradient, (value, hv) = jax.grad(quadratic_form, has_aux=True)(x)
+    return value, hv, gradient
+
+
+def value_hvp_and_directional(
+    field: Field, x: Batched, v: Batched
+) -> tuple[Batched, Batched, Batched]:
+    """(s, Hv, D²s[v, v]) by one Taylor sweep, forward only; D²s[v, v] = ∇ₓ(vᵀHv) if H = Hᵀ."""
+    return along_curve(field, (x,), (v,), (jnp.zeros_like(x),))

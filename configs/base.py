@@ -87,6 +87,13 @@ def _training() -> ConfigDict:
             "importance_weighting": False,  # and times from p(t) ∝ g²/σ²
             "debias": False,  # times from the truncated law of the drift ELBO
             "stratified": False,  # one time per cell of a batch
+            "score_matching_order": 1,  # 1 | 2 | 3; order k contains order k − 1
+            "second_order_weight": 1.0,  # of frobenius + trace_weight × trace
+            "trace_weight": 1.0,
+            "third_order_weight": 1.0,
+            "high_order_estimator": "probe",  # probe | exact (small dimensions)
+            "num_probes": 1,  # Rademacher probes per example of orders 2 and 3
+            "third_order_form": "gradient",  # gradient | directional (cheaper, forward only)
             "smallest_time": 1e-5,  # of training, bound and ODE likelihood
             "log_freq": 100,  # steps between records of the training loss
             "eval_freq": 1000,  # ... of the held-out loss

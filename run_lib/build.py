@@ -9,6 +9,7 @@ from jaxtyping import Array, Key
 import losses
 from datasets import Dataset
 from dequantization import Encoding, Pixels, Reals
+from high_order import HighOrder
 from likelihood import Divergence
 from ode import Solver
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
@@ -71,6 +72,23 @@ def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> lo
         batch_size=training.batch_size,
         reduce_mean=training.reduce_mean,
         train=train,
+        high_order=high_order(settings),
+    )
+
+
+def high_order(settings: Settings) -> HighOrder | None:
+    """The parts of orders 2 and 3 of the training objective; None for order 1."""
+    training = settings.training
+    if training.score_matching_order == 1:
+        return None
+    return HighOrder(
+        training.score_matching_order,
+        second_order_weight=training.second_order_weight,
+        trace_weight=training.trace_weight,
+        third_order_weight=training.third_order_weight,
+        estimator=training.high_order_estimator,
+        num_probes=training.num_probes,
+        third_order_form=training.third_order_form,
     )
 
 

@@ -51,6 +51,13 @@ class TrainingConfig:
     importance_weighting: bool
     debias: bool
     stratified: bool
+    score_matching_order: int
+    second_order_weight: float
+    trace_weight: float
+    third_order_weight: float
+    high_order_estimator: str
+    num_probes: int
+    third_order_form: str
     smallest_time: float
     log_freq: int
     eval_freq: int

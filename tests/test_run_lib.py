@@ -251,6 +251,26 @@ def test_a_failed_snapshot_neither_stops_training_nor_costs_the_checkpoint(tmp_p
     assert (tmp_path / "checkpoints" / "10").exists()
 
 
+@pytest.mark.parametrize("form", ["gradient", "directional"])
+def test_third_order_trains_on_images_and_reports_every_part(tmp_path: Path, form: str) -> None:
+    config = tiny.config()
+    config.training.update(n_iters=5, score_matching_order=3, third_order_form=form, num_probes=2)
+    train(config, tmp_path)
+    row = folder.read_metrics(tmp_path)[0]
+    parts = [row[name] for name in ("dsm", "frobenius", "trace", "third")]
+    assert min(parts) > 0
+    np.testing.assert_allclose(row["loss"], sum(parts), rtol=1e-4)
+
+
+def test_exact_second_order_trains_in_the_plane(tmp_path: Path) -> None:
+    config = tiny.config("moons")
+    config.training.update(n_iters=5, score_matching_order=2, high_order_estimator="exact")
+    config.training.update(second_order_weight=0.5, trace_weight=0.0)
+    train(config, tmp_path)
+    row = folder.read_metrics(tmp_path)[0]
+    np.testing.assert_allclose(row["loss"], row["dsm"] + 0.5 * row["frobenius"], rtol=1e-4)
+
+
 def test_evaluation_computes_only_the_missing_rows(
     trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -347,6 +367,7 @@ def test_changed_fields_are_refused_by_name_and_harmless_ones_are_not(trained: P
         ("eval", "dataset", "val", "eval.dataset='val': allowed"),
         ("sampling", "method", "sed", "sampling.method='sed': allowed .*did you mean"),
         ("optim", "optimizer", "sgd", "optim.optimizer='sgd'"),
+        ("training", "score_matching_order", 4, r"score_matching_order=4: allowed \[1, 2, 3\]"),
         ("data", "dataset", "digit", "digits"),
     ],
 )

@@ -1,0 +1,193 @@
+"""Score matching of orders 2 and 3: residuals of the first and second derivatives of the score.
+
+With e1 = σ s + z, ℓ = stop_gradient(e1), H = ∂s/∂x and a probe v with E[v vᵀ] = I:
+
+    A v = σ² H v + v − (ℓ·v) ℓ              parts ‖A v‖²/d² (frobenius), (v·A v)²/d² (trace)
+    C = σ³ ∇ₓ(vᵀHv) + (ℓ·v)² ℓ − (σ² vᵀĤv + ‖v‖²) ℓ − 2(ℓ·v)(σ² Ĥv + v)      part ‖C‖²/d³
+
+and exactly, for small d:
+
+    A = σ² H + I − ℓℓᵀ                      parts ‖A‖_F²/d², (tr A)²/d²
+    C = σ³ ∇tr H + (‖ℓ‖² − tr(σ²Ĥ + I)) ℓ − 2(σ²Ĥ + I) ℓ                      part ‖C‖²/d³
+
+Hats are detached, like ℓ: the error bounds of orders 2 and 3 hold for given lower-order estimates.
+Reference: Lu et al. 2022, https://arxiv.org/abs/2206.08265, theorems 3.2 and 3.3.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from operators import (
+    PROBES,
+    Batched,
+    Field,
+    PerExample,
+    dimension,
+    expand,
+    fold_in_all,
+    inner,
+    scale,
+    squared_norm,
+    value_and_jacobian,
+    value_hvp_and_directional,
+    value_hvp_and_gradient,
+    value_jacobian_and_trace_gradient,
+)
+
+Parts = dict[str, PerExample]
+
+
+def second_order_residual(e1: Batched, hv: Batched, v: Batched, sigma: PerExample) -> Batched:
+    """A v = σ² H v + v − (ℓ·v) ℓ, ℓ = e1 detached (Lu et al. 2022, theorem 3.2)."""
+    ell = jax.lax.stop_gradient(e1)
+    return scale(sigma**2, hv) + v - scale(inner(ell, v), ell)
+
+
+def third_order_residual(
+    e1: Batched, hv: Batched, third: Batched, v: Batched, sigma: PerExample
+) -> Batched:
+    """C = σ³ third + (ℓ·v)² ℓ − (σ² vᵀĤv + ‖v‖²) ℓ − 2(ℓ·v)(σ²Ĥv + v), third = ∇ₓ(vᵀHv).
+
+    Only `third` carries a gradient (Lu et al. 2022, theorem 3.3).
+    """
+    ell, hv = jax.lax.stop_gradient((e1, hv))
+    along = inner(ell, v)
+    shifted = scale(sigma**2, hv) + v  # (σ²Ĥ + I) v
+    radial = along**2 - inner(v, shifted)
+    return scale(sigma**3, third) + scale(radial, ell) - 2.0 * scale(along, shifted)
+
+
+def second_order_matrix(
+    e1: Batched, jacobian: Float[Array, "b n n"], sigma: PerExample
+) -> Float[Array, "b n n"]:
+    """A = σ² H + I − ℓℓᵀ."""
+    ell = jax.lax.stop_gradient(e1).reshape(jacobian.shape[:2])
+    identity = jnp.eye(jacobian.shape[-1], dtype=jacobian.dtype)[None]
+    return expand(sigma**2, jacobian) * jacobian + identity - ell[:, :, None] * ell[:, None, :]
+
+
+def third_order_vector(
+    e1: Batched,
+    jacobian: Float[Array, "b n n"],
+    trace_gradient: Batched,
+    sigma: PerExample,
+) -> Batched:
+    """C = σ³ ∇tr H + (‖ℓ‖² − tr(σ²Ĥ + I)) ℓ − 2(σ²Ĥ + I) ℓ."""
+    ell, jacobian = jax.lax.stop_gradient((e1, jacobian))
+    flat = ell.reshape(jacobian.shape[:2])
+    h_ell = jnp.einsum("bij,bj->bi", jacobian, flat).reshape(ell.shape)
+    trace = sigma**2 * jnp.trace(jacobian, axis1=1, axis2=2) + dimension(ell)
+    shifted = scale(sigma**2, h_ell) + ell
+    return scale(sigma**3, trace_gradient) + scale(squared_norm(ell) - trace, ell) - 2.0 * shifted
+
+
+THIRD_ORDER_FORMS: dict[str, Callable] = {
+    "gradient": value_hvp_and_gradient,
+    "directional": value_hvp_and_directional,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HighOrder:
+    """Which parts of orders 2 and 3 are added, how they are estimated, and their weights.
+
+    Attributes:
+        order: 2 or 3; order 3 contains order 2.
+        second_order_weight: of frobenius + trace_weight × trace.
+        trace_weight: of the trace part within order 2.
+        third_order_weight: of the third part.
+        estimator: "probe", or "exact" (d tangents; small d only).
+        num_probes: Rademacher probes per example, whose parts are averaged.
+        third_order_form: "gradient" ∇ₓ(vᵀHv), or "directional" D²s[v, v], equal where H is
+            symmetric and cheaper.
+    """
+
+    order: int
+    second_order_weight: float = 1.0
+    trace_weight: float = 1.0
+    third_order_weight: float = 1.0
+    estimator: str = "probe"
+    num_probes: int = 1
+    third_order_form: str = "gradient"
+
+    def __post_init__(self) -> None:
+        if self.order not in (2, 3):
+            raise ValueError(f"training.score_matching_order={self.order}: allowed [1, 2, 3]")
+        if self.estimator not in ("probe", "exact"):
+            raise ValueError(
+                f"training.high_order_estimator={self.estimator!r}: allowed ['exact', 'probe']"
+            )
+        if self.third_order_form not in THIRD_ORDER_FORMS:
+            raise ValueError(
+                f"training.third_order_form={self.third_order_form!r}: allowed "
+                f"{sorted(THIRD_ORDER_FORMS)}"
+            )
+        if self.num_probes < 1:
+            raise ValueError(f"training.num_probes={self.num_probes}: need at least 1")
+        for name in ("second_order_weight", "trace_weight", "third_order_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name}={getattr(self, name)}: need 0 or more")
+
+    def value_and_parts(
+        self, field: Field, x: Batched, z: Batched, sigma: PerExample, keys: Key[Array, " b"]
+    ) -> tuple[Batched, Parts]:
+        """(s(x), unweighted parts), all from shared evaluations of the score.
+
+        Args:
+            field: x ↦ s(x, t) at fixed times.
+            x: x_t = α x0 + σ z.
+            z: the noise in it.
+            sigma: σ(t).
+            keys: one per example, for its probes.
+        """
+        if self.estimator == "exact":
+            return self._exact(field, x, z, sigma)
+        draws = [
+            self._probed(field, x, z, sigma, PROBES["rademacher"](fold_in_all(keys, i), x))
+            for i in range(self.num_probes)
+        ]
+        parts = jax.tree.map(lambda *values: sum(values) / self.num_probes, *(p for _, p in draws))
+        return draws[0][0], parts
+
+    def weighted(self, parts: Parts) -> PerExample:
+        """λ2 (frobenius + λtr trace) + λ3 third."""
+        total = self.second_order_weight * (parts["frobenius"] + self.trace_weight * parts["trace"])
+        if self.order == 3:
+            total = total + self.third_order_weight * parts["third"]
+        return total
+
+    def _probed(
+        self, field: Field, x: Batched, z: Batched, sigma: PerExample, v: Batched
+    ) -> tuple[Batched, Parts]:
+        d = dimension(x)
+        if self.order == 2:
+            score, hv = jax.jvp(field, (x,), (v,))
+        else:
+            score, hv, third = THIRD_ORDER_FORMS[self.third_order_form](field, x, v)
+        e1 = scale(sigma, score) + z
+        a_v = second_order_residual(e1, hv, v, sigma)
+        parts = {"frobenius": squared_norm(a_v) / d**2, "trace": inner(v, a_v) ** 2 / d**2}
+        if self.order == 3:
+            parts["third"] = squared_norm(third_order_residual(e1, hv, third, v, sigma)) / d**3
+        return score, parts
+
+    def _exact(
+        self, field: Field, x: Batched, z: Batched, sigma: PerExample
+    ) -> tuple[Batched, Parts]:
+        d = dimension(x)
+        if self.order == 2:
+            score, jacobian = value_and_jacobian(field, x)
+        else:
+            score, jacobian, trace_gradient = value_jacobian_and_trace_gradient(field, x)
+        e1 = scale(sigma, score) + z
+        matrix = second_order_matrix(e1, jacobian, sigma)
+        trace = jnp.trace(matrix, axis1=1, axis2=2)
+        parts = {"frobenius": squared_norm(matrix) / d**2, "trace": trace**2 / d**2}
+        if self.order == 3:
+            vector = third_order_vector(e1, jacobian, trace_gradient, sigma)
+            parts["third"] = squared_norm(vector) / d**3
+        return score, parts
