@@ -27,7 +27,7 @@ class Series(NamedTuple):
     second: Array
 
 
-Value = Array | Series
+Value = Any  # a Series, or an array or literal that the curve does not reach
 
 # Linear in each operand alone.
 BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})

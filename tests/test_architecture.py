@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Level of every module; run_lib has levels of its own.
 LEVELS = {
     "taylor": -1, "operators": 0, "models": 0, "sde_lib": 1, "time_sampling": 2,
-    "parameterization": 2, "dequantization": 2, "toy_data": 2, "high_order": 3, "losses": 4,
-    "ode": 3, "likelihood": 5, "sampling": 5,
+    "parameterization": 2, "dequantization": 2, "toy_data": 2, "high_order": 3,
+    "fokker_planck": 3, "losses": 4, "ode": 3, "likelihood": 5, "sampling": 5,
     "train_state": 5, "records": 5, "checkpoints": 6, "datasets": 6, "plotting": 6,
     "run_lib": 7, "main": 8,
 }  # fmt: skip
