@@ -135,7 +135,7 @@ def test_published_losses_and_gradients(name):
 
     def parts(parameters, method):
         field = lambda y: fixture_score(parameters, y, t)  # noqa: E731
-        return method(field, x, z, sigma, None)[1]
+        return method(field, x, z, sigma, jax.random.split(jax.random.key(0), len(t)))[1]
 
     probed, exact = parts(start, given(3, v)), parts(start, given(3, estimator="exact"))
     for ours, theirs in (
