@@ -187,10 +187,18 @@ def _remat(equation: Any, inputs: list[Value]) -> list[Value]:
     return body(inputs)
 
 
+def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """Numbers of constants and carries of a scan; jax 0.12 keeps them as a tree of three parts."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
 def _scan(equation: Any, inputs: list[Value]) -> list[Value]:
     """A scan whose floating carries and inputs all carry series."""
     params = equation.params
-    closed, num_consts, num_carry = params["jaxpr"], params["num_consts"], params["num_carry"]
+    closed, (num_consts, num_carry) = params["jaxpr"], _scan_sizes(params)
 
     def lift(value: Value) -> Value:
         inexact = not isinstance(value, Series) and jnp.issubdtype(value.dtype, jnp.inexact)
