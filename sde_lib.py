@@ -234,8 +234,12 @@ class SubVPSDE(_LinearBeta):
     """
 
     def g2(self, t: Time) -> Time:
-        """g² = β (1 − e^{−2B})."""
-        return -self.beta(t) * jnp.expm1(-2.0 * self.integral_beta(t))
+        """g² = β (1 − e^{−2B}) = β σ (1 + α²).
+
+        One expm1 for σ and g: XLA on CPU (jax 0.10 to 0.12) confuses two of them that it fuses
+        with a sum.
+        """
+        return self.beta(t) * self.sigma(t) * (1.0 + self.alpha(t) ** 2)
 
     def sigma(self, t: Time) -> Time:
         """σ = 1 − e^{−B}."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from sde_lib import VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sde_lib import SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
 from time_sampling import (
     UNIFORMS,
     Debias,
@@ -202,3 +202,35 @@ def test_smallest_uniform_is_positive(monkeypatch):
     monkeypatch.setattr(jax.random, "uniform", lowest)
     u = independent_uniforms(jax.random.key(0), jnp.arange(3), 3)
     assert float(Debias(VPSDE()).quantile(u).min()) > 0.0
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("make", [Uniform, Importance, Debias])
+def test_compiled_with_a_sum_every_coefficient_keeps_its_value(name, make):
+    """XLA on CPU may fuse coefficients with a sum over dimensions, and has got them wrong by 30 %.
+
+    Compiled together against one by one, in float32.
+    """
+    sde = SDES[name]()
+    proposal = make(sde, 1e-3)
+    u = jax.random.uniform(jax.random.key(0), (20_000,))
+    z = jax.random.normal(jax.random.key(1), (20_000, 2))
+
+    def coefficients(u):
+        t = proposal.quantile(u)
+        return [
+            sde.alpha(t), sde.sigma(t), sde.g2(t), sde.drift_coefficient(t), proposal.density(t),
+            sde.cumulative_weight(t),
+        ]  # fmt: skip
+
+    def product(i, j, u, z):
+        values = coefficients(u)
+        return values[i] * jnp.sum((values[j][:, None] * z) ** 2, axis=1)
+
+    apart = [np.asarray(value) for value in coefficients(u)]
+    for i in range(len(apart)):
+        for j in range(2):
+            together = jax.jit(product, static_argnums=(0, 1))(i, j, u, z)
+            expected = apart[i] * np.sum((apart[j][:, None] * np.asarray(z)) ** 2, axis=1)
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(together, expected, rtol=1e-4, atol=1e-6 * scale)
