@@ -19,23 +19,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from operators import (
-    PROBES,
     Batched,
-    Field,
     PerExample,
     dimension,
     expand,
-    fold_in_all,
     inner,
     scale,
     squared_norm,
-    value_and_jacobian,
     value_hvp_and_directional,
     value_hvp_and_gradient,
-    value_jacobian_and_trace_gradient,
 )
 
 Parts = dict[str, PerExample]
@@ -93,65 +88,72 @@ THIRD_ORDER_FORMS: dict[str, Callable] = {
 
 @dataclasses.dataclass(frozen=True)
 class HighOrder:
-    """Which parts of orders 2 and 3 are added, how they are estimated, and their weights.
+    """Which parts of orders 2 and 3 are added, and their weights.
 
     Attributes:
         order: 2 or 3; order 3 contains order 2.
         second_order_weight: of frobenius + trace_weight × trace.
         trace_weight: of the trace part within order 2.
         third_order_weight: of the third part.
-        estimator: "probe", or "exact" (d tangents; small d only).
-        num_probes: Rademacher probes per example, whose parts are averaged.
-        third_order_form: "gradient" ∇ₓ(vᵀHv), or "directional" D²s[v, v], equal where H is
-            symmetric and cheaper.
+        third_order_form: of the third part by probes, "gradient" ∇ₓ(vᵀHv), or "directional"
+            D²s[v, v], equal where H is symmetric and cheaper.
+        fraction: of the batch, 1/n.
     """
 
     order: int
     second_order_weight: float = 1.0
     trace_weight: float = 1.0
     third_order_weight: float = 1.0
-    estimator: str = "probe"
-    num_probes: int = 1
     third_order_form: str = "gradient"
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if self.order not in (2, 3):
             raise ValueError(f"training.score_matching_order={self.order}: allowed [1, 2, 3]")
-        if self.estimator not in ("probe", "exact"):
-            raise ValueError(
-                f"training.high_order_estimator={self.estimator!r}: allowed ['exact', 'probe']"
-            )
         if self.third_order_form not in THIRD_ORDER_FORMS:
             raise ValueError(
                 f"training.third_order_form={self.third_order_form!r}: allowed "
                 f"{sorted(THIRD_ORDER_FORMS)}"
             )
-        if self.num_probes < 1:
-            raise ValueError(f"training.num_probes={self.num_probes}: need at least 1")
         for name in ("second_order_weight", "trace_weight", "third_order_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}={getattr(self, name)}: need 0 or more")
 
-    def value_and_parts(
-        self, field: Field, x: Batched, z: Batched, sigma: PerExample, keys: Key[Array, " b"]
-    ) -> tuple[Batched, Parts]:
-        """(s(x), unweighted parts), all from shared evaluations of the score.
+    def parts(
+        self, e1: Batched, hv: Batched, third: Batched | None, v: Batched, sigma: PerExample
+    ) -> Parts:
+        """Unweighted parts by one probe v.
 
         Args:
-            field: x ↦ s(x, t) at fixed times.
-            x: x_t = α x0 + σ z.
-            z: the noise in it.
+            e1: σ s + z.
+            hv: H v.
+            third: ∇ₓ(vᵀHv) or D²s[v, v], for order 3.
+            v: the probe.
             sigma: σ(t).
-            keys: one per example, for its probes.
         """
-        if self.estimator == "exact":
-            return self._exact(field, x, z, sigma)
-        draws = [
-            self._probed(field, x, z, sigma, PROBES["rademacher"](fold_in_all(keys, i), x))
-            for i in range(self.num_probes)
-        ]
-        parts = jax.tree.map(lambda *values: sum(values) / self.num_probes, *(p for _, p in draws))
-        return draws[0][0], parts
+        d = dimension(e1)
+        a_v = second_order_residual(e1, hv, v, sigma)
+        parts = {"frobenius": squared_norm(a_v) / d**2, "trace": inner(v, a_v) ** 2 / d**2}
+        if self.order == 3:
+            parts["third"] = squared_norm(third_order_residual(e1, hv, third, v, sigma)) / d**3
+        return parts
+
+    def exact_parts(
+        self,
+        e1: Batched,
+        jacobian: Float[Array, "b n n"],
+        trace_gradient: Batched | None,
+        sigma: PerExample,
+    ) -> Parts:
+        """Unweighted parts from H and, for order 3, ∇ₓ tr H."""
+        d = dimension(e1)
+        matrix = second_order_matrix(e1, jacobian, sigma)
+        trace = jnp.trace(matrix, axis1=1, axis2=2)
+        parts = {"frobenius": squared_norm(matrix) / d**2, "trace": trace**2 / d**2}
+        if self.order == 3:
+            vector = third_order_vector(e1, jacobian, trace_gradient, sigma)
+            parts["third"] = squared_norm(vector) / d**3
+        return parts
 
     def weighted(self, parts: Parts) -> PerExample:
         """λ2 (frobenius + λtr trace) + λ3 third."""
@@ -159,35 +161,3 @@ class HighOrder:
         if self.order == 3:
             total = total + self.third_order_weight * parts["third"]
         return total
-
-    def _probed(
-        self, field: Field, x: Batched, z: Batched, sigma: PerExample, v: Batched
-    ) -> tuple[Batched, Parts]:
-        d = dimension(x)
-        if self.order == 2:
-            score, hv = jax.jvp(field, (x,), (v,))
-        else:
-            score, hv, third = THIRD_ORDER_FORMS[self.third_order_form](field, x, v)
-        e1 = scale(sigma, score) + z
-        a_v = second_order_residual(e1, hv, v, sigma)
-        parts = {"frobenius": squared_norm(a_v) / d**2, "trace": inner(v, a_v) ** 2 / d**2}
-        if self.order == 3:
-            parts["third"] = squared_norm(third_order_residual(e1, hv, third, v, sigma)) / d**3
-        return score, parts
-
-    def _exact(
-        self, field: Field, x: Batched, z: Batched, sigma: PerExample
-    ) -> tuple[Batched, Parts]:
-        d = dimension(x)
-        if self.order == 2:
-            score, jacobian = value_and_jacobian(field, x)
-        else:
-            score, jacobian, trace_gradient = value_jacobian_and_trace_gradient(field, x)
-        e1 = scale(sigma, score) + z
-        matrix = second_order_matrix(e1, jacobian, sigma)
-        trace = jnp.trace(matrix, axis1=1, axis2=2)
-        parts = {"frobenius": squared_norm(matrix) / d**2, "trace": trace**2 / d**2}
-        if self.order == 3:
-            vector = third_order_vector(e1, jacobian, trace_gradient, sigma)
-            parts["third"] = squared_norm(vector) / d**3
-        return score, parts

@@ -1,10 +1,10 @@
 """Training objectives, each a pure function (params, rng, batch) → (loss, metrics).
 
-Denoising score matching, e1 = σ s(x_t, t) + z:
-
-    L = E_{t, z} w(t) (R‖e1‖² + parts of orders 2 and 3),  R = mean over dimensions or ½ sum
+    L = E_{t ~ p, z} w(t) (order 1 + parts of orders 2 and 3) + E_{t uniform} weighted residual
     w = 1 (noise weighting) | g²/σ² (likelihood weighting) | 1 under p(t) ∝ g²/σ² (importance
     sampled)
+
+The terms are those of `terms`; order 1 is denoising or implicit score matching.
 
 A batch is {image: [B, *d], noise_id: int32 [B], mask: bool [B]}. The noise of an example is a
 function of (rng, noise_id) only. The importance proposal's constant Z is left out of the optimised
@@ -20,10 +20,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from dequantization import Encoding
-from high_order import HighOrder
-from operators import Batched, PerExample, dimension, fold_in_each, gaussian, scale, squared_norm
+from operators import Batched, PerExample, fold_in_each, gaussian, scale
 from parameterization import Params, ScoreFn, ScoreModel
 from sde_lib import SDE
+from terms import Point, Terms
 from time_sampling import UNIFORMS, Debias, Importance, Proposal, Uniform
 
 Metrics = dict[str, Float[Array, ""]]
@@ -108,33 +108,29 @@ def score_matching(
     model: ScoreModel,
     encoding: Encoding,
     law: TimeLaw,
+    terms: Terms,
     *,
     batch_size: int,
-    reduce_mean: bool,
     train: bool,
-    high_order: HighOrder | None = None,
 ) -> PerExampleLoss:
-    """Denoising score matching of order 1, 2 or 3, one value per example.
+    """The objective as one value per example.
 
     Args:
         model: network, SDE and parameterisation.
         encoding: integers to model space; dequantisation happens here, inside the jitted step.
         law: distribution and weight of t.
+        terms: what is summed at (x_t, t).
         batch_size: global batch size, the number of strata of stratified times.
-        reduce_mean: mean over dimensions instead of half the sum.
-        train: apply dropout.
-        high_order: the parts of orders 2 and 3; None for order 1.
+        train: apply dropout, and take terms for the fraction of examples and steps that they ask
+            for; otherwise all terms of all examples.
 
     Returns:
-        (params, rng, batch) → (w(t) (R‖e1‖² + weighted parts), unweighted parts). `dsm` is R‖e1‖²,
-        the others are those of `high_order`; all orders have the same time weight.
+        (params, rng, batch) → (w(t) (order 1 + weighted orders 2, 3) + weighted residual,
+        unweighted terms). With `fokker_planck.every` > 1 a training batch has the number of the
+        step as `step`.
     """
     sde = model.sde
-    if high_order is not None and not reduce_mean:
-        raise ValueError(
-            "training.reduce_mean=False with training.score_matching_order > 1: the parts of "
-            "orders 2 and 3 are normalised by d² and d³, which goes with the mean over dimensions"
-        )
+    terms = terms if train else terms.everywhere()
 
     def per_example(
         params: Params, rng: Key[Array, ""], batch: Batch
@@ -147,19 +143,33 @@ def score_matching(
         # Devices hold different ids, so their masks differ.
         key_dropout = jax.random.fold_in(key_dropout, ids[0])
         score_fn = model.score(params, key_dropout if train else None)
-        if high_order is None:
-            squares = squared_norm(first_order_residual(score_fn, x0, t, z, sde))
-            dsm = squares / dimension(x0) if reduce_mean else 0.5 * squares
-            return law.weight(t, sde) * dsm, {"dsm": dsm}
-        score, parts = high_order.value_and_parts(
-            lambda x: score_fn(x, t), sde.perturb(x0, t, z), z, sde.sigma(t),
-            fold_in_each(key_probe, ids),
-        )  # fmt: skip
-        dsm = squared_norm(scale(sde.sigma(t), score) + z) / dimension(x0)
-        total = dsm + high_order.weighted(parts)
-        return law.weight(t, sde) * total, {"dsm": dsm, **parts}
+        point = Point(sde.perturb(x0, t, z), t, z, fold_in_each(key_probe, ids))
+        parts = _parts_of_step(terms, score_fn, sde, point, batch)
+        to_uniform = 1.0 / (law.proposal.density(t) * law.proposal.length)
+        return terms.weighted(parts, sde, t, law.weight(t, sde), to_uniform), parts
 
     return per_example
+
+
+def _parts_of_step(
+    terms: Terms, score_fn: ScoreFn, sde: SDE, point: Point, batch: Batch
+) -> dict[str, PerExample]:
+    """The parts; those of the residual at every n-th step only, times n."""
+    residual = terms.fokker_planck
+    if residual is None or residual.every == 1:
+        return terms.parts(score_fn, sde, point)
+    without = dataclasses.replace(terms, fokker_planck=None)
+    absent = dict.fromkeys(residual.names, jnp.zeros_like(point.t))
+
+    def with_residual() -> dict[str, PerExample]:
+        parts = terms.parts(score_fn, sde, point)
+        return parts | {name: residual.every * parts[name] for name in residual.names}
+
+    return jax.lax.cond(
+        batch["step"] % residual.every == 0,
+        with_residual,
+        lambda: without.parts(score_fn, sde, point) | absent,
+    )
 
 
 def mean_loss(per_example: PerExampleLoss) -> LossFn:

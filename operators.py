@@ -145,4 +145,5 @@ def value_hvp_and_directional(
     field: Field, x: Batched, v: Batched
 ) -> tuple[Batched, Batched, Batched]:
     """(s, Hv, D²s[v, v]) by one Taylor sweep, forward only; D²s[v, v] = ∇ₓ(vᵀHv) if H = Hᵀ."""
-    return along_curve(field, (x,), (v,), (jnp.zeros_like(x),))
+    value, hv, (second,) = along_curve(field, (x,), (v,), lambda _: [(jnp.zeros_like(x),)])
+    return value, hv, second

@@ -31,9 +31,14 @@ class Uniform:
         _check_t_min(self.t_min, self.sde, positive=False)
 
     @property
+    def length(self) -> float:
+        """Of the interval, T − t_min."""
+        return self.sde.T - self.t_min
+
+    @property
     def normalizer(self) -> float:
         """Z = T − t_min."""
-        return self.sde.T - self.t_min
+        return self.length
 
     def quantile(self, u: Time) -> Time:
         """Inverse CDF."""
@@ -57,6 +62,11 @@ class Importance:
 
     def __post_init__(self) -> None:
         _check_t_min(self.t_min, self.sde, positive=True)
+
+    @property
+    def length(self) -> float:
+        """Of the interval, T − t_min."""
+        return self.sde.T - self.t_min
 
     def bounds(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """W(t_min), W(T)."""
@@ -93,6 +103,11 @@ class Debias:
 
     def __post_init__(self) -> None:
         _check_t_min(self.t_eps, self.sde, positive=True)
+
+    @property
+    def length(self) -> float:
+        """Of the interval, T."""
+        return self.sde.T
 
     def rate(self, t: Time) -> Time:
         """r(t) = g²/σ²."""

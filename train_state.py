@@ -112,14 +112,14 @@ def train_step(
 ) -> Callable[[TrainState, Key[Array, ""], Batch], tuple[TrainState, Metrics]]:
     """One step on one device: (state, seed key, its part of the batch) → (state, metrics).
 
-    The key of step k is fold_in(seed key, k). Parts of equal size: the mean over devices is the
-    mean over the batch.
+    The key of step k is fold_in(seed key, k), and the loss finds k in the batch as `step`. Parts of
+    equal size: the mean over devices is the mean over the batch.
     """
 
     def step_fn(state: TrainState, seed_key: Key[Array, ""], batch: Batch) -> tuple:
         rng = jax.random.fold_in(seed_key, state.step)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, metrics), grads = grad_fn(state.params, rng, batch)
+        (_, metrics), grads = grad_fn(state.params, rng, batch | {"step": state.step})
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

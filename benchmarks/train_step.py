@@ -21,6 +21,7 @@ from models import MODELS
 from parameterization import ScoreModel
 from run_lib import parallel
 from sde_lib import VPSDE
+from terms import Terms
 
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "mlp 8x8x1": ("mlp", (8, 8, 1), {"hidden": 256, "depth": 4, "dropout": 0.1}),
@@ -50,7 +51,7 @@ def compiled_step(name: str, shape: tuple[int, ...], fields: dict, batch_size: i
         stratified=False,
     )
     per_example = losses.score_matching(
-        model, Pixels(256), law, batch_size=batch_size, reduce_mean=True, train=True
+        model, Pixels(256), law, Terms(), batch_size=batch_size, train=True
     )
     config = train_state.OptimizerConfig("adam", 2e-4, 0.9, 0.999, 1e-8, 0.0, 0, 1.0, "constant")
     optimizer = config.chain(1000)

@@ -78,6 +78,7 @@ def _model() -> ConfigDict:
 def _training() -> ConfigDict:
     return ConfigDict(
         {
+            "objective": "dsm",  # dsm | ism (implicit score matching, the ELBO)
             "sde": "vpsde",  # vpsde | subvpsde | vesde | linearvesde
             "n_iters": 1_300_001,
             "batch_size": 128,  # over all devices and hosts
@@ -91,9 +92,20 @@ def _training() -> ConfigDict:
             "second_order_weight": 1.0,  # of frobenius + trace_weight × trace
             "trace_weight": 1.0,
             "third_order_weight": 1.0,
-            "high_order_estimator": "probe",  # probe | exact (small dimensions)
-            "num_probes": 1,  # Rademacher probes per example of orders 2 and 3
             "third_order_form": "gradient",  # gradient | directional (cheaper, forward only)
+            "high_order_fraction": 1.0,  # of the batch that has orders 2 and 3: 1, 1/2, 1/3, ...
+            "derivative_estimator": "probe",  # probe | exact (small dimensions): ism, orders 2, 3
+            "num_probes": 1,  # Rademacher probes per example of the same
+            # Fokker-Planck regulariser: alpha (|eps|/sqrt(d))^m + beta (|L|/d)^m, times w(t)
+            "alpha": 0.0,  # of the vector term; 0: off
+            "beta": 0.0,  # of the scalar term; 0: off
+            "scalar_fp": "both",  # True (scalar term alone) | False (vector alone) | both
+            "fp_wgt_type": "ll",  # constant 1 | convention g | ll g^2 | dimensionless
+            "m": 2.0,
+            "fp_form": "gradient",  # gradient | advective (cheaper, forward only)
+            "fp_probes": 1,  # 1 | 2 (unbiased square)
+            "fp_fraction": 1.0,  # of the batch: 1, 1/2, 1/3, ...
+            "fp_every": 1,  # steps
             "smallest_time": 1e-5,  # of training, bound and ODE likelihood
             "log_freq": 100,  # steps between records of the training loss
             "eval_freq": 1000,  # ... of the held-out loss
@@ -150,6 +162,8 @@ def _eval() -> ConfigDict:
             "num_repeats": 1,  # draws of dequantisation, probe and times per example
             "enable_bpd": True,  # log-likelihood by the probability-flow ODE
             "bound": True,  # variational bound
+            "elbo": False,  # ELBO of the plug-in reverse SDE on [0, T] (drift networks)
+            "elbo_estimator": "low_variance",  # low_variance | published
             "enable_loss": False,  # training objective
             "enable_sampling": True,
             "num_samples": 100,
@@ -158,6 +172,9 @@ def _eval() -> ConfigDict:
             "atol": 1e-4,
             "divergence": "rademacher",  # rademacher | gaussian | exact
             "num_probes": 1,
-            "num_times": 64,  # times per example of the bound
+            "num_times": 64,  # times per example of bound and ELBO
+            "trajectory_lmbds": (0.0, 0.5, 1.0, -1.0),  # λ of the figure of toy trajectories
+            "curve_times": 32,  # --mode=diagnose: times of a curve
+            "curve_examples": 256,  # ... and examples at each
         }
     )

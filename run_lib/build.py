@@ -4,17 +4,20 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 import losses
 from datasets import Dataset
 from dequantization import Encoding, Pixels, Reals
+from fokker_planck import FokkerPlanck
 from high_order import HighOrder
 from likelihood import Divergence
 from ode import Solver
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
 from run_lib.settings import Settings, choose
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
+from terms import Terms
 from time_sampling import Importance
 
 AXIS_NAME = "batch"
@@ -69,15 +72,27 @@ def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> lo
         score_model(settings),
         encoding(settings, dataset),
         law,
+        terms(settings),
         batch_size=training.batch_size,
-        reduce_mean=training.reduce_mean,
         train=train,
+    )
+
+
+def terms(settings: Settings) -> Terms:
+    """The terms of the training objective."""
+    training = settings.training
+    return Terms(
+        objective=training.objective,
+        reduce_mean=training.reduce_mean,
+        estimator=training.derivative_estimator,
+        num_probes=training.num_probes,
         high_order=high_order(settings),
+        fokker_planck=fokker_planck(settings),
     )
 
 
 def high_order(settings: Settings) -> HighOrder | None:
-    """The parts of orders 2 and 3 of the training objective; None for order 1."""
+    """Orders 2 and 3 of the training objective; None for order 1."""
     training = settings.training
     if training.score_matching_order == 1:
         return None
@@ -86,10 +101,26 @@ def high_order(settings: Settings) -> HighOrder | None:
         second_order_weight=training.second_order_weight,
         trace_weight=training.trace_weight,
         third_order_weight=training.third_order_weight,
-        estimator=training.high_order_estimator,
-        num_probes=training.num_probes,
         third_order_form=training.third_order_form,
+        fraction=training.high_order_fraction,
     )
+
+
+def fokker_planck(settings: Settings) -> FokkerPlanck | None:
+    """The regulariser; None where its weights switch all of it off."""
+    training = settings.training
+    found = FokkerPlanck(
+        alpha=training.alpha,
+        beta=training.beta,
+        scalar_fp=training.scalar_fp,
+        weight=training.fp_wgt_type,
+        m=training.m,
+        form=training.fp_form,
+        num_probes=training.fp_probes,
+        fraction=training.fp_fraction,
+        every=training.fp_every,
+    )
+    return found if found.names else None
 
 
 def _pc(settings: Settings, num_steps: int) -> Sampler:
@@ -148,9 +179,22 @@ def likelihood_tools(settings: Settings) -> LikelihoodTools:
     )
 
 
+def check_elbo(settings: Settings) -> None:
+    """The ELBO starts at t = 0, where the score of the network must exist."""
+    name = settings.model.parameterization
+    at_zero = float(settings.sde.sigma(jnp.zeros(())))
+    if at_zero == 0.0 and name in ("noise", "velocity"):
+        raise ValueError(
+            f"eval.elbo=True with model.parameterization={name!r}: the score is divided by σ, "
+            f"which is 0 at t = 0 for training.sde={settings.training.sde!r}; need 'drift' or "
+            "'score', or eval.bound"
+        )
+
+
 def keys(settings: Settings) -> dict[str, Key[Array, ""]]:
     """The named keys of a run, all from `seed`."""
-    names = ("init", "train", "held_out", "snapshot", "eval", "eval_loss", "samples")
+    names = ("init", "train", "held_out", "snapshot", "eval", "eval_loss", "samples",
+             "diagnose", "trajectories")  # fmt: skip
     return dict(
         zip(names, jax.random.split(jax.random.key(settings.seed), len(names)), strict=True)
     )

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+import elbo
 import models
 import sde_lib
 from datasets import DataConfig
@@ -43,6 +44,7 @@ class TrainingConfig:
     """The `training` section."""
 
     sde: str
+    objective: str
     n_iters: int
     batch_size: int
     n_jitted_steps: int
@@ -55,9 +57,19 @@ class TrainingConfig:
     second_order_weight: float
     trace_weight: float
     third_order_weight: float
-    high_order_estimator: str
-    num_probes: int
     third_order_form: str
+    high_order_fraction: float
+    scalar_fp: str
+    fp_wgt_type: str
+    alpha: float
+    beta: float
+    m: float
+    fp_form: str
+    fp_probes: int
+    fp_fraction: float
+    fp_every: int
+    derivative_estimator: str
+    num_probes: int
     smallest_time: float
     log_freq: int
     eval_freq: int
@@ -107,6 +119,8 @@ class EvalConfig:
     num_repeats: int
     enable_bpd: bool
     bound: bool
+    elbo: bool
+    elbo_estimator: str
     enable_loss: bool
     enable_sampling: bool
     num_samples: int
@@ -116,15 +130,23 @@ class EvalConfig:
     divergence: str
     num_probes: int
     num_times: int
+    trajectory_lmbds: tuple[float, ...]
+    curve_times: int
+    curve_examples: int
 
     def __post_init__(self) -> None:
         choose({"train": 0, "test": 0}, self.dataset, "eval.dataset")
-        for field in ("batch_size", "num_repeats", "num_samples", "num_times"):
+        choose(elbo.ESTIMATORS, self.elbo_estimator, "eval.elbo_estimator")
+        positive = ("batch_size", "num_repeats", "num_samples", "num_times", "curve_times",
+                    "curve_examples")  # fmt: skip
+        for field in positive:
             value = getattr(self, field)
             require(value >= 1, f"eval.{field}", value, "at least 1")
         for field in ("begin_ckpt", "end_ckpt", "num_examples"):
             value = getattr(self, field)
             require(value >= 0, f"eval.{field}", value, "0 or more")
+        for lmbd in self.trajectory_lmbds:
+            require(lmbd <= 1.0, "eval.trajectory_lmbds", lmbd, "λ <= 1")
         order = self.begin_ckpt <= self.end_ckpt
         allowed = f"at least eval.begin_ckpt={self.begin_ckpt}"
         require(order, "eval.end_ckpt", self.end_ckpt, allowed)

@@ -25,6 +25,7 @@ from operators import (
     value_jacobian_and_trace_gradient,
 )
 from sde_lib import SDES, VPSDE
+from terms import Point, Terms
 from toy_data import Mixture, gaussian, weighted_points
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -114,12 +115,16 @@ def fixture_score(parameters, x, t):
     return -body / (1.0 + t)[:, None] + e
 
 
-def given(order, v=None, **options):
-    """HighOrder whose probe is v instead of a draw."""
-    method = HighOrder(order, **options)
-    if v is None:
-        return method.value_and_parts
-    return lambda field, x, z, sigma, keys: method._probed(field, x, z, sigma, v)
+def by_probe(field, x, z, sigma, v):
+    """Parts of order 3 by the probe v."""
+    score, hv, third = value_hvp_and_gradient(field, x, v)
+    return HighOrder(3).parts(scale(sigma, score) + z, hv, third, v, sigma)
+
+
+def exactly(field, x, z, sigma):
+    """Parts of order 3 from the Jacobian."""
+    score, jacobian, trace_gradient = value_jacobian_and_trace_gradient(field, x)
+    return HighOrder(3).exact_parts(scale(sigma, score) + z, jacobian, trace_gradient, sigma)
 
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
@@ -133,18 +138,18 @@ def test_published_losses_and_gradients(name):
     sigma, x = sde.sigma(t), sde.perturb(x0, t, z)
     start = jnp.asarray([0.3, 0.1, 0.2, 0.0])
 
-    def parts(parameters, method):
-        field = lambda y: fixture_score(parameters, y, t)  # noqa: E731
-        return method(field, x, z, sigma, jax.random.split(jax.random.key(0), len(t)))[1]
+    def probed_at(parameters):
+        return by_probe(lambda y: fixture_score(parameters, y, t), x, z, sigma, v)
 
-    probed, exact = parts(start, given(3, v)), parts(start, given(3, estimator="exact"))
+    probed = probed_at(start)
+    exact = exactly(lambda y: fixture_score(start, y, t), x, z, sigma)
     for ours, theirs in (
         (probed["frobenius"], "loss2_frobenius"), (probed["trace"], "loss2_trace"),
         (probed["third"], "loss3"), (exact["frobenius"], "exact_frobenius"),
         (exact["trace"], "exact_trace"), (exact["third"], "exact_order3"),
     ):  # fmt: skip
         np.testing.assert_allclose(ours, data[f"{name}/{theirs}"], rtol=1e-9)
-    jacobian = jax.jacobian(lambda p: parts(p, given(3, v)))(start)
+    jacobian = jax.jacobian(probed_at)(start)
     order2 = jacobian["frobenius"] + jacobian["trace"]
     np.testing.assert_allclose(order2, data[f"{name}/grad_loss2"], rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(jacobian["third"], data[f"{name}/grad_loss3"], rtol=1e-8, atol=1e-10)
@@ -157,7 +162,7 @@ def test_an_additive_constant_gets_no_gradient_from_orders_2_and_3():
 
     def total(constant, part):
         field = lambda y: fixture_score((0.3, 0.1, 0.2, constant), y, t)  # noqa: E731
-        return given(3, v)(field, x, z, sigma, None)[1][part].sum()
+        return by_probe(field, x, z, sigma, v)[part].sum()
 
     for part in ("frobenius", "trace", "third"):
         assert float(total(0.5, part)) != float(total(0.0, part))
@@ -223,8 +228,9 @@ def test_gaussian_minima(d):
     z = jax.random.normal(jax.random.key(2), x0.shape, jnp.float64)
     t = jnp.full((number,), 0.35)
     sigma = sde.sigma(t)
-    field = lambda x: data.score(x, t, sde)  # noqa: E731
-    _, parts = HighOrder(3).value_and_parts(field, sde.perturb(x0, t, z), z, sigma, keys)
+    point = Point(sde.perturb(x0, t, z), t, z, keys)
+    score_fn = lambda x, t: data.score(x, t, sde)  # noqa: E731
+    parts = Terms(high_order=HighOrder(3)).parts(score_fn, sde, point)
     c = float(1.0 - (sigma**2 / (sde.alpha(t) ** 2 * variance + sigma**2))[0])
     for values, expected in (
         (parts["frobenius"] + parts["trace"], c**2 * (3 + 1 / d)),
@@ -238,9 +244,7 @@ def test_gaussian_minima(d):
     ("options", "message"),
     [
         ({"order": 4}, r"score_matching_order=4: allowed \[1, 2, 3\]"),
-        ({"order": 2, "estimator": "trace"}, "high_order_estimator='trace'"),
         ({"order": 3, "third_order_form": "jet"}, "third_order_form='jet'"),
-        ({"order": 2, "num_probes": 0}, "num_probes=0"),
         ({"order": 2, "trace_weight": -1.0}, "trace_weight=-1.0"),
     ],
 )

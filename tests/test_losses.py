@@ -21,6 +21,7 @@ from losses import (
 from operators import squared_norm
 from parameterization import ScoreModel, score_from_noise, unit_time_label
 from sde_lib import SDE, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from terms import Terms
 from time_sampling import Debias, Importance, Uniform
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dsm_orders.npz"
@@ -75,7 +76,7 @@ def jitted_loss(mode, *, sde=VP, v0=0.25, reduce_mean=True, train=False, size=8,
     return jax.jit(
         score_matching(
             gaussian_model(sde, v0), Reals(), law(sde, mode, **options),
-            batch_size=size, reduce_mean=reduce_mean, train=train,
+            Terms(reduce_mean=reduce_mean), batch_size=size, train=train,
         )
     )  # fmt: skip
 
@@ -268,7 +269,7 @@ def recorded_noise(seed, number):
     score_matching(
         ScoreModel(RecordingZero(), sde, score_from_noise, unit_time_label),
         RecordingPixels(2), law(sde, "noise"),
-        batch_size=number, reduce_mean=True, train=False,
+        Terms(), batch_size=number, train=False,
     )({}, jax.random.key(seed), batch)  # fmt: skip
     t, x0 = RECORD["t"], RECORD["x0"][:, 0]
     alpha, sigma = (np.asarray(c(jnp.asarray(t))) for c in (sde.alpha, sde.sigma))

@@ -264,7 +264,7 @@ def test_third_order_trains_on_images_and_reports_every_part(tmp_path: Path, for
 
 def test_exact_second_order_trains_in_the_plane(tmp_path: Path) -> None:
     config = tiny.config("moons")
-    config.training.update(n_iters=5, score_matching_order=2, high_order_estimator="exact")
+    config.training.update(n_iters=5, score_matching_order=2, derivative_estimator="exact")
     config.training.update(second_order_weight=0.5, trace_weight=0.0)
     train(config, tmp_path)
     row = folder.read_metrics(tmp_path)[0]

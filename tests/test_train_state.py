@@ -14,6 +14,7 @@ from dequantization import Reals
 from losses import mean_loss, score_matching, time_law
 from parameterization import ScoreModel
 from sde_lib import VPSDE
+from terms import Terms
 from train_state import OptimizerConfig, TrainState, create, many_steps, train_step
 
 
@@ -191,9 +192,7 @@ def training():
         VPSDE(), smallest_time=1e-3, likelihood_weighting=True, importance_weighting=True,
         debias=False, stratified=True,
     )  # fmt: skip
-    loss_fn = mean_loss(
-        score_matching(model, Reals(), law, batch_size=SIZE, reduce_mean=True, train=True)
-    )
+    loss_fn = mean_loss(score_matching(model, Reals(), law, Terms(), batch_size=SIZE, train=True))
     optimizer = dataclasses.replace(ADAM, lr=1e-2, eps=1e-8, grad_clip=1.0).chain(10)
     state = create(model.init(jax.random.key(0), (2,)), optimizer)
     return train_step(loss_fn, optimizer, 0.9, "batch"), state

@@ -1,0 +1,251 @@
+"""The terms of a training objective at (x_t, t): every term that is asked for from one evaluation.
+
+    dsm   R‖e1‖²,  e1 = σ s + z                     R = mean over dimensions or ½ sum
+    ism   R(σ²‖s‖² + 2σ² vᵀHv + 1) per dimension    the same expectation, without z
+    orders 2 and 3 (high_order), Fokker–Planck residual (fokker_planck)
+
+E_z[σ s·z] = σ² E div s gives ism (Hyvärinen 2005; Huang et al. 2021, 2106.02808, section 3): with
+the weight g²/σ² its minimum is the maximum of the ELBO. The terms of one example share the
+evaluation of the network, its dropout mask and the probes: one sweep per probe for all terms.
+"""
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from fokker_planck import FORMS, Derivatives, FokkerPlanck
+from high_order import THIRD_ORDER_FORMS, HighOrder
+from operators import (
+    PROBES,
+    Batched,
+    PerExample,
+    dimension,
+    fold_in_all,
+    inner,
+    scale,
+    squared_norm,
+    value_and_jacobian,
+    value_jacobian_and_trace_gradient,
+)
+from parameterization import ScoreFn
+from sde_lib import SDE
+
+Parts = dict[str, PerExample]
+# Forms of the third order that come with a form of the Fokker–Planck residual.
+SHARED_THIRD = {"gradient": "gradient", "advective": "directional"}
+
+
+class Point(NamedTuple):
+    """Where the terms are taken: x_t = α x0 + σ z at t, and one key per example for its probes."""
+
+    x: Batched
+    t: PerExample
+    z: Batched
+    keys: Key[Array, " b"]
+
+    def rows(self, index: np.ndarray) -> "Point":
+        """The examples of these rows."""
+        return Point(*(part[index] for part in self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What an objective consists of.
+
+    Attributes:
+        objective: "dsm" or "ism", the term of order 1 that is optimised.
+        reduce_mean: R is the mean over dimensions; False: half the sum.
+        estimator: of ism and orders 2 and 3, "probe" or "exact" (d tangents; small d only).
+        num_probes: Rademacher probes per example of the same.
+        high_order: orders 2 and 3; None for order 1.
+        fokker_planck: the regulariser; None for none.
+    """
+
+    objective: str = "dsm"
+    reduce_mean: bool = True
+    estimator: str = "probe"
+    num_probes: int = 1
+    high_order: HighOrder | None = None
+    fokker_planck: FokkerPlanck | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("dsm", "ism"):
+            raise ValueError(f"training.objective={self.objective!r}: allowed ['dsm', 'ism']")
+        if self.estimator not in ("probe", "exact"):
+            raise ValueError(
+                f"training.derivative_estimator={self.estimator!r}: allowed ['exact', 'probe']"
+            )
+        if self.num_probes < 1:
+            raise ValueError(f"training.num_probes={self.num_probes}: need at least 1")
+        if self.high_order is not None and not self.reduce_mean:
+            raise ValueError(
+                "training.reduce_mean=False with training.score_matching_order > 1: the parts of "
+                "orders 2 and 3 are normalised by d² and d³, which goes with the mean over "
+                "dimensions"
+            )
+        self.strides()
+
+    def everywhere(self) -> "Terms":
+        """The same terms for every example of every batch, for evaluation."""
+        whole = {"high_order": {"fraction": 1.0}, "fokker_planck": {"fraction": 1.0, "every": 1}}
+        changes = {
+            name: dataclasses.replace(getattr(self, name), **fields)
+            for name, fields in whole.items()
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, **changes)
+
+    def strides(self) -> tuple[int, int]:
+        """Orders 2 and 3, and the residual, are taken for each n-th example; 0: for none."""
+        return (
+            _stride(self.high_order, "high_order_fraction"),
+            _stride(self.fokker_planck, "fp_fraction"),
+        )
+
+    def parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
+        """Unweighted terms of every example of a batch.
+
+        A term that is taken for a fraction 1/n of the examples is n times its value there and zero
+        elsewhere, so that its mean over the batch has the same expectation.
+        """
+        batch_size, (high, residual) = len(point.t), self.strides()
+        for n in (high, residual):
+            if n > 1 and batch_size % n:
+                raise ValueError(
+                    f"training.batch_size: a device has {batch_size} examples; need a multiple of "
+                    f"{n} for a fraction of 1/{n}"
+                )
+        number = np.arange(batch_size)
+        with_high = (number % high == 0) if high else np.zeros(batch_size, bool)
+        with_residual = (number % residual == 0) if residual else np.zeros(batch_size, bool)
+        groups, order = [], []
+        for takes_high, takes_residual in itertools.product((True, False), repeat=2):
+            rows = np.flatnonzero((with_high == takes_high) & (with_residual == takes_residual))
+            if len(rows):
+                terms = dataclasses.replace(
+                    self,
+                    high_order=self.high_order if takes_high else None,
+                    fokker_planck=self.fokker_planck if takes_residual else None,
+                )
+                here = point if len(rows) == batch_size else point.rows(rows)
+                groups.append(terms.shared_parts(score_fn, sde, here))
+                order.append(rows)
+        scales = dict.fromkeys(("frobenius", "trace", "third"), max(high, 1))
+        scales |= dict.fromkeys(("fp", "fp_scalar"), max(residual, 1))
+        back = np.argsort(np.concatenate(order))
+        names = {name: None for group in groups for name in group}
+        return {
+            name: scales.get(name, 1)
+            * jnp.concatenate(
+                [g.get(name, jnp.zeros(len(g["dsm"]), point.x.dtype)) for g in groups]
+            )[back]
+            for name in names
+        }
+
+    def shared_parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
+        """All terms of all examples."""
+        curvature = self.objective == "ism" or self.high_order is not None
+        if curvature and self.estimator == "exact":
+            return self._exact(score_fn, sde, point)
+        if not curvature and self.fokker_planck is None:
+            return self._first(score_fn(point.x, point.t), sde, point)
+        return self._probed(score_fn, sde, point, self.num_probes if curvature else 0)
+
+    def weighted(
+        self, parts: Parts, sde: SDE, t: PerExample, weight: PerExample, to_uniform: PerExample
+    ) -> PerExample:
+        """weight × (order 1 + weighted orders 2, 3) + to_uniform × weighted residual."""
+        total = parts[self.objective]
+        if self.high_order is not None:
+            total = total + self.high_order.weighted(parts)
+        total = weight * total
+        if self.fokker_planck is not None:
+            total = total + to_uniform * self.fokker_planck.weighted(parts, t, sde)
+        return total
+
+    def _first(
+        self, score: Batched, sde: SDE, point: Point, div: PerExample | None = None
+    ) -> Parts:
+        """dsm, and ism where div s is known."""
+        d = dimension(point.x)
+        reduce = (1.0 / d) if self.reduce_mean else 0.5
+        parts = {"dsm": reduce * squared_norm(_residual(score, sde, point))}
+        if div is not None and self.objective == "ism":
+            variance = sde.sigma(point.t) ** 2
+            parts["ism"] = reduce * (variance * (squared_norm(score) + 2.0 * div) + d)
+        return parts
+
+    def _exact(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
+        trace_gradient = None
+        field = lambda y: score_fn(y, point.t)  # noqa: E731
+        if self.high_order is not None and self.high_order.order == 3:
+            score, jacobian, trace_gradient = value_jacobian_and_trace_gradient(field, point.x)
+        else:
+            score, jacobian = value_and_jacobian(field, point.x)
+        parts = self._first(score, sde, point, jnp.trace(jacobian, axis1=1, axis2=2))
+        if self.high_order is not None:
+            e1, sigma = _residual(score, sde, point), sde.sigma(point.t)
+            parts |= self.high_order.exact_parts(e1, jacobian, trace_gradient, sigma)
+        if self.fokker_planck is not None:
+            alone = dataclasses.replace(self, objective="dsm", high_order=None)
+            parts = alone.shared_parts(score_fn, sde, point) | parts
+        return parts
+
+    def _probed(self, score_fn: ScoreFn, sde: SDE, point: Point, num_curvature: int) -> Parts:
+        num_residual = self.fokker_planck.num_probes if self.fokker_planck is not None else 0
+        found, averaged = [], []
+        for i in range(max(num_curvature, num_residual)):
+            v = PROBES["rademacher"](fold_in_all(point.keys, i), point.x)
+            now = self._derivatives(score_fn, sde, point, v, i < num_curvature, i < num_residual)
+            if i < num_residual:
+                found.append((v, now))
+            if i < num_curvature:
+                parts = self._first(now.score, sde, point, inner(v, now.hv))
+                if self.high_order is not None:
+                    e1, sigma = _residual(now.score, sde, point), sde.sigma(point.t)
+                    parts |= self.high_order.parts(e1, now.hv, now.third, v, sigma)
+                averaged.append(parts)
+        if not averaged:
+            averaged.append(self._first(found[0][1].score, sde, point))
+        parts = jax.tree.map(lambda *values: sum(values) / len(values), *averaged)
+        if found:
+            parts |= self.fokker_planck.parts(found, point.x, point.t, sde)
+        return parts
+
+    def _derivatives(
+        self, score_fn: ScoreFn, sde: SDE, point: Point, v: Batched, curvature: bool, residual: bool
+    ) -> Derivatives:
+        """What the terms need along one probe, by as few sweeps as there are."""
+        x, t, _, _ = point
+        field = lambda y: score_fn(y, t)  # noqa: E731
+        third = curvature and self.high_order is not None and self.high_order.order == 3
+        if not residual and not third:
+            return Derivatives(*jax.jvp(field, (x,), (v,)), None, None)
+        if not residual:
+            form = THIRD_ORDER_FORMS[self.high_order.third_order_form]
+            return Derivatives(*form(field, x, v), None)
+        name = self.fokker_planck.form
+        if third and SHARED_THIRD[name] != self.high_order.third_order_form:
+            form = THIRD_ORDER_FORMS[self.high_order.third_order_form]
+            return FORMS[name](score_fn, sde, x, t, v)._replace(third=form(field, x, v)[2])
+        return FORMS[name](score_fn, sde, x, t, v, third=third)
+
+
+def _residual(score: Batched, sde: SDE, point: Point) -> Batched:
+    """e1 = σ s + z."""
+    return scale(sde.sigma(point.t), score) + point.z
+
+
+def _stride(term: HighOrder | FokkerPlanck | None, field: str) -> int:
+    """n of a fraction 1/n; 0 where the term is absent."""
+    if term is None:
+        return 0
+    n = round(1.0 / term.fraction) if term.fraction > 0 else 0
+    if n < 1 or abs(n * term.fraction - 1.0) > 5e-3:
+        raise ValueError(f"training.{field}={term.fraction}: allowed 1, 1/2, 1/3, 1/4, ...")
+    return n
