@@ -4,7 +4,7 @@
     batch k: positions kB, …, (k + 1)B − 1;     host h of H: its rows hB/H, …, (h + 1)B/H − 1.
 
 Batch k is a pure function of (seed, k): a run resumes at any step, on any number of hosts, with
-the batches it would have seen. 2-D sets can also be fresh samples for ever. TensorFlow is imported
+the batches it would have seen. Toy sets can also be fresh samples for ever. TensorFlow is imported
 for image folders and tfds only, and never sees the GPU.
 """
 
@@ -22,15 +22,17 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from toy_data import LAWS, MOG1D_MEANS, MOG1D_VARIANCES, MOG1D_WEIGHTS, Law
+
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
 Shape = tuple[int, ...]
-Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, 2]
+Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, *shape]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The `data` section of the config; 2-D sets ignore the image fields."""
+    """The `data` section of the config; toy sets ignore the image fields."""
 
     dataset: str  # a name in DATASETS, in any case
     path: str  # .npz file, image folder, or tfds data folder ('' = where tfds keeps its data)
@@ -41,8 +43,8 @@ class DataConfig:
     centered: bool
     uniform_dequantization: bool
     logit: bool
-    num_train: int  # the first so many examples; 0 = all (2-D: fresh samples for ever)
-    num_test: int  # the first so many examples; 0 = all (2-D: at least 1)
+    num_train: int  # the first so many examples; 0 = all (toy sets: fresh samples for ever)
+    num_test: int  # the first so many examples; 0 = all (toy sets: at least 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +137,9 @@ def _prefetch(batch: Callable[[int], Batch], steps: Iterator[int]) -> Iterator[B
 class Dataset:
     """A train and a test split; a batch is {image [b, *shape], index int32 [b], mask bool [b]}.
 
-    Images are uint8 in 0, …, levels − 1; 2-D points are float32 and have levels None. `index` is
-    the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹).
+    Images are uint8 in 0, …, levels − 1; toy points are float32 and have levels None. `index` is
+    the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹). `law`
+    is the exact law of the points of both splits, where it is known.
     """
 
     name: str
@@ -144,6 +147,7 @@ class Dataset:
     levels: int | None
     train: Finite | Fresh
     test: Finite
+    law: Law | None = None
 
     def _split(self, name: str) -> Finite | Fresh:
         _require(name in ("train", "test"), "split", name, "'train' or 'test'")
@@ -214,20 +218,31 @@ def gaussian(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.float32(rng.standard_normal((n, 2)) @ factor.T)
 
 
-SAMPLERS = {f.__name__: f for f in (swissroll, checkerboard, moons, rings, mixture, gaussian)}
+def mog1d(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Σ_k w_k N(m_k, v_k) on the line, as `toy_data.mog1d`."""
+    k = rng.choice(len(MOG1D_WEIGHTS), n, p=MOG1D_WEIGHTS)
+    points = np.take(MOG1D_MEANS, k) + np.sqrt(MOG1D_VARIANCES)[k] * rng.standard_normal(n)
+    return np.float32(points[:, None])
+
+
+SAMPLERS = {
+    f.__name__: f for f in (swissroll, checkerboard, moons, rings, mixture, gaussian, mog1d)
+}
 
 
 def _points(config: DataConfig, sampler: Sampler) -> Dataset:
     _require(config.path == "", "data.path", config.path, f"'' for {config.dataset}")
     _require(config.num_train >= 0, "data.num_train", config.num_train, "at least 0")
-    _require(config.num_test >= 1, "data.num_test", config.num_test, "at least 1 for a 2-D set")
+    _require(config.num_test >= 1, "data.num_test", config.num_test, "at least 1 for a toy set")
 
     def fixed(n: int, split: int) -> Finite:
         # Words [s] and [s, 0, 0] seed the same; no training batch has a fourth word, [seed, 0, k].
         return Finite(n, sampler(np.random.default_rng([0, 0, 0, split]), n).__getitem__)
 
     train = fixed(config.num_train, split=1) if config.num_train else Fresh(sampler)
-    return Dataset(config.dataset.lower(), (2,), None, train, fixed(config.num_test, split=2))
+    test, name = fixed(config.num_test, split=2), config.dataset.lower()
+    law = LAWS[name]() if name in LAWS else None
+    return Dataset(name, test.examples(np.arange(1)).shape[1:], None, train, test, law)
 
 
 def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:

@@ -2,6 +2,7 @@
 
   python main.py --config=configs/digits/vp.py --workdir=runs/digits --mode=train
   python main.py --config=configs/digits/vp.py --workdir=runs/digits --mode=eval
+  python main.py --config=configs/toy/mog1d_ve_order3.py --workdir=runs/m --mode=train,eval,diagnose
 
 Every field of the config can be changed on the command line, e.g. --config.training.batch_size=64
 --config.training.likelihood_weighting=True --config.eval.num_repeats=5; configs/base.py lists all
@@ -24,48 +25,52 @@ FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
 config_flags.DEFINE_config_file("config", None, "Experiment: a file under configs/.")
 flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
-flags.DEFINE_string("mode", None, "train | eval.")
-flags.DEFINE_string("eval_folder", "eval", "Folder of the results of --mode=eval, in --workdir.")
+flags.DEFINE_string("mode", None, "train | eval | diagnose, or several in turn: train,eval.")
+flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir.")
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
 LATER = {
     "train_deq": "training of a variational dequantiser",
     "fid_stats": "Inception statistics of a data set",
-    "diagnose": "curves of score, Fokker–Planck and higher-order errors over time",
+}
+MODES = {
+    "train": run_lib.train,
+    "eval": lambda settings, workdir: run_lib.evaluate(settings, workdir, FLAGS.eval_folder),
+    "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def _mode() -> str:
-    mode = FLAGS.mode
-    if mode in LATER:
-        raise ValueError(
-            f"--mode={mode} ({LATER[mode]}) does not exist yet; allowed now: ['eval', 'train']"
-        )
-    choose({"train": 0, "eval": 0}, mode, "--mode")
-    return mode
+def _modes() -> list[str]:
+    """The modes to run, in turn."""
+    modes = FLAGS.mode.split(",")
+    for mode in modes:
+        if mode in LATER:
+            raise ValueError(
+                f"--mode={mode} ({LATER[mode]}) does not exist yet; allowed now: {sorted(MODES)}"
+            )
+        choose(MODES, mode, "--mode")
+    return modes
 
 
-def _log_start(workdir: Path, mode: str) -> None:
+def _log_start(workdir: Path, modes: list[str]) -> None:
     folder.log_to(workdir)
-    logger.info("mode %s, workdir %s, %d device(s): %s", mode, workdir, jax.device_count(),
-                 jax.devices()[0].device_kind)  # fmt: skip
+    kind, number = jax.devices()[0].device_kind, jax.device_count()
+    logger.info("mode %s, workdir %s, %d device(s): %s", ",".join(modes), workdir, number, kind)
     overrides = config_flags.get_override_values(FLAGS["config"])
     for name, value in sorted(overrides.items()):
         logger.info("config.%s = %r (command line)", name, value)
 
 
 def _run() -> None:
-    mode, workdir = _mode(), Path(FLAGS.workdir).expanduser()
+    modes, workdir = _modes(), Path(FLAGS.workdir).expanduser()
     settings = Settings.from_config(FLAGS.config)
-    if mode == "eval" and not workdir.is_dir():
+    if modes[0] != "train" and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
-    _log_start(workdir, mode)
-    if mode == "train":
-        run_lib.train(settings, workdir)
-    else:
-        run_lib.evaluate(settings, workdir, FLAGS.eval_folder)
+    _log_start(workdir, modes)
+    for mode in modes:
+        MODES[mode](settings, workdir)
 
 
 def main(argv: list[str]) -> None:

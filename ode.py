@@ -12,11 +12,12 @@ from typing import Any
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from operators import PerExample
 
 State = Any
+Time = float | Float[Array, ""]
 FIRST_STEP = 0.01  # of the interval; a step that is too long is rejected and shortened
 VectorField = Callable[[PerExample, State, Any], State]
 
@@ -49,7 +50,7 @@ class Solver:
             raise ValueError(f"max_steps={self.max_steps}: need at least 1")
 
     def integrate(
-        self, field: VectorField, t0: float, t1: float, state: State, args: Any
+        self, field: VectorField, t0: Time, t1: Time, state: State, args: Any
     ) -> tuple[State, Int[Array, " b"], Bool[Array, " b"]]:
         """The state at t1, from `state` at t0.
 

@@ -1,4 +1,4 @@
-"""Figures of a run: image grids, 2-D densities and training curves; no display needed."""
+"""Figures of a run: image grids, densities, trajectories and curves; no display needed."""
 
 import math
 from pathlib import Path
@@ -30,12 +30,14 @@ def image_grid(images: np.ndarray, white: int, padding: int = 1) -> np.ndarray:
 
 
 def save_samples(path: Path, samples: np.ndarray, levels: int | None) -> None:
-    """A PNG of samples: the first 100 images [n, H, W, C], or the density of points [n, 2]."""
+    """A PNG of samples: the first 100 images [n, H, W, C], or the density of points [n, d]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if levels is None:
-        save_density(path, samples)
-    else:
+    if levels is not None:
         save_images(path, samples[:100], levels)
+    elif samples.shape[1] == 1:
+        save_density_on_a_line(path, samples[:, 0], {})
+    else:
+        save_density(path, samples[:, :2])
 
 
 def save_images(path: Path, images: np.ndarray, levels: int) -> None:
@@ -79,5 +81,121 @@ def save_curves(path: Path, panels: dict[str, dict[str, Curve]]) -> None:
         low, high = np.quantile(everything, [0.0, 0.97])
         margin = 0.05 * (high - low) + 1e-12
         axes.set_ylim(low - margin, high + margin)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+Band = tuple[np.ndarray, np.ndarray]  # mean and standard error over t
+
+
+def save_error_curves(path: Path, t: np.ndarray, panels: dict[str, dict[str, Band]]) -> None:
+    """A PNG with one panel per group of errors, mean ± 2 s.e. over t, logarithmic if positive."""
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, all_axes = plt.subplots(
+        rows, columns, figsize=(4.4 * columns, 3.3 * rows), layout="constrained", squeeze=False
+    )
+    for axes in all_axes.ravel()[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, curves) in zip(all_axes.ravel(), panels.items(), strict=False):
+        for label, (mean, error) in curves.items():
+            (line,) = axes.plot(t, mean, label=label, linewidth=1.3)
+            axes.fill_between(
+                t, mean - 2 * error, mean + 2 * error, color=line.get_color(), alpha=0.2
+            )
+        lowest = min(float(np.min(mean)) for mean, _ in curves.values())
+        if lowest > 0.0:
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=0.5 * lowest)
+        axes.set(xlabel="t", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_density_on_a_line(
+    path: Path, samples: np.ndarray, curves: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """A PNG of densities over x as lines, over the histogram of samples [n]."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    low, high = np.quantile(samples, [0.001, 0.999])
+    margin = 0.15 * (high - low)
+    limits = (low - margin, high + margin)
+    axes.hist(samples, bins=120, range=limits, density=True, color="0.8", label="samples")
+    for label, (x, density) in curves.items():
+        axes.plot(x, density, label=label, linewidth=1.4)
+    axes.set(xlabel="x", ylabel="density", xlim=limits)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_density_images(path: Path, images: dict[str, np.ndarray], radius: float) -> None:
+    """A PNG of densities [n, n] on [−radius, radius]², side by side on one colour scale."""
+    figure, all_axes = plt.subplots(
+        1, len(images), figsize=(4.2 * len(images), 4.4), layout="constrained", squeeze=False
+    )
+    top = max(float(np.quantile(image, 0.999)) for image in images.values())
+    extent = [-radius, radius, -radius, radius]
+    for axes, (title, image) in zip(all_axes[0], images.items(), strict=True):
+        axes.imshow(image.T, origin="lower", extent=extent, cmap="magma", vmin=0.0, vmax=top)
+        axes.set(title=title, xlabel="x₁", ylabel="x₂")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_trajectories(path: Path, rows: dict[str, np.ndarray], names: list[str]) -> None:
+    """A PNG of densities of points [k, n, 2] at k moments (columns), one row per process."""
+    last = next(iter(rows.values()))[-1]
+    radius = 1.2 * float(np.quantile(np.abs(last), 0.999))
+    figure, all_axes = plt.subplots(
+        len(rows), len(names), figsize=(1.7 * len(names), 1.8 * len(rows)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for row, (label, moments) in enumerate(rows.items()):
+        for column, points in enumerate(moments):
+            limits = [[-radius, radius]] * 2
+            histogram, _, _ = np.histogram2d(points[:, 0], points[:, 1], bins=100, range=limits)
+            axes = all_axes[row, column]
+            axes.imshow(np.sqrt(histogram.T), origin="lower", cmap="magma")
+            axes.set(xticks=[], yticks=[])
+            if row == len(rows) - 1:
+                axes.set_xlabel(names[column])
+            if column == 0:
+                axes.set_ylabel(label)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_paths_on_a_line(path: Path, panels: dict[str, np.ndarray], times: np.ndarray) -> None:
+    """A PNG of the density of x over time, one panel per process: x [k, n] at the k times."""
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels), 3.4), layout="constrained", squeeze=False
+    )
+    radius = 3.0 * float(np.quantile(np.abs(next(iter(panels.values()))[0]), 0.99))
+    bins = np.linspace(-radius, radius, 161)
+    for axes, (title, x) in zip(all_axes[0], panels.items(), strict=True):
+        columns = [np.histogram(moment, bins=bins, density=True)[0] for moment in x]
+        edges = np.concatenate([[times[0]], 0.5 * (times[1:] + times[:-1]), [times[-1]]])
+        axes.pcolormesh(edges, bins, np.log1p(np.stack(columns, axis=1)), cmap="magma")
+        axes.set(xlabel="t", ylabel="x", title=title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_score_on_a_line(
+    path: Path, x: np.ndarray, panels: dict[str, dict[str, np.ndarray]]
+) -> None:
+    """A PNG of scores over x as lines, one panel per time."""
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels), 3.4), layout="constrained", squeeze=False
+    )
+    for axes, (title, curves) in zip(all_axes[0], panels.items(), strict=True):
+        for (label, values), style in zip(curves.items(), ("-", "--", ":"), strict=False):
+            axes.plot(x, values, style, label=label, linewidth=1.4)
+        axes.set(xlabel="x", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -253,6 +253,20 @@ class ReverseSDE:
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
     ) -> Samples:
         """One sample per key, of the shape of `like`."""
+        x = self.trajectory(score_fn, sde, keys, like, (self.num_steps,))[0]
+        if self.noise_removal:
+            x = denoise(score_fn, sde, x, _times(self.t_min, x))
+        return Samples(x, jnp.full(x.shape[:1], self.num_steps + self.noise_removal))
+
+    def trajectory(
+        self,
+        score_fn: ScoreFn,
+        sde: SDE,
+        keys: Key[Array, " b"],
+        like: Batched,
+        stops: tuple[int, ...],
+    ) -> Float[Array, "n b *d"]:
+        """x after each of these growing numbers of steps (0: the draw from the prior)."""
         grid = Grid((sde.T - self.t_min) / self.num_steps, self.num_steps)
 
         def step(k: Int[Array, ""], x: Batched) -> Batched:
@@ -260,11 +274,13 @@ class ReverseSDE:
             z = gaussian(jax.vmap(lambda key: jax.random.fold_in(key, k))(keys), x)
             return euler_maruyama(score_fn(x, t), x, t, z, sde, grid, self.lmbd)[0]
 
-        x = sde.prior_sample(fold_in_all(keys, self.num_steps + 1), like)
-        x = jax.lax.fori_loop(0, self.num_steps, step, x)
-        if self.noise_removal:
-            x = denoise(score_fn, sde, x, _times(self.t_min, x))
-        return Samples(x, jnp.full(x.shape[:1], self.num_steps + self.noise_removal))
+        def advance(x: Batched, ends: tuple) -> tuple[Batched, Batched]:
+            x = jax.lax.fori_loop(*ends, step, x)
+            return x, x
+
+        start = sde.prior_sample(fold_in_all(keys, self.num_steps + 1), like)
+        ends = jnp.asarray((0, *stops[:-1])), jnp.asarray(stops)
+        return jax.lax.scan(advance, start, ends)[1]
 
 
 @dataclasses.dataclass(frozen=True)

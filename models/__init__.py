@@ -4,9 +4,10 @@
 resolves `model.name`; every field of a network is a plain value: `MODELS[name](**section)`.
 """
 
+from models.concat_mlp import ConcatMLP
 from models.ddpm import DDPM
 from models.mlp import MLP
 
-MODELS = {"mlp": MLP, "ddpm": DDPM}
+MODELS = {"mlp": MLP, "concat_mlp": ConcatMLP, "ddpm": DDPM}
 
-__all__ = ["DDPM", "MLP", "MODELS"]
+__all__ = ["DDPM", "MLP", "MODELS", "ConcatMLP"]

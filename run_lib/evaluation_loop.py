@@ -21,10 +21,11 @@ import plotting
 import train_state
 from checkpoints import Checkpoints
 from datasets import Dataset
-from likelihood import ode_log_likelihood, variational_bound
+from elbo import ESTIMATORS
+from likelihood import Divergence, ode_log_likelihood, variational_bound
 from operators import fold_in_all, fold_in_each
 from records import Records, Row
-from run_lib import build, folder, parallel, report
+from run_lib import build, figures, folder, parallel, report
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings
 
@@ -49,6 +50,21 @@ def evaluate(settings: Settings, workdir: Path, eval_folder: str) -> None:
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
+    for step, dataset, params, target in checkpoints_of(settings, workdir, eval_folder):
+        evaluate_checkpoint(settings, dataset, params, step, target)
+    logger.info("\n%s", report.table_text(report.summaries(workdir / eval_folder)))
+    page = report.write(workdir)
+    logger.info("open %s", page)
+
+
+def checkpoints_of(
+    settings: Settings, workdir: Path, eval_folder: str
+) -> Iterator[tuple[int, Dataset, Any, Path]]:
+    """(step, data, moving average of the parameters, folder of results) of every checkpoint.
+
+    Raises:
+        ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
+    """
     if Path(eval_folder).name != eval_folder:
         raise ValueError(f"--eval_folder={eval_folder!r}: need the plain name of a folder")
     checkpoints = Checkpoints(workdir)
@@ -62,13 +78,9 @@ def evaluate(settings: Settings, workdir: Path, eval_folder: str) -> None:
         target = workdir / eval_folder
         folder.write_json(target / "config.json", settings.resolved())
         for step in steps:
-            params = load_parameters(settings, dataset, checkpoints, step)
-            evaluate_checkpoint(settings, dataset, params, step, target)
+            yield step, dataset, load_parameters(settings, dataset, checkpoints, step), target
     finally:
         checkpoints.close()
-    logger.info("\n%s", report.table_text(report.summaries(target)))
-    page = report.write(workdir)
-    logger.info("open %s", page)
 
 
 def checkpoint_steps(settings: Settings, checkpoints: Checkpoints) -> list[int]:
@@ -118,6 +130,8 @@ def evaluate_checkpoint(
         samples = generate(params, settings.eval.num_samples)
         np.savez_compressed(target / f"samples_{step}.npz", samples=samples)
         plotting.save_samples(target.parent / "samples.png", samples, dataset.levels)
+        if dataset.levels is None:
+            figures.save_toy(settings, dataset, params, samples, target.parent)
 
 
 def estimators(settings: Settings, dataset: Dataset) -> list[Estimator]:
@@ -125,14 +139,35 @@ def estimators(settings: Settings, dataset: Dataset) -> list[Estimator]:
     config, table = settings.eval, []
     if config.enable_bpd:
         table.append(_ode(settings, dataset))
+    if config.enable_bpd and dataset.law is not None:
+        table.append(_divergence_from_data(settings, dataset))
     if config.bound:
         table.append(_bound(settings, dataset))
+    if config.elbo:
+        table.append(_elbo(settings, dataset))
     if config.enable_loss:
         table.append(_loss(settings, dataset))
     return table
 
 
 def _ode(settings: Settings, dataset: Dataset) -> Estimator:
+    encoding = build.evaluation_encoding(settings, dataset)
+
+    def value(log_p: jax.Array, x: jax.Array) -> jax.Array:
+        return encoding.negative_log_likelihood(log_p, x)
+
+    return _by_ode(settings, dataset, "ODE", value)
+
+
+def _divergence_from_data(settings: Settings, dataset: Dataset) -> Estimator:
+    """log q(x) − log p(x), whose mean is the divergence of the model from the known law."""
+    law = dataset.law
+    return _by_ode(settings, dataset, "KL(data ‖ ODE)", lambda log_p, x: law.log_data(x) - log_p)
+
+
+def _by_ode(
+    settings: Settings, dataset: Dataset, name: str, value: Callable[..., jax.Array]
+) -> Estimator:
     model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
     tools, t_min = build.likelihood_tools(settings), settings.training.smallest_time
 
@@ -143,16 +178,16 @@ def _ode(settings: Settings, dataset: Dataset) -> Estimator:
             model.score(params), model.sde, x, fold_in_all(keys, 1),
             t_min=t_min, solver=tools.solver, divergence=tools.divergence,
         )  # fmt: skip
-        value = encoding.negative_log_likelihood(result.log_p, x)
-        return {"value": value, "nfe": result.nfe, "converged": result.converged}
+        found = value(result.log_p, x)
+        return {"value": found, "nfe": result.nfe, "converged": result.converged}
 
-    solver, divergence = tools.solver, tools.divergence
-    trace = "exact" if divergence.kind == "exact" else f"{divergence.num_probes} {divergence.kind}"
+    solver = tools.solver
     protocol = (
-        f"{solver.name}, rtol {solver.rtol:g}, atol {solver.atol:g}, trace {trace}, "
+        f"{solver.name}, rtol {solver.rtol:g}, atol {solver.atol:g}, "
+        f"trace {_trace(tools.divergence)}, "
         f"t_min {t_min:g}, {_dequantization(encoding)}"
     )
-    return Estimator("ODE", protocol, encoding.unit, "eval", function)
+    return Estimator(name, protocol, encoding.unit, "eval", function)
 
 
 def _bound(settings: Settings, dataset: Dataset) -> Estimator:
@@ -177,6 +212,29 @@ def _bound(settings: Settings, dataset: Dataset) -> Estimator:
     return Estimator("bound", protocol, encoding.unit, "eval", function)
 
 
+def _elbo(settings: Settings, dataset: Dataset) -> Estimator:
+    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
+    tools, number = build.likelihood_tools(settings), settings.eval.num_times
+    name, divergence = settings.eval.elbo_estimator, tools.divergence
+    build.check_elbo(settings)
+
+    def function(params: Any, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        keys = fold_in_each(key, batch["noise_id"])
+        x = encoding.encode(batch["image"], fold_in_all(keys, 0))
+        log_p = ESTIMATORS[name](
+            model.score(params), model.sde, x, fold_in_all(keys, 3),
+            num_times=number, divergence=divergence,
+        )  # fmt: skip
+        value = encoding.negative_log_likelihood(log_p, x)
+        nfe = jnp.full(value.shape, number)
+        return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
+
+    times = {"published": "uniform times, one probe and one x_T each",
+             "low_variance": f"stratified debiased times, trace {_trace(divergence)}"}  # fmt: skip
+    protocol = f"{name}: {number} {times[name]}, {_dequantization(encoding)}"
+    return Estimator("-ELBO", protocol, encoding.unit, "eval", function)
+
+
 def _loss(settings: Settings, dataset: Dataset) -> Estimator:
     per_example = build.per_example_loss(settings, dataset, train=False)
 
@@ -192,6 +250,10 @@ def _loss(settings: Settings, dataset: Dataset) -> Estimator:
         f"importance_weighting {training.importance_weighting}, debias {training.debias}"
     )
     return Estimator("loss", protocol, "", "eval_loss", function)
+
+
+def _trace(divergence: Divergence) -> str:
+    return "exact" if divergence.kind == "exact" else f"{divergence.num_probes} {divergence.kind}"
 
 
 def _dequantization(encoding: Any) -> str:

@@ -8,12 +8,17 @@ import sys
 import threading
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import kstest, norm
 
 import datasets
+import toy_data
 from datasets import DataConfig, Host, load
+from sde_lib import LinearVESDE
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FINITE = ("swissroll_fixed", "digits", "npz", "folder", "mnist")
@@ -190,7 +195,7 @@ def test_evaluation_covers_the_split_once_in_order(make, source, split):
 
 def draw(name, n=100_000):
     x = datasets.SAMPLERS[name](np.random.default_rng(0), n)
-    assert (x.shape, x.dtype) == ((n, 2), np.float32)
+    assert (x.shape, x.dtype) == ((n, 1 if name == "mog1d" else 2), np.float32)
     np.testing.assert_array_equal(x, datasets.SAMPLERS[name](np.random.default_rng(0), n))
     return x.astype(np.float64)
 
@@ -201,6 +206,7 @@ def test_samplers_have_their_second_moments():
     moments = {"gaussian": 2, "mixture": 4 + 2 * 0.2**2, "rings": 7.5 / 4 + 2 * 0.05**2}
     moments |= {"checkerboard": 2 * 16 / 3, "moons": 2 * (0.75 + 9 / 16 - 1 / np.pi + 2 * 0.1**2)}
     moments |= {"swissroll": ((a * a + a * b + b * b) / 3 + 2 * 0.5**2) / 25}
+    moments |= {"mog1d": (0.3 * (4 + 0.1) + 0.3 * (36 + 0.1) + 0.4 * (16 + 1)) / 49}
     assert moments.keys() == datasets.SAMPLERS.keys()
     for name, moment in moments.items():
         square = (draw(name) ** 2).sum(1)
@@ -222,6 +228,44 @@ def test_samplers_have_their_shapes():
     np.testing.assert_allclose(draw("moons").mean(0), 0, atol=0.02)
     x, y = 5 * draw("swissroll").T
     assert np.cos(np.hypot(x, y) - np.arctan2(y, x)).mean() > 0.85  # E cos(z/2) = e^(−1/8) = 0.88
+
+
+def test_mog1d_has_its_distribution_function():
+    weights, means, widths = [0.3, 0.3, 0.4], [-2 / 7, -6 / 7, 4 / 7], np.sqrt([0.1, 0.1, 1]) / 7
+    sample = draw("mog1d", 20_000)[:, 0]
+    test = kstest(sample, lambda x: norm.cdf(x[:, None], means, widths) @ weights)
+    assert test.statistic < 1.95 / np.sqrt(len(sample))  # exceeded once in a thousand
+
+
+@pytest.mark.parametrize("name", datasets.SAMPLERS)
+def test_points_come_with_their_law_where_it_is_known(name):
+    """E x, E x xᵀ and E log p_t of the points and of the law, within five standard errors."""
+    n, sde = 20_000, LinearVESDE(1.0)
+    data = load(config(name, num_test=n))
+    assert (data.law is not None) == (name in toy_data.LAWS)
+    assert data.shape == ((1,) if name == "mog1d" else (2,))
+    if data.law is None:
+        return
+
+    def features(x):
+        log_p = data.law.log_prob(jnp.asarray(x), jnp.full(n, 0.1), sde)
+        return np.concatenate([x, np.einsum("bi,bj->bij", x, x).reshape(n, -1), log_p[:, None]], 1)
+
+    ours, exact = features(stored(data, "test")), features(data.law.sample(jax.random.key(0), n))
+    error = np.sqrt((ours.var(0) + exact.var(0)) / n)
+    np.testing.assert_array_less(np.abs(ours.mean(0) - exact.mean(0)), 5 * error)
+
+
+def test_the_checkerboard_fills_the_boxes_of_its_law_alike():
+    x, law = draw("checkerboard"), load(config("checkerboard", num_test=1)).law
+    inside = np.abs(x[:, None] - np.asarray(law.centers)).max(axis=2) <= law.half_width
+    assert inside.any(axis=1).all()  # a corner rounded to float32 may lie in two
+    error = np.sqrt(1 / 8 * 7 / 8 / len(x))
+    np.testing.assert_allclose(inside.mean(axis=0), 1 / 8, atol=5 * error)
+
+
+def test_images_have_no_known_law():
+    assert load(config("digits")).law is None
 
 
 def test_fresh_samples_are_numbered_and_never_repeat(make):

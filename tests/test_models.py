@@ -1,5 +1,6 @@
 """Networks: published parameter counts, independence of examples, options, layer oracles."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from models import DDPM, MLP, MODELS, layers
+from models import DDPM, MLP, MODELS, ConcatMLP, layers
 from models.ddpm import ResnetBlockDDPM
 
 SDEFLOW = {"up_attention": "every", "downsample_padding": "symmetric"}
@@ -18,9 +19,15 @@ SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4
 NETS = {
     "mlp_points": (MLP(hidden=16, depth=2, embed_dim=8), (2,)),
     "mlp_images": (MLP(hidden=16, depth=2, embed_dim=8), (8, 8, 1)),
+    "concat_points": (ConcatMLP(hidden=16, depth=2), (2,)),
+    "concat_images": (ConcatMLP(hidden=16, depth=1), (4, 4, 3)),
     "ddpm": (DDPM(**SMALL), (8, 8, 3)),
     "ddpm_sdeflow": (DDPM(**SMALL, **SDEFLOW), (8, 8, 1)),
 }
+# Of these the output starts near zero, and they have a rate of dropout.
+calm_case = pytest.mark.parametrize(
+    "case", [name for name in NETS if not name.startswith("concat")], indirect=True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -118,14 +125,20 @@ def test_ddpm_keeps_the_shape(shape, form):
     assert out == spec(*shape)[0]
 
 
+@pytest.mark.parametrize("name", ["mlp_points", "concat_points"])
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (8, 8, 1), (28, 28, 1)])
-def test_mlp_keeps_the_shape(shape):
-    net, (x, label) = NETS["mlp_points"][0], inputs(shape)
+def test_perceptrons_keep_the_shape(name, shape):
+    net, (x, label) = NETS[name][0], inputs(shape)
     assert apply(net, random_params(net, x, label), x, label).shape == x.shape
 
 
 def test_models_are_built_from_plain_values():
-    for net in (MODELS["ddpm"](**SMALL, **SDEFLOW), MODELS["mlp"](hidden=8, depth=1)):
+    plain = {"hidden": 8, "depth": 1}
+    nets = [
+        MODELS["ddpm"](**SMALL, **SDEFLOW),
+        *(MODELS[n](**plain) for n in ("mlp", "concat_mlp")),
+    ]
+    for net in nets:
         assert hash(net) == hash(net.clone())
     with pytest.raises(TypeError, match="hiden"):
         MODELS["mlp"](hiden=8)
@@ -158,6 +171,7 @@ def test_gradients_are_finite_and_do_not_mix_examples(case):
             assert float(jnp.max(jnp.abs(leaf))) > 0.0, path
 
 
+@calm_case
 def test_output_starts_near_zero_and_finite(case):
     net, _, x, label = case
     out, params = init(net, x, label)
@@ -199,6 +213,7 @@ def test_unconditional_ddpm_ignores_the_label_and_the_padding_reaches_the_networ
     assert float(jnp.max(jnp.abs(symmetric - out))) > 1e-3
 
 
+@calm_case
 def test_dropout_acts_in_training_only_and_follows_its_key(case):
     net, params, x, label = case
     dropped = net.clone(dropout=0.5)
@@ -241,6 +256,44 @@ def test_mlp_is_smooth_at_the_origin_when_fresh():
     hessian = fast_jit(jax.hessian(lambda x: net.apply({"params": params}, x, label)[0, 0]))(x)
     # A LayerNorm of W x alone has derivatives of order eps^(−1/2) = 1e3 and eps^(−1) = 1e6 here.
     assert float(jnp.max(jnp.abs(hessian))) < 100.0
+
+
+def test_concat_mlp_has_the_published_size_and_fields():
+    tree = shapes(MODELS["concat_mlp"](), *spec(2))
+    kernels = [tree[f"Dense_{i}"]["kernel"].shape for i in range(4)]
+    assert kernels == [(3, 128), (128, 128), (128, 128), (128, 2)]
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) == 33_794
+    fields = {f.name for f in dataclasses.fields(ConcatMLP)} - {"parent", "name"}
+    assert fields == {"hidden", "depth", "activation"}
+
+
+@pytest.mark.parametrize("name", ["concat_points", "concat_images"])
+def test_concat_mlp_against_numpy(name):
+    net, shape = NETS[name]
+    with jax.enable_x64(True):
+        x, label = inputs(shape, dtype=np.float64)
+        params = random_params(net, x, label, dtype=np.float64)
+        ours = apply(net, params, x, label)
+        trained = apply(net, params, x, label, train=True)
+    np.testing.assert_array_equal(ours, trained)
+    h = np.concatenate([np.asarray(x).reshape(4, -1), np.asarray(label)[:, None]], axis=1)
+    layers = [jax.tree.map(np.asarray, params[f"Dense_{i}"]) for i in range(net.depth + 1)]
+    for i, layer in enumerate(layers):
+        h = h @ layer["kernel"] + layer["bias"]
+        h = h / (1.0 + np.exp(-h)) if i < net.depth else h
+    np.testing.assert_allclose(ours, h.reshape(x.shape), rtol=1e-12, atol=1e-12)
+
+
+def test_concat_mlp_starts_uniform_within_one_over_the_root_of_the_fan_in():
+    """Weights and biases: U(−w, w), variance w²/3, its sampling error w² √(4/45/n)."""
+    _, params = init(ConcatMLP(hidden=400), *inputs((24,)))
+    for i, fan_in in enumerate((25, 400, 400, 400)):
+        bound = fan_in**-0.5
+        for leaf in params[f"Dense_{i}"].values():
+            assert float(jnp.max(jnp.abs(leaf))) <= bound * (1 + 1e-6)
+            error = (4 / 45 / leaf.size) ** 0.5
+            assert abs(float(jnp.var(leaf)) / bound**2 - 1 / 3) < 4 * error
+            assert abs(float(jnp.mean(leaf)) / bound) < 4 * (1 / 3 / leaf.size) ** 0.5
 
 
 def test_attention_is_placed_by_the_height_and_after_one_or_every_block_on_the_way_up():
@@ -382,9 +435,11 @@ def test_activations():
     ],
 )
 def test_a_field_is_refused_by_name_value_and_what_is_allowed(fields, message):
-    net = MLP if {"activation", "hidden", "depth", "embed_dim"} & set(fields) else DDPM
-    with pytest.raises(ValueError, match=message):
-        net(**fields)
+    nets = [net for net in MODELS.values() if fields.keys() <= net.__annotations__.keys()]
+    assert nets
+    for net in nets:
+        with pytest.raises(ValueError, match=message):
+            net(**fields)
 
 
 @pytest.mark.parametrize(

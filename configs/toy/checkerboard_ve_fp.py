@@ -1,0 +1,18 @@
+"""Checkerboard in the plane, VE SDE, order 1 with the score Fokker–Planck regulariser.
+
+Command: python main.py --config=configs/toy/checkerboard_ve_fp.py \
+             --workdir=runs/checkerboard_fp --mode=train,eval,diagnose
+Expected: not reproduced here yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.toy import checkerboard_ve_order1
+
+
+def get_config() -> ConfigDict:
+    """The residual by its cheaper form, squared without bias by two probes."""
+    config = checkerboard_ve_order1.get_config()
+    config.training.update(alpha=0.1, fp_wgt_type="dimensionless")
+    config.training.update(fp_form="advective", fp_probes=2)
+    return config

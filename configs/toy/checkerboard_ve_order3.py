@@ -1,0 +1,17 @@
+"""Checkerboard in the plane, VE SDE, score matching of order 3, published weights.
+
+Command: python main.py --config=configs/toy/checkerboard_ve_order3.py \
+             --workdir=runs/checkerboard_3 --mode=train,eval,diagnose
+Expected: not reproduced here yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.toy import checkerboard_ve_order2
+
+
+def get_config() -> ConfigDict:
+    """Order 2 and the terms of order 3, from exact Jacobians."""
+    config = checkerboard_ve_order2.get_config()
+    config.training.update(score_matching_order=3, third_order_weight=0.1)
+    return config

@@ -1,0 +1,17 @@
+"""Three Gaussians on the line, VE SDE, score matching of order 2, published weights.
+
+Command: python main.py --config=configs/toy/mog1d_ve_order2.py \
+             --workdir=runs/mog1d_2 --mode=train,eval,diagnose
+Expected: not reproduced here yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.toy import mog1d_ve_order1
+
+
+def get_config() -> ConfigDict:
+    """Order 1 and the terms of order 2, from exact Jacobians."""
+    config = mog1d_ve_order1.get_config()
+    config.training.update(score_matching_order=2, second_order_weight=0.5, trace_weight=0.0)
+    return config

@@ -1,0 +1,132 @@
+"""Figures of toy runs: density of the ODE, trajectories of the λ-family, scores on a line."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import plotting
+from datasets import Dataset
+from diagnostics import ode_score
+from likelihood import Divergence, ode_log_likelihood
+from operators import fold_in_each, gaussian
+from run_lib import build, parallel
+from run_lib.settings import Settings
+from sampling import ReverseSDE
+
+STEPS = 1000
+STOPS = (820, 840, 860, 880, 900, 920, 940, 960, 980, 1000)  # as in the published figure
+LINE_STOPS = tuple(range(0, STEPS + 1, 10))
+POINTS = 4000
+SCORE_TIMES = (0.2, 0.35, 0.5)
+
+
+def save_toy(
+    settings: Settings, dataset: Dataset, params: Any, samples: np.ndarray, workdir: Path
+) -> None:
+    """density.png, trajectories.png and, on a line, score.png, in the run folder."""
+    if dataset.shape == (1,):
+        _save_on_a_line(settings, dataset, params, samples, workdir)
+    elif dataset.shape == (2,):
+        _save_in_the_plane(settings, dataset, params, samples, workdir)
+
+
+def _density(settings: Settings, params: Any, points: np.ndarray) -> np.ndarray:
+    """exp(log p) of the probability-flow ODE with exact trace at points [n, d]."""
+    model, tools = build.score_model(settings), build.likelihood_tools(settings)
+    size = settings.eval.batch_size
+
+    def log_p(params: Any, x: jax.Array) -> jax.Array:
+        keys = fold_in_each(jax.random.key(0), jnp.arange(x.shape[0]))  # the exact trace needs none
+        return ode_log_likelihood(
+            model.score(params), model.sde, x, keys, t_min=settings.training.smallest_time,
+            solver=tools.solver, divergence=Divergence("exact"),
+        ).log_p  # fmt: skip
+
+    mapped = parallel.map_over_devices(log_p, in_axes=(None, 0), out_axes=0)
+    padded = np.resize(points, (math.ceil(len(points) / size) * size, *points.shape[1:]))
+    batches = np.split(padded.astype(np.float32), len(padded) // size)
+    found = [parallel.join(mapped(params, parallel.split(batch))) for batch in batches]
+    return np.exp(np.concatenate(found)[: len(points)])
+
+
+def _data_density(settings: Settings, dataset: Dataset, points: np.ndarray) -> np.ndarray:
+    """The exact density at t_min, where the ODE ends."""
+    x = jnp.asarray(points, jnp.float32)
+    t = jnp.full(x.shape[:1], settings.training.smallest_time)
+    return np.exp(np.asarray(jax.jit(dataset.law.log_prob, static_argnums=2)(x, t, settings.sde)))
+
+
+def _trajectories(settings: Settings, params: Any, shape: tuple, stops: tuple) -> dict:
+    """Points [len(stops), n, d] of every λ of `eval.trajectory_lmbds`."""
+    model, key = build.score_model(settings), build.keys(settings)["trajectories"]
+    keys, rows = fold_in_each(key, jnp.arange(POINTS)), {}
+    for lmbd in settings.eval.trajectory_lmbds:
+        sampler = ReverseSDE(STEPS, settings.training.smallest_time, lmbd, False)
+
+        def run(params: Any, sampler: ReverseSDE = sampler) -> jax.Array:
+            like = jnp.zeros((POINTS, *shape), jnp.float32)
+            return sampler.trajectory(model.score(params), model.sde, keys, like, stops)
+
+        rows[f"λ = {lmbd:g}"] = np.asarray(jax.jit(run)(params))
+    return rows
+
+
+def _save_in_the_plane(
+    settings: Settings, dataset: Dataset, params: Any, samples: np.ndarray, workdir: Path
+) -> None:
+    radius = 1.2 * float(np.quantile(np.abs(samples), 0.999))
+    cells = (np.arange(120) + 0.5) / 60.0 - 1.0
+    grid = radius * np.stack(np.meshgrid(cells, cells, indexing="ij"), axis=-1).reshape(-1, 2)
+    images = {"ODE": _density(settings, params, grid).reshape(120, 120)}
+    if dataset.law is not None:
+        images["data"] = _data_density(settings, dataset, grid).reshape(120, 120)
+    plotting.save_density_images(workdir / "density.png", images, radius)
+    rows = _trajectories(settings, params, dataset.shape, STOPS)
+    plotting.save_trajectories(workdir / "trajectories.png", rows, [f"step {k}" for k in STOPS])
+
+
+def _save_on_a_line(
+    settings: Settings, dataset: Dataset, params: Any, samples: np.ndarray, workdir: Path
+) -> None:
+    low, high = np.quantile(samples, [0.001, 0.999])
+    x = np.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), 500)
+    curves = {"ODE": (x, _density(settings, params, x[:, None]))}
+    if dataset.law is not None:
+        curves["data"] = (x, _data_density(settings, dataset, x[:, None]))
+    plotting.save_density_on_a_line(workdir / "density.png", samples[:, 0], curves)
+    _save_paths(settings, dataset, params, workdir)
+    _save_scores(settings, dataset, params, x, workdir)
+
+
+def _save_paths(settings: Settings, dataset: Dataset, params: Any, workdir: Path) -> None:
+    t_min, sde = settings.training.smallest_time, settings.sde
+    times = np.linspace(sde.T, t_min, len(LINE_STOPS))
+    x0 = next(dataset.eval_batches("test", batch_size=POINTS))["image"]
+    z = gaussian(fold_in_each(build.keys(settings)["snapshot"], jnp.arange(POINTS)), x0)
+    forward = [
+        np.asarray(sde.perturb(jnp.asarray(x0), jnp.full((POINTS,), t, jnp.float32), z))[:, 0]
+        for t in times
+    ]
+    rows = _trajectories(settings, params, dataset.shape, LINE_STOPS)
+    panels = {"data": np.stack(forward)} | {name: path[..., 0] for name, path in rows.items()}
+    panels = {name: path[::-1] for name, path in panels.items()}
+    plotting.save_paths_on_a_line(workdir / "trajectories.png", panels, times[::-1])
+
+
+def _save_scores(
+    settings: Settings, dataset: Dataset, params: Any, x: np.ndarray, workdir: Path
+) -> None:
+    model, solver = build.score_model(settings), build.likelihood_tools(settings).solver
+    points, panels = jnp.asarray(x[:, None], jnp.float32), {}
+    for t in SCORE_TIMES:
+        times = jnp.full((len(x),), t, jnp.float32)
+        own = ode_score(model.score(params), model.sde, points, t, solver)
+        curves = {"model": model.score(params)(points, times), "of its ODE": own.score}
+        if dataset.law is not None:
+            curves["data"] = dataset.law.score(points, times, model.sde)
+        panels[f"score at t = {t:g}"] = {n: np.asarray(c)[:, 0] for n, c in curves.items()}
+    plotting.save_score_on_a_line(workdir / "score.png", x, panels)
