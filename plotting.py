@@ -199,3 +199,24 @@ def save_score_on_a_line(
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def save_comparison(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:
+    """A PNG with one panel per quantity: the value of every seed, mean ± s.e., by config."""
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, all_axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.2 * rows), layout="constrained", squeeze=False
+    )
+    for axes in all_axes.ravel()[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, groups) in zip(all_axes.ravel(), panels.items(), strict=False):
+        for place, values in enumerate(groups.values()):
+            axes.plot([place] * len(values), values, ".", color="0.6")
+            error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            axes.errorbar(place, np.mean(values), error, fmt="o", capsize=4)
+        axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right", fontsize="small")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -98,6 +98,13 @@ class Boxes:
     centers: Float[Array, "k *d"]
     half_width: float
 
+    def log_data(self, x: Batched) -> PerExample:
+        """log q_0(x) = −log K − d log 2h inside the boxes, −∞ outside, in nats."""
+        gap = jnp.abs(x[:, None] - self.centers[None])
+        inside = jnp.all(gap <= self.half_width, axis=tuple(range(2, gap.ndim))).any(axis=1)
+        volume = self.centers.shape[0] * (2.0 * self.half_width) ** self.centers[0].size
+        return jnp.where(inside, -math.log(volume), -jnp.inf).astype(x.dtype)
+
     def log_prob(self, x: Batched, t: PerExample, sde: SDE) -> PerExample:
         """log p_t(x) in nats."""
         log_box, _ = self._each(x, t, sde)

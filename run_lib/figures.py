@@ -105,14 +105,13 @@ def _save_on_a_line(
 def _save_paths(settings: Settings, dataset: Dataset, params: Any, workdir: Path) -> None:
     t_min, sde = settings.training.smallest_time, settings.sde
     times = np.linspace(sde.T, t_min, len(LINE_STOPS))
-    x0 = next(dataset.eval_batches("test", batch_size=POINTS))["image"]
+    x0 = jnp.asarray(next(dataset.eval_batches("test", batch_size=POINTS))["image"])
     z = gaussian(fold_in_each(build.keys(settings)["snapshot"], jnp.arange(POINTS)), x0)
-    forward = [
-        np.asarray(sde.perturb(jnp.asarray(x0), jnp.full((POINTS,), t, jnp.float32), z))[:, 0]
-        for t in times
-    ]
+    forward = [sde.perturb(x0, jnp.full((POINTS,), t, x0.dtype), z)[:, 0] for t in times]
     rows = _trajectories(settings, params, dataset.shape, LINE_STOPS)
-    panels = {"data": np.stack(forward)} | {name: path[..., 0] for name, path in rows.items()}
+    panels = {"data": np.asarray(jnp.stack(forward))} | {
+        name: path[..., 0] for name, path in rows.items()
+    }
     panels = {name: path[::-1] for name, path in panels.items()}
     plotting.save_paths_on_a_line(workdir / "trajectories.png", panels, times[::-1])
 
@@ -122,10 +121,15 @@ def _save_scores(
 ) -> None:
     model, solver = build.score_model(settings), build.likelihood_tools(settings).solver
     points, panels = jnp.asarray(x[:, None], jnp.float32), {}
+
+    @jax.jit
+    def scores(params: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = ode_score(model.score(params), model.sde, points, t, solver)
+        return model.score(params)(points, jnp.full((len(x),), t)), own.score
+
     for t in SCORE_TIMES:
         times = jnp.full((len(x),), t, jnp.float32)
-        own = ode_score(model.score(params), model.sde, points, t, solver)
-        curves = {"model": model.score(params)(points, times), "of its ODE": own.score}
+        curves = dict(zip(("model", "of its ODE"), scores(params, jnp.asarray(t)), strict=True))
         if dataset.law is not None:
             curves["data"] = dataset.law.score(points, times, model.sde)
         panels[f"score at t = {t:g}"] = {n: np.asarray(c)[:, 0] for n, c in curves.items()}

@@ -122,8 +122,11 @@ def git_commit() -> str:
 
 
 def log_to(workdir: Path) -> None:
-    """Append the project's log records to log.txt, beside the terminal."""
+    """Append the project's log records to log.txt of this folder alone, beside the terminal."""
     workdir.mkdir(parents=True, exist_ok=True)
+    for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+        logger.removeHandler(old)
+        old.close()
     handler = logging.FileHandler(workdir / "log.txt", mode="a", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)

@@ -123,11 +123,16 @@ def write(workdir: Path) -> Path:
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
             "averaged first. ODE: exact change of variables along the probability-flow ODE. bound: "
-            "variational upper bound on the negative log-likelihood. Lower is better.</p>"
+            "variational upper bound on the negative log-likelihood; -ELBO: that of the plug-in "
+            "reverse SDE. Lower is better.</p>"
         ]
     snapshots = sorted((workdir / "samples").glob("*.png"))
     for title, image in (
         ("Samples", workdir / "samples.png"),
+        ("Density", workdir / "density.png"),
+        ("Trajectories", workdir / "trajectories.png"),
+        ("Scores", workdir / "score.png"),
+        ("Diagnosis", workdir / "diagnosis.png"),
         ("Training", save_curves(workdir)),
         ("Last snapshot of training", snapshots[-1] if snapshots else None),
     ):

@@ -109,7 +109,7 @@ def test_each_script_of_the_command_line_explains_itself() -> None:
 
     assert "--mode=train" in run("--help").stdout
     config = "--config=configs/digits/vp.py"
-    later = run(config, "--workdir=unused", "--mode=diagnose")
+    later = run(config, "--workdir=unused", "--mode=train,fid_stats")
     assert later.returncode == 2
     assert "does not exist yet" in later.stderr
     wrong = run(config, "--workdir=unused", "--mode=train", "--config.training.bach_size=3")

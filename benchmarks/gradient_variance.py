@@ -1,0 +1,106 @@
+"""Variance of the gradient estimate under each law of t, at the parameters of a trained run.
+
+    python -m benchmarks.gradient_variance configs/digits/vp.py --workdir=runs/digits_vp
+        [--batches=128] [--batch_size=128]
+
+All laws estimate the gradient of the likelihood-weighted loss ∫ (g²/σ²) R‖e1‖² dt. Printed: the
+variance of the estimate of one batch, E‖G − E G‖²/‖E G‖², with E G from all batches of all laws,
+and the same for the loss. Dequantisation, noise and examples are those of training; dropout is off.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import datasets
+import losses
+from checkpoints import Checkpoints
+from experiments.compare import load
+from losses import TimeLaw
+from run_lib import build
+from run_lib.evaluation_loop import load_parameters
+from run_lib.settings import Settings
+from terms import Terms
+from time_sampling import Debias, Importance, Uniform
+
+T_EPS = 1e-3
+
+
+def laws(settings: Settings) -> dict[str, TimeLaw]:
+    """Each law with the weight that makes it an estimate of the same integral."""
+    sde, t_min = settings.sde, settings.training.smallest_time
+
+    def by(proposal: Uniform | Importance | Debias, *, stratified: bool) -> TimeLaw:
+        def weight(t: jax.Array, sde: Any) -> jax.Array:
+            inside = t >= t_min  # the debiased law goes on to 0, the integral does not
+            return jnp.where(inside, losses.likelihood_weight(t, sde) / proposal.density(t), 0.0)
+
+        return TimeLaw(proposal, weight, stratified)
+
+    proposals = {
+        "uniform": Uniform(sde, t_min),
+        "importance": Importance(sde, t_min),
+        f"debiased, t_eps {T_EPS:g}": Debias(sde, T_EPS),
+    }
+    return {
+        f"{name}{', stratified' * stratified}": by(proposal, stratified=stratified)
+        for name, proposal in proposals.items()
+        for stratified in (False, True)
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--batches", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=128)
+    options = parser.parse_args()
+    settings = Settings.from_config(load(options.config, []))
+    dataset = datasets.load(settings.data)
+    checkpoints = Checkpoints(options.workdir)
+    step = checkpoints.steps()[-1]
+    params = load_parameters(settings, dataset, checkpoints, step)
+    checkpoints.close()
+    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
+    terms = dataclasses.replace(Terms(), reduce_mean=settings.training.reduce_mean)
+    stream = dataset.train_batches(batch_size=options.batch_size, seed=1, first_step=0)
+    noise_id = jnp.arange(options.batch_size)
+    batches = [next(stream) | {"noise_id": noise_id} for _ in range(options.batches)]
+    gradients, values = {}, {}
+    for name, law in laws(settings).items():
+        per_example = losses.score_matching(
+            model, encoding, law, terms, batch_size=options.batch_size, train=False
+        )
+        step_fn = jax.jit(jax.value_and_grad(losses.mean_loss(per_example), has_aux=True))
+        found = [step_fn(params, jax.random.key(k), batch) for k, batch in enumerate(batches)]
+        values[name] = np.asarray([float(value) for (value, _), _ in found])
+        gradients[name] = np.stack([
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for _, g in found
+        ])  # fmt: skip
+    mean = np.mean([g.mean(axis=0) for g in gradients.values()], axis=0)
+    center = float(np.mean([v.mean() for v in values.values()]))
+    print(
+        f"{options.workdir} step {step}: {options.batches} batches of {options.batch_size}, "
+        f"loss {center:.4f}"
+    )
+    print(f"{'law of t':32}{'gradient':>12}{'ratio':>8}{'loss':>12}{'ratio':>8}")
+    reference = None
+    for name in gradients:
+        spread = float(((gradients[name] - mean) ** 2).sum(axis=1).mean() / (mean**2).sum())
+        loss_spread = float(((values[name] - center) ** 2).mean() / center**2)
+        reference = reference or (spread, loss_spread)
+        print(
+            f"{name:32}{spread:12.4g}{spread / reference[0]:8.4f}{loss_spread:12.4g}"
+            f"{loss_spread / reference[1]:8.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Train, evaluate and diagnose several configs over several seeds; one table and one figure.
+
+    python -m experiments.compare CONFIG... --workdir=runs/mog1d [--seeds=5]
+        [--modes=train,eval,diagnose] [--set training.n_iters=5000 ...]
+
+A run is a folder WORKDIR/<config>/seed_<k> like any other; a run that is complete is not repeated,
+an interrupted one continues. Every figure is mean ± standard error over seeds; differences from the
+first config are paired by seed. WORKDIR gets compare.txt, compare.jsonl and compare.png.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import runpy
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+import plotting
+import run_lib
+from run_lib import folder, report
+from run_lib.settings import Settings, choose
+
+logger = logging.getLogger("fokker")
+AVERAGED_CURVES = ("dsm", "r_fp", "asymmetry")
+
+
+class Value(NamedTuple):
+    """Mean over seeds, its standard error, and the number of seeds."""
+
+    mean: float
+    error: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.error:.4f}"
+
+
+Results = dict[str, dict[int, float]]  # quantity → seed → value
+
+
+def load(path: str, settings: list[str]) -> ConfigDict:
+    """The config of a file, with `section.field=value` applied.
+
+    Raises:
+        ValueError: the file is missing, or a field does not exist.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"config {path!r} does not exist")
+    config = runpy.run_path(path)["get_config"]()
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting!r}: need section.field=value")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"--set {setting}: {error}") from error
+    return config
+
+
+def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[str, float]:
+    """Train, evaluate and diagnose one config with one seed; what its folder then says."""
+    config.seed = seed
+    settings = Settings.from_config(config)
+    folder.log_to(workdir)
+    diagnosed = workdir / "eval" / f"diagnosis_{settings.training.n_iters}.jsonl"
+    if "train" in modes:
+        run_lib.train(settings, workdir)
+    if "eval" in modes:
+        run_lib.evaluate(settings, workdir, "eval")
+    if "diagnose" in modes and not diagnosed.exists():
+        run_lib.diagnose(settings, workdir, "eval")
+    jax.clear_caches()
+    found = {r.estimator: r.value.mean for r in report.summaries(workdir / "eval")}
+    return found | (_diagnosed(diagnosed) if "diagnose" in modes else {})
+
+
+def _diagnosed(path: Path) -> dict[str, float]:
+    """Totals, and time averages of some curves, from the rows of a diagnosis."""
+    found: dict[str, float] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if "total" in row:
+            found[row["total"]] = row["mean"]
+        elif row["curve"] in AVERAGED_CURVES:
+            curves.setdefault(row["curve"], []).append((row["t"], row["mean"]))
+    for name, points in curves.items():
+        found[f"mean over t of {name}"] = time_average(points)
+    return found
+
+
+def time_average(points: list[tuple[float, float]]) -> float:
+    """∫ curve dt/∫ dt by the trapezoidal rule."""
+    area = sum((t - s) * (a + b) / 2 for (s, a), (t, b) in itertools.pairwise(points))
+    return area / (points[-1][0] - points[0][0])
+
+
+def over_seeds(values: list[float]) -> Value:
+    """Mean and standard error; the latter is NaN for one seed."""
+    number = len(values)
+    error = statistics.stdev(values) / math.sqrt(number) if number > 1 else math.nan
+    return Value(statistics.fmean(values), error, number)
+
+
+def table(results: dict[str, Results]) -> str:
+    """One line per quantity and config, with the paired difference from the first config."""
+    first = next(iter(results))
+    lines = [["quantity", "config", "mean ± s.e.", "seeds", f"difference from {first}"]]
+    for quantity in next(iter(results.values())):
+        for name, found in results.items():
+            values, reference = found.get(quantity, {}), results[first][quantity]
+            if not values:
+                continue
+            gaps = [values[seed] - reference[seed] for seed in values if seed in reference]
+            gap = "" if name == first else str(over_seeds(gaps))
+            value = over_seeds(list(values.values()))
+            lines.append([quantity, name, str(value), str(value.seeds), gap])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def write(results: dict[str, Results], workdir: Path) -> str:
+    """compare.txt, compare.jsonl and compare.png; the text of the first."""
+    text = table(results)
+    (workdir / "compare.txt").write_text(text + "\n")
+    rows = [
+        {"config": name, "quantity": quantity, "seed": seed, "value": value}
+        for name, found in results.items()
+        for quantity, by_seed in found.items()
+        for seed, value in by_seed.items()
+    ]
+    (workdir / "compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    panels = {
+        quantity: {name: list(r[quantity].values()) for name, r in results.items() if quantity in r}
+        for quantity in next(iter(results.values()))
+    }
+    plotting.save_comparison(workdir / "compare.png", panels)
+    return text
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", nargs="+", help="config files; the first is the reference")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 1..N")
+    parser.add_argument("--first_seed", type=int, default=1)
+    parser.add_argument("--modes", default="train,eval,diagnose", help="what to run or to read")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO)
+    results: dict[str, Results] = {}
+    try:
+        for mode in options.modes.split(","):
+            choose(dict.fromkeys(("train", "eval", "diagnose")), mode, "--modes")
+        for path in options.configs:  # refuse a wrong file or field before the first run
+            Settings.from_config(load(path, options.set))
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            for path in options.configs:
+                name, config = Path(path).stem, load(path, options.set)
+                workdir = options.workdir / name / f"seed_{seed}"
+                found = run(config, seed, workdir, options.modes.split(","))
+                for quantity, value in found.items():
+                    results.setdefault(name, {}).setdefault(quantity, {})[seed] = value
+                write(results, options.workdir)
+    except (ValueError, FloatingPointError) as error:
+        logger.error("error: %s", error)
+        sys.exit(2)
+    logger.info("\n%s\nopen %s", write(results, options.workdir), options.workdir / "compare.png")
+
+
+if __name__ == "__main__":
+    main()

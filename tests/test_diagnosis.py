@@ -1,0 +1,215 @@
+"""--mode=diagnose, toy figures and ELBO of whole runs; the comparison of runs over seeds."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import run_lib
+from experiments import compare
+from run_lib import figures, folder
+from run_lib.settings import Settings
+from tests import tiny
+
+
+def small(dataset: str) -> ConfigDict:
+    config = tiny.config(dataset)
+    config.training.update(n_iters=5, eval_freq=5, snapshot_freq=5)
+    config.eval.update(curve_times=3, curve_examples=10, trajectory_lmbds=(0.0, 1.0))
+    config.eval.update(divergence="exact", bound=False)
+    return config
+
+
+def run(config: ConfigDict, workdir: Path, *modes: str) -> None:
+    settings = Settings.from_config(config)
+    for mode in modes:
+        if mode == "train":
+            run_lib.train(settings, workdir)
+        if mode == "eval":
+            run_lib.evaluate(settings, workdir, "eval")
+        if mode == "diagnose":
+            run_lib.diagnose(settings, workdir, "eval")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "STEPS", 10)
+    monkeypatch.setattr(figures, "STOPS", (5, 10))
+    monkeypatch.setattr(figures, "LINE_STOPS", (0, 5, 10))
+    monkeypatch.setattr(figures, "POINTS", 24)
+
+
+def rows_of(workdir: Path) -> tuple[dict, dict]:
+    rows = [json.loads(line) for line in (workdir / "eval/diagnosis_5.jsonl").open()]
+    curves = {(r["curve"], round(r["t"], 6)): r for r in rows if "curve" in r}
+    return curves, {r["total"]: r for r in rows if "total" in r}
+
+
+TRUTH = {"fisher", "fisher_ode", "self", "kl_rate", "jacobian"}
+ALWAYS = {"dsm", "frobenius", "trace", "third", "r_fp", "asymmetry"}
+
+
+@pytest.mark.parametrize("dataset", ["mog1d", "checkerboard"])
+def test_diagnosis_of_a_toy_run_with_known_law(tmp_path: Path, dataset: str) -> None:
+    config = small(dataset)
+    run(config, tmp_path, "train", "eval", "diagnose")
+    curves, totals = rows_of(tmp_path)
+    assert {name for name, _ in curves} == ALWAYS | TRUTH
+    assert len(curves) == 3 * len(ALWAYS | TRUTH)
+    for row in (*curves.values(), *totals.values()):
+        assert np.isfinite(row["mean"])
+        assert row["standard_error"] >= 0
+        assert (row["n"], row["step"], row["split"]) == (10, 5, "test")
+    assert curves["fisher", min(t for _, t in curves)]["mean"] > 0
+    bound, gap = totals["−ELBO of λ = 0"]["mean"], totals["½ ∫ g² E‖s − s*‖² dt"]["mean"]
+    entropy, start = totals["entropy of the data"]["mean"], totals["KL(q_T ‖ prior)"]["mean"]
+    np.testing.assert_allclose(bound, entropy + start + gap, rtol=1e-6)
+    if dataset == "checkerboard":
+        np.testing.assert_allclose(entropy, math.log(32.0), rtol=1e-6)
+    names = ["diagnosis.png", "density.png", "trajectories.png", "samples.png", "report.html"]
+    for name in names + ["score.png"] * (dataset == "mog1d"):
+        assert (tmp_path / name).stat().st_size > 1000, name
+    text = (tmp_path / "eval/diagnosis.txt").read_text()
+    assert "KL(data ‖ ODE), from scores" in text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") >= 4
+    # The divergence is the paired difference of densities: NLL minus entropy, on the same points.
+    found = (tmp_path / "eval/rows.jsonl").read_text().splitlines()
+    values = {}
+    for row in map(json.loads, found):
+        values.setdefault(row["estimator"], {})[row["index"]] = row["value"]
+    kl, nll = values["KL(data ‖ ODE)"], values["ODE"]
+    if dataset == "checkerboard":
+        for index, value in kl.items():
+            assert abs(value - (nll[index] - math.log(32.0))) < 1e-4
+
+
+def test_diagnosis_of_images_needs_no_law(tmp_path: Path) -> None:
+    config = small("digits")
+    config.eval.divergence = "rademacher"
+    run(config, tmp_path, "train", "diagnose")
+    curves, totals = rows_of(tmp_path)
+    assert {name for name, _ in curves} == ALWAYS
+    assert not totals
+    assert (tmp_path / "diagnosis.png").exists()
+
+
+@pytest.mark.parametrize("estimator", ["published", "low_variance"])
+def test_elbo_of_a_drift_network(tmp_path: Path, estimator: str) -> None:
+    config = small("swissroll")
+    config.model.update(parameterization="drift", time_label="unit_time")
+    config.training.update(likelihood_weighting=False, importance_weighting=False)
+    config.training.update(objective="ism", debias=True)
+    config.eval.update(elbo=True, elbo_estimator=estimator, enable_bpd=False, num_times=4)
+    config.eval.enable_sampling = False
+    run(config, tmp_path, "train", "eval")
+    rows = [json.loads(line) for line in (tmp_path / "eval/rows.jsonl").open()]
+    assert {row["estimator"] for row in rows} == {"-ELBO"}
+    assert len(rows) == 24
+    assert rows[0]["protocol"].startswith(f"{estimator}: 4 ")
+
+
+def test_elbo_of_a_network_that_divides_by_sigma_is_refused(tmp_path: Path) -> None:
+    config = small("swissroll")
+    config.eval.elbo = True
+    run(config, tmp_path, "train")
+    message = r"eval\.elbo=True with model\.parameterization='velocity'"
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path, "eval")
+
+
+def test_training_with_the_regulariser_reports_it(tmp_path: Path) -> None:
+    config = small("moons")
+    config.training.update(alpha=0.1, fp_wgt_type="dimensionless", fp_every=2, fp_fraction=0.5)
+    config.training.update(score_matching_order=2, high_order_fraction=0.25)
+    run(config, tmp_path, "train")
+    row = folder.read_metrics(tmp_path)[0]
+    assert min(row[name] for name in ("dsm", "frobenius", "trace", "fp")) > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("alpha", -1.0, "training.alpha=-1.0"), ("m", -2.0, "training.m=-2.0"),
+        ("fp_wgt_type", "snr", "training.fp_wgt_type='snr'"),
+        ("objective", "elbo", "training.objective='elbo'"),
+        ("high_order_fraction", 0.3, "training.high_order_fraction=0.3"),
+        ("scalar_fp", "yes", "training.scalar_fp='yes'"),
+    ],
+)  # fmt: skip
+def test_wrong_fields_are_refused_before_training(
+    tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    config = small("moons")
+    config.training.score_matching_order = 2
+    config.training[field] = value
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path, "train")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+CONFIG = """
+from tests.test_diagnosis import small
+
+
+def get_config():
+    config = small("mog1d")
+    config.training.score_matching_order = {order}
+    config.training.derivative_estimator = "exact"
+    config.eval.enable_sampling = False
+    return config
+"""
+
+
+def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for order in (1, 2):
+        (tmp_path / f"order{order}.py").write_text(CONFIG.format(order=order))
+    files = [str(tmp_path / f"order{order}.py") for order in (1, 2)]
+    out = tmp_path / "out"
+    arguments = ["compare", *files, f"--workdir={out}", "--seeds=2", "--set", "data.num_test=30"]
+    monkeypatch.setattr("sys.argv", arguments)
+    compare.main()
+    first = (out / "compare.txt").read_text()
+    log = (out / "order1/seed_1/log.txt").read_text()
+    compare.main()  # nothing is left to do
+    assert (out / "compare.txt").read_text() == first
+    assert "step 5/5" not in (out / "order1/seed_1/log.txt").read_text()[len(log) :]
+    rows = [json.loads(line) for line in (out / "compare.jsonl").open()]
+    nll = {(r["config"], r["seed"]): r["value"] for r in rows if r["quantity"] == "ODE"}
+    assert nll.keys() == {(f"order{k}", seed) for k in (1, 2) for seed in (1, 2)}
+    assert len(set(nll.values())) == 4
+    line = next(x for x in first.splitlines() if x.startswith("ODE") and " order2 " in x)
+    gaps = np.asarray([nll["order2", s] - nll["order1", s] for s in (1, 2)])
+    expected = f"{gaps.mean():.4f} ± {gaps.std(ddof=1) / math.sqrt(2):.4f}"
+    assert line.endswith(expected)
+    assert (out / "compare.png").stat().st_size > 1000
+    assert json.loads((out / "order1/seed_2/config.json").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["configs/toy/none.py"], "does not exist"),
+        (["configs/toy/mog1d_ve_order1.py", "--set", "training.n_iter=3"], "n_iter"),
+        (["configs/toy/mog1d_ve_order1.py", "--set", "seed"], "need section.field=value"),
+    ],
+)
+def test_mistakes_in_a_comparison_end_in_one_line(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compare", *arguments, f"--workdir={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert message in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_time_average_is_the_trapezoidal_rule() -> None:
+    assert compare.time_average([(0.0, 1.0), (1.0, 3.0), (2.0, 3.0)]) == 2.5
