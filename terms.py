@@ -50,7 +50,7 @@ class Point(NamedTuple):
 
     def rows(self, index: np.ndarray) -> "Point":
         """The examples of these rows."""
-        return Point(*(part[index] for part in self))
+        return self if len(index) == len(self.t) else Point(*(part[index] for part in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,39 +113,47 @@ class Terms:
         A term that is taken for a fraction 1/n of the examples is n times its value there and zero
         elsewhere, so that its mean over the batch has the same expectation.
         """
-        batch_size, (high, residual) = len(point.t), self.strides()
-        for n in (high, residual):
-            if n > 1 and batch_size % n:
-                raise ValueError(
-                    f"training.batch_size: a device has {batch_size} examples; need a multiple of "
-                    f"{n} for a fraction of 1/{n}"
-                )
-        number = np.arange(batch_size)
-        with_high = (number % high == 0) if high else np.zeros(batch_size, bool)
-        with_residual = (number % residual == 0) if residual else np.zeros(batch_size, bool)
+        number = np.arange(len(point.t))
+        takes = [self._takes(number, n) for n in self.strides()]
         groups, order = [], []
-        for takes_high, takes_residual in itertools.product((True, False), repeat=2):
-            rows = np.flatnonzero((with_high == takes_high) & (with_residual == takes_residual))
+        for kind in itertools.product((True, False), repeat=2):
+            rows = np.flatnonzero((takes[0] == kind[0]) & (takes[1] == kind[1]))
             if len(rows):
-                terms = dataclasses.replace(
-                    self,
-                    high_order=self.high_order if takes_high else None,
-                    fokker_planck=self.fokker_planck if takes_residual else None,
-                )
-                here = point if len(rows) == batch_size else point.rows(rows)
-                groups.append(terms.shared_parts(score_fn, sde, here))
+                groups.append(self._only(*kind).shared_parts(score_fn, sde, point.rows(rows)))
                 order.append(rows)
-        scales = dict.fromkeys(("frobenius", "trace", "third"), max(high, 1))
-        scales |= dict.fromkeys(("fp", "fp_scalar"), max(residual, 1))
         back = np.argsort(np.concatenate(order))
-        names = {name: None for group in groups for name in group}
-        return {
-            name: scales.get(name, 1)
-            * jnp.concatenate(
-                [g.get(name, jnp.zeros(len(g["dsm"]), point.x.dtype)) for g in groups]
-            )[back]
-            for name in names
-        }
+
+        def joined(name: str) -> PerExample:
+            """The groups in the order of the batch; zero where a group lacks the term."""
+            zeros = [jnp.zeros_like(group["dsm"]) for group in groups]
+            found = [group.get(name, zero) for group, zero in zip(groups, zeros, strict=True)]
+            return self._stride_of(name) * jnp.concatenate(found)[back]
+
+        if len(groups) == 1:
+            return groups[0]
+        return {name: joined(name) for name in dict.fromkeys(n for group in groups for n in group)}
+
+    def _takes(self, number: np.ndarray, stride: int) -> np.ndarray:
+        """Which examples of a device's batch have a term that each n-th of them has."""
+        if stride > 1 and len(number) % stride:
+            raise ValueError(
+                f"training.batch_size: a device has {len(number)} examples; need a multiple of "
+                f"{stride} for a fraction of 1/{stride}"
+            )
+        return (number % stride == 0) if stride else np.zeros(len(number), bool)
+
+    def _only(self, high: bool, residual: bool) -> "Terms":
+        """The terms of a group of examples."""
+        return dataclasses.replace(
+            self,
+            high_order=self.high_order if high else None,
+            fokker_planck=self.fokker_planck if residual else None,
+        )
+
+    def _stride_of(self, name: str) -> int:
+        """What a part is multiplied by where it is taken."""
+        high, residual = self.strides()
+        return {"fp": residual, "fp_scalar": residual, "dsm": 1, "ism": 1}.get(name, high)
 
     def shared_parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
         """All terms of all examples."""

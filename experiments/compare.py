@@ -74,19 +74,19 @@ def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[
     config.seed = seed
     settings = Settings.from_config(config)
     folder.log_to(workdir)
-    diagnosed = workdir / "eval" / f"diagnosis_{settings.training.n_iters}.jsonl"
+    rows = workdir / "eval" / f"diagnosis_{settings.training.n_iters}.jsonl"
     if "train" in modes:
         run_lib.train(settings, workdir)
     if "eval" in modes:
         run_lib.evaluate(settings, workdir, "eval")
-    if "diagnose" in modes and not diagnosed.exists():
+    if "diagnose" in modes and not rows.exists():
         run_lib.diagnose(settings, workdir, "eval")
     jax.clear_caches()
     found = {r.estimator: r.value.mean for r in report.summaries(workdir / "eval")}
-    return found | (_diagnosed(diagnosed) if "diagnose" in modes else {})
+    return found | (diagnosed(rows) if "diagnose" in modes else {})
 
 
-def _diagnosed(path: Path) -> dict[str, float]:
+def diagnosed(path: Path) -> dict[str, float]:
     """Totals, and time averages of some curves, from the rows of a diagnosis."""
     found: dict[str, float] = {}
     curves: dict[str, list[tuple[float, float]]] = {}

@@ -76,6 +76,11 @@ def test_diagnosis_of_a_toy_run_with_known_law(tmp_path: Path, dataset: str) -> 
     assert "KL(data ‖ ODE), from scores" in text
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") >= 4
+    averages = compare.diagnosed(tmp_path / "eval/diagnosis_5.jsonl")
+    assert averages["−ELBO of λ = 0"] == bound
+    points = [(t, row["mean"]) for (name, t), row in curves.items() if name == "r_fp"]
+    average = compare.time_average(points)
+    np.testing.assert_allclose(averages["mean over t of r_fp"], average, rtol=1e-4)
     # The divergence is the paired difference of densities: NLL minus entropy, on the same points.
     found = (tmp_path / "eval/rows.jsonl").read_text().splitlines()
     values = {}
@@ -169,8 +174,8 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / f"order{order}.py").write_text(CONFIG.format(order=order))
     files = [str(tmp_path / f"order{order}.py") for order in (1, 2)]
     out = tmp_path / "out"
-    arguments = ["compare", *files, f"--workdir={out}", "--seeds=2", "--set", "data.num_test=30"]
-    monkeypatch.setattr("sys.argv", arguments)
+    arguments = ["compare", *files, f"--workdir={out}", "--seeds=2", "--modes=train,eval"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--set", "data.num_test=30"])
     compare.main()
     first = (out / "compare.txt").read_text()
     log = (out / "order1/seed_1/log.txt").read_text()
@@ -195,6 +200,7 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["configs/toy/none.py"], "does not exist"),
         (["configs/toy/mog1d_ve_order1.py", "--set", "training.n_iter=3"], "n_iter"),
         (["configs/toy/mog1d_ve_order1.py", "--set", "seed"], "need section.field=value"),
+        (["configs/toy/mog1d_ve_order1.py", "--modes=trian"], "did you mean train"),
     ],
 )
 def test_mistakes_in_a_comparison_end_in_one_line(
@@ -202,12 +208,14 @@ def test_mistakes_in_a_comparison_end_in_one_line(
     arguments: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr("sys.argv", ["compare", *arguments, f"--workdir={tmp_path / 'out'}"])
     with pytest.raises(SystemExit):
         compare.main()
-    assert message in caplog.text
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
 

@@ -187,11 +187,10 @@ def test_boxes_are_the_limit_of_their_points(sde):
 def test_every_branch_of_a_box_and_its_derivatives_agree_with_quadrature():
     """σ/h and |x|/σ on both sides of every seam, the centre, the edges; three derivatives."""
     law, sde = Boxes(jnp.zeros((1, 1)), 1.0), LinearVESDE(1.0)
-    t = np.repeat([0.08, 0.3, 0.95, 1.05, 3.0, 20.0], 62)
-    place = np.concatenate([[-1.0, 0.0], np.linspace(-0.99, 12.0, 60)])
-    x = np.where(np.tile(place, 6) < 0, np.tile(place, 6), 1.0 + t * np.tile(place, 6))
-    x, t = (jnp.asarray(np.concatenate([a, b])) for a, b in ((x + 0.0, -x), (t, t)))
-    oracle, x = points_of(law, 150), x[:, None]
+    sigmas, within = [0.08, 0.3, 0.95, 1.05, 3.0, 20.0], np.linspace(0.0, 1.0, 21)
+    x = [np.concatenate([within, 1.0 + s * np.linspace(0.1, 12.0, 40)]) for s in sigmas]
+    x = jnp.asarray(np.concatenate([*x, *(-each for each in x)]))[:, None]
+    t, oracle = jnp.tile(jnp.repeat(jnp.asarray(sigmas), 61), 2), points_of(law, 150)
     (log_p, _), (expected, _) = (log_p_and_score(each, x, t, sde) for each in (law, oracle))
     np.testing.assert_allclose(log_p, expected, rtol=1e-12, atol=1e-12)
     ours, exact = (three_derivatives(each, x, t, sde) for each in (law, oracle))
@@ -267,6 +266,18 @@ def test_tails_of_boxes_are_accurate_to_rounding(dtype):
     np.testing.assert_allclose(t * score, -sign * hazard, rtol=36 * eps)
     # The oracle r − a ≈ 1/a loses digits itself: 1e-16 a² of them.
     np.testing.assert_allclose(t**2 * slope, -hazard * (hazard - a), rtol=100 * eps, atol=1e-7)
+
+
+def test_float32_keeps_three_derivatives_where_two_distant_boxes_compete():
+    """At 30 and 100 σ the two scores are close to −30 and −100 times e₂, their cubes are not."""
+    sde, found = LinearVESDE(1.0), []
+    for dtype in (jnp.float32, jnp.float64):
+        with jax.enable_x64(dtype == jnp.float64):
+            law = Boxes(jnp.asarray([[-2.0, 0.0], [2.0, 0.0]], dtype), 1.0)
+            x = jnp.asarray([[s, y] for s in (-0.7, -0.2, 0.0, 0.4) for y in (30.1, -100.3)], dtype)
+            found.append(list(map(np.asarray, three_derivatives(law, x, jnp.ones(8, dtype), sde))))
+    for single, double in zip(*found, strict=True):
+        np.testing.assert_allclose(single, double, rtol=1e-3, atol=1e-3)
 
 
 @every_sde
