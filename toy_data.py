@@ -132,7 +132,7 @@ class Boxes:
         """log p_t(x | box k) and its gradient."""
         gap = _gap(x, t, sde, self.centers)
         left = gap < 0.0
-        distance = jnp.where(left, -gap, gap)  # |gap| would lose the second derivative at 0
+        distance = jnp.where(left, -gap, gap)  # |gap|, with the slope at 0 that `left` says
         edge = expand(sde.alpha(t) * self.half_width, gap)
         sigma = expand(sde.sigma(t), gap)
         log_mass, slope = _log_mass_and_slope((distance - edge) / sigma, edge / sigma)

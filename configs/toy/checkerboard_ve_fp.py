@@ -2,7 +2,10 @@
 
 Command: python main.py --config=configs/toy/checkerboard_ve_fp.py \
              --workdir=runs/checkerboard_fp --mode=train,eval,diagnose
-Expected: not reproduced here yet.
+Expected: after 4,000 steps (--config.training.n_iters=4000 .snapshot_freq=4000), mean ± s.e. of
+5 seeds, two CPU cores: KL(data ‖ ODE) 0.4021 ± 0.0084 nats, ODE 3.8678 ± 0.0084 nats.
+Means over t: r_FP 4.77 ± 0.25 (without the term 8.43 ± 0.45), asymmetry 0.043 ± 0.007 (0.060 ±
+0.005); the likelihood does not change (KL +0.006 ± 0.012).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 Command: python main.py --config=configs/toy/checkerboard_ve_order2.py \
              --workdir=runs/checkerboard_2 --mode=train,eval,diagnose
-Expected: not reproduced here yet.
+Expected: not reproduced here.
 """
 
 from ml_collections import ConfigDict

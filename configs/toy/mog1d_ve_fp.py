@@ -2,7 +2,7 @@
 
 Command: python main.py --config=configs/toy/mog1d_ve_fp.py \
              --workdir=runs/mog1d_fp --mode=train,eval,diagnose
-Expected: not reproduced here yet.
+Expected: not reproduced here.
 """
 
 from ml_collections import ConfigDict
