@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from fokker_planck import gradient_residual
+from fokker_planck import curl_and_slope, gradient_residual
 from high_order import HighOrder
 from ode import Solver
 from operators import (
@@ -55,13 +55,11 @@ def error_curves(score_fn: ScoreFn, sde: SDE, point: Point) -> Curves:
     curves = terms.parts(score_fn, sde, point)
     v = PROBES["rademacher"](fold_in_all(keys, 0), x)
     eps = exact_residual(score_fn, sde, x, t) if small else _probed_residual(score_fn, sde, x, t, v)
-    field = lambda y: score_fn(y, t)  # noqa: E731
-    _, hv = jax.jvp(field, (x,), (v,))
-    _, transpose = jax.vjp(field, x)
+    curl, slope = curl_and_slope(score_fn, x, t, v)
     return curves | {
         "r_fp": jnp.sqrt(squared_norm(eps) / dimension(x)),
-        "curl": squared_norm(hv - transpose(v)[0]),
-        "slope": squared_norm(hv),
+        "curl": curl,
+        "slope": slope,
     }
 
 

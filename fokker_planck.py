@@ -94,19 +94,26 @@ def scalar_term(
     return spread - a * inner(x, score) - dimension(x) * a
 
 
-def asymmetry(score_fn: ScoreFn, x: Batched, t: PerExample, v: Batched) -> PerExample:
-    """‖Hv − Hᵀv‖², unbiased for ‖H − Hᵀ‖_F²; zero where s is a gradient."""
+def curl_and_slope(
+    score_fn: ScoreFn, x: Batched, t: PerExample, v: Batched
+) -> tuple[PerExample, PerExample]:
+    """‖Hv − Hᵀv‖² and ‖Hv‖², unbiased for ‖H − Hᵀ‖_F² and ‖H‖_F².
+
+    The first is zero where s is a gradient; the ratio of their means is the asymmetry of s.
+    """
     field = lambda y: score_fn(y, t)  # noqa: E731
     _, hv = jax.jvp(field, (x,), (v,))
     _, transpose = jax.vjp(field, x)
-    return squared_norm(hv - transpose(v)[0])
+    return squared_norm(hv - transpose(v)[0]), squared_norm(hv)
 
 
-WEIGHTS: dict[str, Callable[[PerExample, SDE], PerExample]] = {
-    "constant": lambda t, sde: jnp.ones_like(t),
-    "convention": lambda t, sde: sde.g(t),
-    "ll": lambda t, sde: sde.g2(t),
-    "dimensionless": lambda t, sde: 4.0 * sde.sigma(t) ** 6 / sde.g2(t) ** 2,
+# w(t) of a quantity that is measured in units of `unit`, raised to the power m.
+Weight = Callable[[PerExample, SDE, PerExample, float], PerExample]
+WEIGHTS: dict[str, Weight] = {
+    "constant": lambda t, sde, unit, m: jnp.ones_like(t),
+    "convention": lambda t, sde, unit, m: sde.g(t),
+    "ll": lambda t, sde, unit, m: sde.g2(t),
+    "dimensionless": lambda t, sde, unit, m: unit**-m,
 }
 SCALAR_FP = {"True": (False, True), "False": (True, False), "both": (True, True)}
 
@@ -119,8 +126,8 @@ class FokkerPlanck:
         alpha: of the vector term; 0 leaves it out.
         beta: of the scalar term; 0 leaves it out.
         scalar_fp: 'True' scalar term alone, 'False' vector term alone, 'both'.
-        weight: w(t): constant 1, convention g, ll g², dimensionless 4σ⁶/g⁴ (that of σ eps measured
-            in units of g²/2σ², the only one that is bounded as t → 0).
+        weight: w(t): constant 1, convention g, ll g², or dimensionless, which measures eps in units
+            of g²/2σ³ and L in units of g²/2σ² (the only one that is bounded as t → 0).
         m: exponent of the norms, > 0.
         form: "gradient" or "advective".
         num_probes: 1, whose ‖eps‖² is biased by the variance of the probe, or 2, whose ⟨eps₁, eps₂⟩
@@ -198,12 +205,14 @@ class FokkerPlanck:
 
     def weighted(self, parts: dict[str, PerExample], t: PerExample, sde: SDE) -> PerExample:
         """w(t) (α fp + β fp_scalar)."""
-        total = jnp.zeros_like(t)
+        rate, total = 0.5 * sde.g2(t) / sde.sigma(t) ** 2, jnp.zeros_like(t)
+        weight = WEIGHTS[self.weight]
         if self.vector:
-            total = total + self.alpha * parts["fp"]
+            unit = rate / sde.sigma(t)
+            total = total + self.alpha * weight(t, sde, unit, self.m) * parts["fp"]
         if self.scalar:
-            total = total + self.beta * parts["fp_scalar"]
-        return WEIGHTS[self.weight](t, sde) * total
+            total = total + self.beta * weight(t, sde, rate, self.m) * parts["fp_scalar"]
+        return total
 
 
 def _power(square: PerExample, exponent: float) -> PerExample:

@@ -136,7 +136,7 @@ def save_density_images(path: Path, images: dict[str, np.ndarray], radius: float
     figure, all_axes = plt.subplots(
         1, len(images), figsize=(4.2 * len(images), 4.4), layout="constrained", squeeze=False
     )
-    top = max(float(np.quantile(image, 0.999)) for image in images.values())
+    top = max(float(np.nanquantile(image, 0.999)) for image in images.values())
     extent = [-radius, radius, -radius, radius]
     for axes, (title, image) in zip(all_axes[0], images.items(), strict=True):
         axes.imshow(image.T, origin="lower", extent=extent, cmap="magma", vmin=0.0, vmax=top)

@@ -169,7 +169,9 @@ def _number(inputs: Sequence[Value]) -> int:
 
 
 def _linear(equation: Any, inputs: list[Value], outputs: list[Array]) -> list[Value]:
-    """y^(k) = f(x^(k)), operands that the curve does not reach as zeros."""
+    """y^(k) = f(x^(k)), operands that the curve does not reach as zeros; integers do not move."""
+    if not jnp.issubdtype(outputs[0].dtype, jnp.inexact):
+        return outputs
     series = [_instantiate(value, _number(inputs)) for value in inputs]
     first = _bind(equation, [s.first for s in series])
     seconds = [_bind(equation, part) for part in zip(*(s.seconds for s in series), strict=True)]

@@ -4,12 +4,13 @@
         [--modes=train,eval,diagnose] [--set training.n_iters=5000 ...]
 
 A run is a folder WORKDIR/<config>/seed_<k> like any other; a run that is complete is not repeated,
-an interrupted one continues. Every figure is mean ± standard error over seeds; differences from the
-first config are paired by seed. WORKDIR gets compare.txt, compare.jsonl and compare.png.
+an interrupted one continues. Every figure is mean ± standard error over seeds, at the same test
+points (whose own error is in each run's table); differences from the first config are paired by
+seed. WORKDIR gets compare.txt, compare.jsonl and compare.png.
 """
 
 import argparse
-import itertools
+import ast
 import json
 import logging
 import math
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 import plotting
 import run_lib
 from run_lib import folder, report
-from run_lib.settings import Settings, choose
+from run_lib.settings import Settings, choose, require
 
 logger = logging.getLogger("fokker")
 AVERAGED_CURVES = ("dsm", "r_fp", "asymmetry")
@@ -58,9 +59,11 @@ def load(path: str, settings: list[str]) -> ConfigDict:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"--set {setting!r}: need section.field=value")
+        if name == "seed":
+            raise ValueError(f"--set {setting}: the seeds are those of --seeds and --first_seed")
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
             value = text
         try:
             config.update_from_flattened_dict({name: value})
@@ -73,6 +76,7 @@ def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[
     """Train, evaluate and diagnose one config with one seed; what its folder then says."""
     config.seed = seed
     settings = Settings.from_config(config)
+    _same_training(settings, workdir)
     folder.log_to(workdir)
     rows = workdir / "eval" / f"diagnosis_{settings.training.n_iters}.jsonl"
     if "train" in modes:
@@ -82,12 +86,48 @@ def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[
     if "diagnose" in modes and not rows.exists():
         run_lib.diagnose(settings, workdir, "eval")
     jax.clear_caches()
-    found = {r.estimator: r.value.mean for r in report.summaries(workdir / "eval")}
-    return found | (diagnosed(rows) if "diagnose" in modes else {})
+    return evaluated(settings, workdir) | (diagnosed(rows) if "diagnose" in modes else {})
+
+
+def _same_training(settings: Settings, workdir: Path) -> None:
+    """A folder keeps what it was trained with; another number of steps continues it."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())["training"]
+    now = json.loads(json.dumps(settings.resolved()["training"]))
+    free = ("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
+    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    if changed:
+        raise ValueError(
+            f"{workdir} was trained with other values of training.{', training.'.join(changed)}: "
+            "use another --workdir"
+        )
+
+
+def evaluated(settings: Settings, workdir: Path) -> dict[str, float]:
+    """Means of the last step by estimator.
+
+    Raises:
+        ValueError: an estimator has rows of several protocols.
+    """
+    found: dict[str, float] = {}
+    for result in report.summaries(workdir / "eval"):
+        if (result.step, result.split) != (settings.training.n_iters, settings.eval.dataset):
+            continue
+        if result.estimator in found:
+            raise ValueError(
+                f"{workdir / 'eval'} has {result.estimator} by several protocols: remove it or use "
+                "another --workdir"
+            )
+        found[result.estimator] = result.value.mean
+    return found
 
 
 def diagnosed(path: Path) -> dict[str, float]:
     """Totals, and time averages of some curves, from the rows of a diagnosis."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: the run has not reached training.n_iters")
     found: dict[str, float] = {}
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in path.read_text().splitlines():
@@ -95,16 +135,15 @@ def diagnosed(path: Path) -> dict[str, float]:
         if "total" in row:
             found[row["total"]] = row["mean"]
         elif row["curve"] in AVERAGED_CURVES:
-            curves.setdefault(row["curve"], []).append((row["t"], row["mean"]))
+            curves.setdefault(row["curve"], []).append((row["weight"], row["mean"]))
     for name, points in curves.items():
         found[f"mean over t of {name}"] = time_average(points)
     return found
 
 
 def time_average(points: list[tuple[float, float]]) -> float:
-    """∫ curve dt/∫ dt by the trapezoidal rule."""
-    area = sum((t - s) * (a + b) / 2 for (s, a), (t, b) in itertools.pairwise(points))
-    return area / (points[-1][0] - points[0][0])
+    """∫ curve dt/∫ dt from pairs of a weight of ∫ dt and a value."""
+    return sum(w * value for w, value in points) / sum(w for w, _ in points)
 
 
 def over_seeds(values: list[float]) -> Value:
@@ -118,18 +157,22 @@ def table(results: dict[str, Results]) -> str:
     """One line per quantity and config, with the paired difference from the first config."""
     first = next(iter(results))
     lines = [["quantity", "config", "mean ± s.e.", "seeds", f"difference from {first}"]]
-    for quantity in next(iter(results.values())):
+    for quantity in _quantities(results):
         for name, found in results.items():
-            values, reference = found.get(quantity, {}), results[first][quantity]
+            values, reference = found.get(quantity, {}), results[first].get(quantity, {})
             if not values:
                 continue
             gaps = [values[seed] - reference[seed] for seed in values if seed in reference]
-            gap = "" if name == first else str(over_seeds(gaps))
+            gap = "" if name == first or not gaps else str(over_seeds(gaps))
             value = over_seeds(list(values.values()))
             lines.append([quantity, name, str(value), str(value.seeds), gap])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(line.rstrip() for line in text)
+
+
+def _quantities(results: dict[str, Results]) -> list[str]:
+    return list(dict.fromkeys(quantity for found in results.values() for quantity in found))
 
 
 def write(results: dict[str, Results], workdir: Path) -> str:
@@ -145,7 +188,7 @@ def write(results: dict[str, Results], workdir: Path) -> str:
     (workdir / "compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     panels = {
         quantity: {name: list(r[quantity].values()) for name, r in results.items() if quantity in r}
-        for quantity in next(iter(results.values()))
+        for quantity in _quantities(results)
     }
     plotting.save_comparison(workdir / "compare.png", panels)
     return text
@@ -169,6 +212,9 @@ def main() -> None:
     try:
         for mode in options.modes.split(","):
             choose(dict.fromkeys(("train", "eval", "diagnose")), mode, "--modes")
+        require(options.seeds >= 1, "--seeds", options.seeds, "at least 1")
+        names = [Path(path).stem for path in options.configs]
+        require(len(set(names)) == len(names), "configs", names, "different file names")
         for path in options.configs:  # refuse a wrong file or field before the first run
             Settings.from_config(load(path, options.set))
         for seed in range(options.first_seed, options.first_seed + options.seeds):

@@ -194,7 +194,7 @@ def check_elbo(settings: Settings) -> None:
 def keys(settings: Settings) -> dict[str, Key[Array, ""]]:
     """The named keys of a run, all from `seed`."""
     names = ("init", "train", "held_out", "snapshot", "eval", "eval_loss", "samples",
-             "diagnose", "trajectories")  # fmt: skip
+             "diagnose", "trajectories", "forward")  # fmt: skip
     return dict(
         zip(names, jax.random.split(jax.random.key(settings.seed), len(names)), strict=True)
     )

@@ -35,15 +35,17 @@ class Mean(NamedTuple):
         return f"{self.mean:.4g} ± {self.error:.2g}"
 
 
-Curve = list[Mean]
+Values = dict[str, np.ndarray]  # of every example
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Curves by name over times t with weights of ∫ dt, and numbers that sum them up."""
+    """Curves [times] by name over times t with weights of ∫ dt, and numbers that sum them up."""
 
     t: np.ndarray
-    curves: dict[str, Curve]
+    weights: np.ndarray
+    examples: int
+    curves: dict[str, list[Mean]]
     totals: dict[str, Mean]
 
 
@@ -62,22 +64,32 @@ def diagnose(settings: Settings, workdir: Path, eval_folder: str) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         plotting.save_error_curves(workdir / "diagnosis.png", found.t, panels(found))
         logger.info("\n%s\n%s", path, table(found))
-        (target / "diagnosis.txt").write_text(table(found) + "\n")
+        (target / f"diagnosis_{step}.txt").write_text(table(found) + "\n")
     logger.info("open %s", report.write(workdir))
 
 
 def diagnosis(settings: Settings, dataset: Dataset, params: Any) -> Diagnosis:
-    """All curves of one checkpoint."""
-    t_min, sde = settings.training.smallest_time, settings.sde
-    t, weights = diagnostics.time_grid(t_min, sde.T, settings.eval.curve_times)
+    """All curves of one checkpoint; every time sees the same examples, with noise of its own."""
+    sde = settings.sde
+    t, weights = diagnostics.time_grid(
+        settings.training.smallest_time, sde.T, settings.eval.curve_times
+    )
     at = Sampled(settings, dataset, params)
-    curves: dict[str, Curve] = {}
     function = _curves_function(settings, dataset)
-    for number, time in enumerate(t):
-        for name, value in _means(at(number, time, function)).items():
-            curves.setdefault(name, []).append(value)
-    totals = _totals(settings, dataset, at, curves, np.asarray(weights)) if dataset.law else {}
-    return Diagnosis(np.asarray(t), curves, totals)
+    values = [at(number, time, function) for number, time in enumerate(t)]
+    stacked = {name: np.stack([v[name] for v in values]) for name in values[0]}
+    examples = next(iter(stacked.values())).shape[1]
+    curves = {
+        name: [_mean(v) for v in rows] for name, rows in stacked.items()
+        if name not in ("curl", "slope")
+    }  # fmt: skip
+    pairs = zip(stacked["curl"], stacked["slope"], strict=True)
+    curves["asymmetry"] = [ratio_of_means(*pair) for pair in pairs]
+    found = {}
+    if dataset.law is not None:
+        ends = _ends(settings, dataset, at)
+        found = totals(stacked, ends, np.asarray(weights), settings.eval.trajectory_lmbds)
+    return Diagnosis(np.asarray(t), np.asarray(weights), examples, curves, found)
 
 
 @dataclasses.dataclass
@@ -92,6 +104,9 @@ class Sampled:
         config = dataclasses.replace(
             self.settings.eval, num_examples=self.settings.eval.curve_examples
         )
+        devices = jax.device_count()
+        size = -(-min(config.batch_size, config.curve_examples) // devices) * devices
+        config = dataclasses.replace(config, batch_size=size)
         settings = dataclasses.replace(self.settings, eval=config)
         self._batches = list(evaluation_loop.evaluation_batches(settings, self.dataset))
         self._key = build.keys(self.settings)["diagnose"]
@@ -112,7 +127,9 @@ class Sampled:
         for batch in self._batches:
             split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
             results = parallel.join(self._mapped[function](self.params, key, t, split))
-            found.append({name: values[batch["mask"]] for name, values in results.items()})
+            results = {name: values[batch["mask"]] for name, values in results.items()}
+            _check_converged(results.pop("converged", None), batch["index"][batch["mask"]], t)
+            found.append(results)
         return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
 
     def _arguments(self, params: Any, key: jax.Array, t: jax.Array, batch: dict) -> tuple:
@@ -121,7 +138,7 @@ class Sampled:
         times = jnp.full(x0.shape[:1], t, x0.dtype)
         z = gaussian(fold_in_all(keys, 1), x0)
         x = self.settings.sde.perturb(x0, times, z)
-        return params, x0, t, Point(x, times, z, fold_in_all(keys, 2))
+        return params, t, Point(x, times, z, fold_in_all(keys, 2))
 
 
 def _mean(values: np.ndarray) -> Mean:
@@ -134,72 +151,77 @@ def _curves_function(settings: Settings, dataset: Dataset) -> Callable[..., dict
     model, law, sde = build.score_model(settings), dataset.law, settings.sde
     solver = build.likelihood_tools(settings).solver
 
-    def function(params: Any, x0: jax.Array, t: jax.Array, point: Point) -> dict:
-        del x0
+    def function(params: Any, t: jax.Array, point: Point) -> dict:
         score_fn = model.score(params)
         found = diagnostics.error_curves(score_fn, sde, point)
         if law is None:
             return found
         own = diagnostics.ode_score(score_fn, sde, point.x, t, solver)
-        return found | diagnostics.truth_curves(score_fn, sde, point, law, own)
+        truth = diagnostics.truth_curves(score_fn, sde, point, law, own)
+        return found | truth | {"converged": own.converged}
 
     return function
 
 
-def _means(values: dict[str, np.ndarray]) -> dict[str, Mean]:
-    """Means of all curves; `curl` and `slope` become their ratio, the asymmetry."""
-    means = {name: _mean(v) for name, v in values.items() if name not in ("curl", "slope")}
-    ratio = values["curl"].mean() / values["slope"].mean()
-    spread = _mean(values["curl"] - ratio * values["slope"]).error / values["slope"].mean()
-    return means | {"asymmetry": Mean(float(ratio), float(spread))}
+def ratio_of_means(above: np.ndarray, below: np.ndarray) -> Mean:
+    """E above/E below and its standard error to first order."""
+    ratio = float(above.mean() / below.mean())
+    return Mean(ratio, _mean(above - ratio * below).error / float(below.mean()))
 
 
-def _totals(
-    settings: Settings, dataset: Dataset, at: Sampled, curves: dict[str, Curve], weights: np.ndarray
-) -> dict[str, Mean]:
-    """Both sides of the KL identity, the gap of the ELBO and the bounds of the λ-family."""
+def _check_converged(converged: np.ndarray | None, index: np.ndarray, t: jax.Array) -> None:
+    if converged is not None and not converged.all():
+        raise FloatingPointError(
+            f"the ODE from t = {float(t):.4g} did not reach T for examples "
+            f"{index[~converged][:10].tolist()}; raise eval.rtol and eval.atol"
+        )
+
+
+def _ends(settings: Settings, dataset: Dataset, at: Sampled) -> Values:
+    """log q/p at t_min, log q/π at T and −log q at t_min of every example."""
     model, law, sde = build.score_model(settings), dataset.law, settings.sde
     solver, t_min = build.likelihood_tools(settings).solver, settings.training.smallest_time
 
-    def at_data(params: Any, x0: jax.Array, t: jax.Array, point: Point) -> dict:
+    def at_data(params: Any, t: jax.Array, point: Point) -> dict:
         own = diagnostics.ode_score(model.score(params), sde, point.x, t, solver)
         log_q = law.log_prob(point.x, point.t, sde)
-        return {"kl": log_q - own.log_p, "entropy": -law.log_data(x0)}
+        return {"kl": log_q - own.log_p, "entropy": -log_q, "converged": own.converged}
 
-    def at_prior(params: Any, x0: jax.Array, t: jax.Array, point: Point) -> dict:
-        del params, x0, t
-        return {"kl": law.log_prob(point.x, point.t, sde) - sde.prior_logp(point.x)}
+    def at_prior(params: Any, t: jax.Array, point: Point) -> dict:
+        del params, t
+        return {"start": law.log_prob(point.x, point.t, sde) - sde.prior_logp(point.x)}
 
     number = settings.eval.curve_times
-    data, prior = (
-        at(number, jnp.asarray(t_min), at_data),
-        at(number + 1, jnp.asarray(sde.T), at_prior),
-    )
-    fisher, rate = _integral(curves["fisher"], weights), _integral(curves["kl_rate"], weights)
-    entropy, start = _mean(data["entropy"]), _mean(prior["kl"])
-    totals = {
-        "KL(data ‖ ODE), from densities": _mean(data["kl"]),
-        "KL(data ‖ ODE), from scores": _sum(start, rate),
-        "KL(q_T ‖ prior)": start,
-        "½ ∫ g² E‖s − s*‖² dt": fisher,
-        "½ ∫ g² E‖s_ode − s*‖² dt": _integral(curves["fisher_ode"], weights),
-        "entropy of the data": entropy,
+    data = at(number, jnp.asarray(t_min), at_data)
+    return data | at(number + 1, jnp.asarray(sde.T), at_prior)
+
+
+def totals(
+    curves: Values, ends: Values, weights: np.ndarray, lmbds: tuple[float, ...]
+) -> dict[str, Mean]:
+    """Both sides of the KL identity, the gap of the ELBO and the bounds of the λ-family.
+
+    Args:
+        curves: `fisher`, `fisher_ode`, `kl_rate` [times, examples].
+        ends: `kl`, `entropy` at t_min and `start` at T [examples].
+        weights: of ∫ dt [times].
+        lmbds: the members; λ = 1 has no bound.
+
+    Sums are taken per example, so that the standard errors hold whatever the examples share.
+    """
+    half = {name: 0.5 * weights @ curves[name] for name in ("fisher", "fisher_ode", "kl_rate")}
+    values = {
+        "KL(q ‖ ODE) at t_min, from densities": ends["kl"],
+        "KL(q ‖ ODE) at t_min, from scores": ends["start"] + half["kl_rate"],
+        "KL(q_T ‖ prior)": ends["start"],
+        "½ ∫ g² E‖s − s*‖² dt": half["fisher"],
+        "½ ∫ g² E‖s_ode − s*‖² dt": half["fisher_ode"],
+        "entropy of q at t_min": ends["entropy"],
     }
-    for lmbd in (lmbd for lmbd in settings.eval.trajectory_lmbds if lmbd < 1.0):
-        factor = gap_factor(lmbd)
-        gap = Mean(factor * fisher.mean, factor * fisher.error)
-        totals[f"−ELBO of λ = {lmbd:g}"] = _sum(entropy, start, gap)
-    return totals
-
-
-def _integral(curve: Curve, weights: np.ndarray) -> Mean:
-    """½ ∫ of a curve; its times have independent draws."""
-    means, errors = np.asarray([c.mean for c in curve]), np.asarray([c.error for c in curve])
-    return Mean(0.5 * float(weights @ means), 0.5 * math.sqrt(float(weights**2 @ errors**2)))
-
-
-def _sum(*means: Mean) -> Mean:
-    return Mean(sum(m.mean for m in means), math.sqrt(sum(m.error**2 for m in means)))
+    for lmbd in (lmbd for lmbd in lmbds if lmbd < 1.0):
+        bound = ends["entropy"] + ends["start"] + gap_factor(lmbd) * half["fisher"]
+        values[f"−ELBO of λ = {lmbd:g}"] = bound
+    return {name: _mean(value) for name, value in values.items()}
 
 
 PANELS = {
@@ -236,14 +258,17 @@ def table(found: Diagnosis) -> str:
 
 
 def _rows(settings: Settings, found: Diagnosis, step: int) -> Iterator[dict[str, Any]]:
-    config = settings.eval
+    config, t_min = settings.eval, settings.training.smallest_time
     common = {
-        "step": step, "split": config.dataset, "n": config.curve_examples,
-        "protocol": f"{config.solver}, rtol {config.rtol:g}, atol {config.atol:g}",
+        "step": step, "split": config.dataset, "n": found.examples,
+        "protocol": f"{config.solver}, rtol {config.rtol:g}, atol {config.atol:g}, "
+                    f"t_min {t_min:g}, {config.curve_times} times",
     }  # fmt: skip
     for name, curve in found.curves.items():
-        for t, value in zip(found.t, curve, strict=True):
-            row = {"curve": name, "t": float(t), "mean": value.mean, "standard_error": value.error}
-            yield common | row
+        for t, weight, value in zip(found.t, found.weights, curve, strict=True):
+            yield common | {
+                "curve": name, "t": float(t), "weight": float(weight),
+                "mean": value.mean, "standard_error": value.error,
+            }  # fmt: skip
     for name, value in found.totals.items():
         yield common | {"total": name, "mean": value.mean, "standard_error": value.error}

@@ -30,6 +30,13 @@ from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings
 
 logger = logging.getLogger("fokker")
+# Fields of `training` that the value of the objective depends on.
+OBJECTIVE_FIELDS = (
+    "objective", "smallest_time", "reduce_mean", "likelihood_weighting", "importance_weighting",
+    "debias", "score_matching_order", "second_order_weight", "trace_weight", "third_order_weight",
+    "third_order_form", "derivative_estimator", "num_probes", "alpha", "beta", "scalar_fp",
+    "fp_wgt_type", "m", "fp_form", "fp_probes",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,9 +236,11 @@ def _elbo(settings: Settings, dataset: Dataset) -> Estimator:
         nfe = jnp.full(value.shape, number)
         return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
 
-    times = {"published": "uniform times, one probe and one x_T each",
+    one = _trace(dataclasses.replace(divergence, num_probes=1))
+    times = {"published": f"uniform times, trace {one}, one x_T each",
              "low_variance": f"stratified debiased times, trace {_trace(divergence)}"}  # fmt: skip
-    protocol = f"{name}: {number} {times[name]}, {_dequantization(encoding)}"
+    start = float(model.sde.sigma(jnp.zeros(())))
+    protocol = f"{name}: {number} {times[name]}, sigma(0) {start:g}, {_dequantization(encoding)}"
     return Estimator("-ELBO", protocol, encoding.unit, "eval", function)
 
 
@@ -242,13 +251,9 @@ def _loss(settings: Settings, dataset: Dataset) -> Estimator:
         value, _ = per_example(params, key, batch)
         return {"value": value, "nfe": jnp.ones(value.shape), "converged": jnp.isfinite(value)}
 
-    training = settings.training
-    protocol = (
-        f"training objective, t_min {training.smallest_time:g}, "
-        f"reduce_mean {training.reduce_mean}, "
-        f"likelihood_weighting {training.likelihood_weighting}, "
-        f"importance_weighting {training.importance_weighting}, debias {training.debias}"
-    )
+    fields = dataclasses.asdict(settings.training)
+    chosen = ", ".join(f"{name} {fields[name]}" for name in OBJECTIVE_FIELDS)
+    protocol = f"training objective: {chosen}"
     return Estimator("loss", protocol, "", "eval_loss", function)
 
 

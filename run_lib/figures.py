@@ -39,12 +39,13 @@ def _density(settings: Settings, params: Any, points: np.ndarray) -> np.ndarray:
     model, tools = build.score_model(settings), build.likelihood_tools(settings)
     size = settings.eval.batch_size
 
-    def log_p(params: Any, x: jax.Array) -> jax.Array:
+    def log_p(params: Any, x: jax.Array) -> jax.Array:  # NaN, a hole in the figure, where unsolved
         keys = fold_in_each(jax.random.key(0), jnp.arange(x.shape[0]))  # the exact trace needs none
-        return ode_log_likelihood(
+        found = ode_log_likelihood(
             model.score(params), model.sde, x, keys, t_min=settings.training.smallest_time,
             solver=tools.solver, divergence=Divergence("exact"),
-        ).log_p  # fmt: skip
+        )  # fmt: skip
+        return jnp.where(found.converged, found.log_p, jnp.nan)
 
     mapped = parallel.map_over_devices(log_p, in_axes=(None, 0), out_axes=0)
     padded = np.resize(points, (math.ceil(len(points) / size) * size, *points.shape[1:]))
@@ -105,9 +106,11 @@ def _save_on_a_line(
 def _save_paths(settings: Settings, dataset: Dataset, params: Any, workdir: Path) -> None:
     t_min, sde = settings.training.smallest_time, settings.sde
     times = np.linspace(sde.T, t_min, len(LINE_STOPS))
-    x0 = jnp.asarray(next(dataset.eval_batches("test", batch_size=POINTS))["image"])
-    z = gaussian(fold_in_each(build.keys(settings)["snapshot"], jnp.arange(POINTS)), x0)
-    forward = [sde.perturb(x0, jnp.full((POINTS,), t, x0.dtype), z)[:, 0] for t in times]
+    batch = next(dataset.eval_batches("test", batch_size=POINTS))
+    x0 = jnp.asarray(batch["image"][batch["mask"]])
+    keys = fold_in_each(build.keys(settings)["forward"], jnp.arange(len(x0)))
+    z = gaussian(keys, x0)
+    forward = [sde.perturb(x0, jnp.full((len(x0),), t, x0.dtype), z)[:, 0] for t in times]
     rows = _trajectories(settings, params, dataset.shape, LINE_STOPS)
     panels = {"data": np.asarray(jnp.stack(forward))} | {
         name: path[..., 0] for name, path in rows.items()
@@ -125,7 +128,8 @@ def _save_scores(
     @jax.jit
     def scores(params: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = ode_score(model.score(params), model.sde, points, t, solver)
-        return model.score(params)(points, jnp.full((len(x),), t)), own.score
+        own_score = jnp.where(own.converged[:, None], own.score, jnp.nan)
+        return model.score(params)(points, jnp.full((len(x),), t)), own_score
 
     for t in SCORE_TIMES:
         times = jnp.full((len(x),), t, jnp.float32)

@@ -22,3 +22,10 @@ def x64() -> Iterator[None]:
     """Float64 arithmetic with strict dtype promotion, for tests against closed forms."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs() -> Iterator[None]:
+    """Programs of one test file are of no use to the next: without this they take gigabytes."""
+    yield
+    jax.clear_caches()

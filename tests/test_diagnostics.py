@@ -93,6 +93,7 @@ def test_curves_of_a_scaled_score(kappa):
         "jacobian": 2 * (1 - kappa) ** 2 / v**2 * jnp.ones(50),
         "slope": 2 * (kappa / v) ** 2 * jnp.ones(50),
         "curl": jnp.zeros(50),
+        "fisher_ode": g2 * ((own.score + point.x / v) ** 2).sum(1),
         "self": g2 * ((own.score - score_fn(point.x, point.t)) ** 2).sum(1),
         "kl_rate": g2 * ((kappa - 1) * -point.x / v * (own.score + point.x / v)).sum(1),
         "dsm": ((sde.sigma(point.t)[:, None] * score_fn(point.x, point.t) + point.z) ** 2).mean(1),

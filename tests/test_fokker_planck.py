@@ -10,7 +10,7 @@ import pytest
 from fokker_planck import (
     FORMS,
     advective_residual,
-    asymmetry,
+    curl_and_slope,
     gradient_residual,
     scalar_term,
 )
@@ -193,10 +193,12 @@ def test_curl_and_its_size_relative_to_the_jacobian():
     """s + R x, R = ρ × rotation by 90°: ‖H − Hᵀ‖² = 8ρ² = .08; over ‖H‖² = .0196572293."""
     components = [(1.0, (1.0, -0.5), COVARIANCES["iso"])]
     turned, (x, t) = wrong_score("turned", VPSDE(), components), worked_point()
-    curl = over_basis(lambda v: asymmetry(turned, x, t, v), x)[0]
+    curl = over_basis(lambda v: curl_and_slope(turned, x, t, v)[0], x)[0]
     np.testing.assert_allclose(curl, 0.08, rtol=1e-10)
     jacobian = jax.jacobian(lambda y: turned(y, t)[0])(x)[:, 0]
-    np.testing.assert_allclose(curl / (jacobian**2).sum(), 0.0196572293, rtol=1e-8)
+    slope = over_basis(lambda v: curl_and_slope(turned, x, t, v)[1], x)[0]
+    np.testing.assert_allclose(slope, (jacobian**2).sum(), rtol=1e-10)
+    np.testing.assert_allclose(curl / slope, 0.0196572293, rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -248,7 +250,7 @@ def test_published_values(name):
     gradient = over_basis(lambda e: gradient_residual(fixture_score, sde, x, t, e).residual, x)
     advective = over_basis(lambda e: advective_residual(fixture_score, sde, x, t, e).residual, x)
     scalar = over_basis(lambda e: scalar_of(fixture_score, sde, x, t, e), x)
-    curl = over_basis(lambda e: asymmetry(fixture_score, x, t, e), x)
+    curl = over_basis(lambda e: curl_and_slope(fixture_score, x, t, e)[0], x)
     for ours, theirs in (
         (one, "residual_hutchinson"), (two, "residual_hutchinson_v2"), (gradient, "residual"),
         (advective, "residual_advective"), (inner(one, two), "unbiased_square"),

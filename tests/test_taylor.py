@@ -57,6 +57,7 @@ FUNCTIONS = {
     "scan": lambda x, t: jax.lax.scan(
         lambda c, w: (jnp.tanh(c * w + t[:, None]), c.sum()), x, jnp.arange(3.0)
     )[0],
+    "rounded to integers": lambda x, t: (4.0 * x).astype(int).astype(float) * x * t[:, None],
     "no dependence": lambda x, t: jnp.zeros_like(x) + W[0],
 }  # fmt: skip
 

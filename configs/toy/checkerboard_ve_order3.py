@@ -1,4 +1,6 @@
-"""Checkerboard in the plane, VE SDE, score matching of order 3, published weights.
+"""Checkerboard, VE SDE, score matching of order 3.
+
+‖C‖²/d³ has the weight 0.1, which is a quarter of the published 0.1 of ‖C‖²/d.
 
 Command: python main.py --config=configs/toy/checkerboard_ve_order3.py \
              --workdir=runs/checkerboard_3 --mode=train,eval,diagnose
