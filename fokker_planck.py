@@ -155,6 +155,12 @@ class FokkerPlanck:
         for name in ("alpha", "beta"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}={getattr(self, name)}: need 0 or more")
+        off = {"True": ("beta", self.alpha), "False": ("alpha", self.beta)}.get(self.scalar_fp)
+        if off and off[1] > 0 and getattr(self, off[0]) == 0:
+            raise ValueError(
+                f"training.scalar_fp={self.scalar_fp!r} with training.{off[0]}=0: no term is left; "
+                f"need training.{off[0]} > 0, or 'both'"
+            )
         if self.m <= 0:
             raise ValueError(f"training.m={self.m}: need a positive exponent")
         if self.num_probes not in (1, 2):

@@ -367,6 +367,8 @@ def test_one_dropout_mask_inside_one_evaluation(form):
         (lambda: Terms(fokker_planck=FokkerPlanck(fraction=0.0)), "fp_fraction=0.0: allowed"),
         (lambda: FokkerPlanck(weight="snr"), "fp_wgt_type='snr': allowed"),
         (lambda: FokkerPlanck(scalar_fp="yes"), "scalar_fp='yes': allowed"),
+        (lambda: FokkerPlanck(scalar_fp="True", alpha=0.1), "with training.beta=0: no term"),
+        (lambda: FokkerPlanck(scalar_fp="False", beta=0.1), "with training.alpha=0: no term"),
         (lambda: FokkerPlanck(form="jet"), "fp_form='jet': allowed"),
         (lambda: FokkerPlanck(m=-1.0), "training.m=-1.0: need a positive"),
         (lambda: FokkerPlanck(alpha=-0.1), "alpha=-0.1"),
