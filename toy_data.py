@@ -50,7 +50,7 @@ class Mixture:
 
     def score(self, x: Batched, t: PerExample, sde: SDE) -> Batched:
         """∇ log p_t(x) = Σ_k r_k (α m_k − x)/(α² v_k + σ²), r the responsibilities."""
-        share = jax.nn.softmax(self.log_components(x, t, sde), axis=1) / self._variance(t, sde)
+        share = _responsibilities(self.log_components(x, t, sde)) / self._variance(t, sde)
         gap = _gap(x, t, sde, self.means)
         shares = share.reshape(*share.shape, *(1,) * (gap.ndim - 2))
         return -jnp.sum(shares * gap, axis=1)
@@ -113,8 +113,7 @@ class Boxes:
     def score(self, x: Batched, t: PerExample, sde: SDE) -> Batched:
         """∇ log p_t(x) = Σ_k r_k ∇ log p_t(x | box k), r the responsibilities."""
         log_box, gradient = self._each(x, t, sde)
-        # Far away their derivatives are huge; without those of the largest they are moderate.
-        share = jax.nn.softmax(log_box - jnp.max(log_box, axis=1, keepdims=True), axis=1)
+        share = _responsibilities(log_box)
         shares = share.reshape(*share.shape, *(1,) * (gradient.ndim - 2))
         return jnp.sum(shares * gradient, axis=1)
 
@@ -141,6 +140,16 @@ class Boxes:
 
 
 Law = Mixture | Boxes
+
+
+def _responsibilities(log_components: Float[Array, "b k"]) -> Float[Array, "b k"]:
+    """softmax over k.
+
+    Far away the derivatives of the logarithms are huge; without those of the largest they are
+    moderate.
+    """
+    largest = jnp.max(log_components, axis=1, keepdims=True)
+    return jax.nn.softmax(log_components - largest, axis=1)
 
 
 def _gap(

@@ -48,9 +48,21 @@ def train(settings: Settings, workdir: Path) -> None:
 
 def check(settings: Settings, dataset: Dataset) -> None:
     """Build and trace what is needed late, so that its errors come before anything is written."""
-    build.per_example_loss(settings, dataset, train=True)
     build.likelihood_tools(settings)
+    if settings.eval.elbo:
+        build.check_elbo(settings)
     model, sampler = build.score_model(settings), build.sampler(settings)
+    rows = jax.ShapeDtypeStruct((settings.training.batch_size // jax.device_count(),), jnp.int32)
+    batch = {
+        "image": jax.ShapeDtypeStruct(
+            (*rows.shape, *dataset.shape), jnp.float32 if dataset.levels is None else jnp.uint8
+        ),
+        "noise_id": rows,
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
+    per_example = build.per_example_loss(settings, dataset, train=True)
+    jax.eval_shape(per_example, params, jax.random.key(0), batch)
 
     def sample(ids: jax.Array) -> jax.Array:
         params = model.init(jax.random.key(0), dataset.shape)

@@ -383,6 +383,14 @@ def test_mistakes_are_named_before_any_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fraction_that_the_batch_lacks_is_refused_before_any_training(tmp_path: Path) -> None:
+    config = tiny.config()
+    config.training.update(score_matching_order=2, high_order_fraction=1 / 7)
+    with pytest.raises(ValueError, match="need a multiple of 7 for a fraction of 1/7"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_batch_size_must_fit_the_devices(tmp_path: Path) -> None:
     config = tiny.config()
     config.training.batch_size = 18

@@ -64,7 +64,8 @@ def test_terms_have_the_same_values_together_as_alone(
     """Whatever sweeps are shared, and for different numbers of probes of the terms."""
     high = HighOrder(order, third_order_form=third)
     residual = FokkerPlanck(**VECTOR, form=form, num_probes=probes)
-    options = {"estimator": estimator, "num_probes": 3 - probes}
+    num_probes = 3 - probes if estimator == "probe" else 1
+    options = {"estimator": estimator, "num_probes": num_probes}
     together = parts(objective=objective, high_order=high, fokker_planck=residual, **options)
     check(together, parts(high_order=high, **options))
     check(together, parts(fokker_planck=residual))
@@ -362,6 +363,7 @@ def test_one_dropout_mask_inside_one_evaluation(form):
         (lambda: Terms(objective="elbo"), r"objective='elbo': allowed \['dsm', 'ism'\]"),
         (lambda: Terms(estimator="trace"), "derivative_estimator='trace'"),
         (lambda: Terms(num_probes=0), "num_probes=0"),
+        (lambda: Terms(estimator="exact", num_probes=2), "num_probes=2 with .*exact"),
         (lambda: Terms(reduce_mean=False, high_order=HighOrder(2)), "reduce_mean=False"),
         (lambda: Terms(high_order=HighOrder(2, fraction=0.4)), "high_order_fraction=0.4: allowed"),
         (lambda: Terms(fokker_planck=FokkerPlanck(fraction=0.0)), "fp_fraction=0.0: allowed"),
