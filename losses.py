@@ -24,7 +24,7 @@ from operators import Batched, PerExample, fold_in_each, gaussian, scale
 from parameterization import Params, ScoreFn, ScoreModel
 from sde_lib import SDE
 from terms import Point, Terms
-from time_sampling import UNIFORMS, Debias, Importance, Proposal, Uniform
+from time_sampling import UNIFORMS, Debias, Importance, Levels, Proposal, Uniform
 
 Metrics = dict[str, Float[Array, ""]]
 Batch = dict[str, Array]
@@ -76,13 +76,24 @@ def time_law(
     importance_weighting: bool = False,
     debias: bool = False,
     stratified: bool = False,
+    levels: int = 0,
 ) -> TimeLaw:
     """The published switches, resolved once. Under `debias`, t_eps is the smallest time and w = 1.
 
+    With levels > 0 times are those of a discrete chain, w = 1: the objectives of SMLD (Song and
+    Ermon 2019, σ² weight) and DDPM (Ho et al. 2020, eq. 14).
+
     Raises:
-        ValueError: importance weighting without likelihood weighting (it would have no effect), or
-            debias together with either.
+        ValueError: importance weighting without likelihood weighting (it would have no effect),
+            debias together with either, or levels together with any of them.
     """
+    if levels and (likelihood_weighting or importance_weighting or debias):
+        raise ValueError(
+            "training.continuous=False takes uniform levels of weight 1; set "
+            "training.likelihood_weighting, training.importance_weighting and training.debias False"
+        )
+    if levels:
+        return TimeLaw(Levels(sde, levels), noise_weight, stratified)
     if debias and (likelihood_weighting or importance_weighting):
         raise ValueError(
             "training.debias=True already weights by g²/σ² through its proposal; set "

@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
 config_flags.DEFINE_config_file("config", None, "Experiment: a file under configs/.")
 flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
-flags.DEFINE_string("mode", None, "train | eval | diagnose, or several in turn: train,eval.")
+flags.DEFINE_string("mode", None, "train | eval | diagnose | import, or several: train,eval.")
 flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir.")
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
@@ -36,6 +36,7 @@ LATER = {
 MODES = {
     "train": run_lib.train,
     "eval": lambda settings, workdir: run_lib.evaluate(settings, workdir, FLAGS.eval_folder),
+    "import": run_lib.import_checkpoint,
     "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
 }
 EXIT_USER_ERROR = 2
@@ -66,7 +67,7 @@ def _log_start(workdir: Path, modes: list[str]) -> None:
 def _run() -> None:
     modes, workdir = _modes(), Path(FLAGS.workdir).expanduser()
     settings = Settings.from_config(FLAGS.config)
-    if modes[0] != "train" and not workdir.is_dir():
+    if modes[0] in ("eval", "diagnose") and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
     _log_start(workdir, modes)
     for mode in modes:

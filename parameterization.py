@@ -2,6 +2,7 @@
 
     score     s = net                      noise     s = −net/σ
     drift     s = net/g                    velocity  s = −(α net + σ x)/(σ (α² + σ²))
+    scaled_score  s = net/σ
 
 x_t = α x0 + σ z, velocity = α z − σ x0 (Salimans & Ho 2022). The networks know nothing of SDEs:
 only this file divides by σ or g.
@@ -28,6 +29,12 @@ def score_from_score(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batch
     return net
 
 
+def score_from_scaled_score(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
+    """s = net/σ, of published networks with `scale_by_sigma` (Song & Ermon 2020)."""
+    del x
+    return scale(1.0 / sde.sigma(t), net)
+
+
 def score_from_noise(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
     """s = −net/σ: the network predicts z (Ho et al. 2020)."""
     del x
@@ -49,32 +56,40 @@ def score_from_velocity(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Ba
 
 PARAMETERIZATIONS = {
     "score": score_from_score,
+    "scaled_score": score_from_scaled_score,
     "noise": score_from_noise,
     "drift": score_from_drift,
     "velocity": score_from_velocity,
 }
 
 
-def time_label(t: PerExample, sde: SDE) -> PerExample:
+def time_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
     """999 t, the label of the published VP and sub-VP networks."""
-    del sde
+    del sde, num_scales
     return 999.0 * t
 
 
-def unit_time_label(t: PerExample, sde: SDE) -> PerExample:
+def unit_time_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
     """t itself, the label of the published drift networks."""
-    del sde
+    del sde, num_scales
     return t
 
 
-def sigma_label(t: PerExample, sde: SDE) -> PerExample:
+def sigma_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
     """σ(t), the label of the published VE networks."""
+    del num_scales
     return sde.sigma(t)
 
 
-def log_snr_label(t: PerExample, sde: SDE) -> PerExample:
+def log_snr_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
     """10 log(σ/α): equal steps for equal ratios of noise to signal, down to t_min."""
+    del num_scales
     return 10.0 * (jnp.log(sde.sigma(t)) - jnp.log(sde.alpha(t)))
+
+
+def reverse_index_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
+    """The nearest integer to (1 − t/T)(N − 1), as published for SMLD: 0 is the largest σ."""
+    return jnp.round((1.0 - t / sde.T) * (num_scales - 1))
 
 
 TIME_LABELS = {
@@ -82,6 +97,7 @@ TIME_LABELS = {
     "unit_time": unit_time_label,
     "sigma": sigma_label,
     "log_snr": log_snr_label,
+    "reverse_index": reverse_index_label,
 }
 
 
@@ -92,12 +108,13 @@ class ScoreModel:
     network: nn.Module
     sde: SDE
     to_score: Callable[[Batched, Batched, PerExample, SDE], Batched] = score_from_noise
-    label: Callable[[PerExample, SDE], PerExample] = time_label
+    label: Callable[[PerExample, SDE, int], PerExample] = time_label
+    num_scales: int = 1000
 
     def init(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
         """Parameters for examples of the given shape."""
         x, t = jnp.zeros((1, *shape)), jnp.ones((1,))
-        return self.network.init(key, x, self.label(t, self.sde))["params"]
+        return self.network.init(key, x, self.label(t, self.sde, self.num_scales))["params"]
 
     def score(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> ScoreFn:
         """s(x, t) at these parameters; dropout is on when a key is given, one mask per key."""
@@ -105,7 +122,7 @@ class ScoreModel:
         rngs = {"dropout": dropout_key} if train else None
 
         def score_fn(x: Batched, t: PerExample) -> Batched:
-            label = self.label(t, self.sde)
+            label = self.label(t, self.sde, self.num_scales)
             net = self.network.apply({"params": params}, x, label, train=train, rngs=rngs)
             return self.to_score(net, x, t, self.sde)
 

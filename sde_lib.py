@@ -113,6 +113,13 @@ class SDE:
         del num_steps
         return dt * self.f(x, t), jnp.sqrt(dt) * self.g(t)
 
+    def chain(self, num_scales: int) -> "SDE":
+        """The same with α and σ of the discrete chain of N levels; VP and VE only."""
+        raise ValueError(
+            f"training.continuous=False has no chain for {type(self).__name__}; allowed SDEs: "
+            "VPSDE (DDPM), VESDE (SMLD)"
+        )
+
     def langevin_alpha(self, t: PerExample, num_steps: int) -> PerExample:
         """Factor 1 − β_i (VP, sub-VP) or 1 (VE) of the corrector's step size."""
         del num_steps
@@ -225,6 +232,35 @@ class VPSDE(_LinearBeta):
         beta = self.chain_beta(t, num_steps)
         return scale(jax.lax.rsqrt(1.0 - beta), x + scale(beta, score)), jnp.sqrt(beta)
 
+    def chain(self, num_scales: int) -> "DDPMChain":
+        """The chain of DDPM."""
+        return DDPMChain(self.beta_min, self.beta_max, num_scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPMChain(VPSDE):
+    """VP with α_i² = Π_{k ≤ i} (1 − β_k), σ_i² = 1 − α_i² at i = ⌊t (N − 1)/T⌋, β_k of the chain.
+
+    What networks of the discrete objective were trained on; a and g² are those of the VP SDE.
+    Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. (4).
+    """
+
+    num_scales: int = 1000
+
+    def log_alpha2(self, t: Time) -> Time:
+        """log α_i²."""
+        grid = jnp.linspace(0.0, self.T, self.num_scales, dtype=t.dtype)
+        logs = jnp.cumsum(jnp.log1p(-self.chain_beta(grid, self.num_scales)))
+        return logs[chain_index(t, self.num_scales, self.T)]
+
+    def alpha(self, t: Time) -> Time:
+        """α_i."""
+        return jnp.exp(0.5 * self.log_alpha2(t))
+
+    def sigma(self, t: Time) -> Time:
+        """σ_i."""
+        return jnp.sqrt(-jnp.expm1(self.log_alpha2(t)))
+
 
 @dataclasses.dataclass(frozen=True)
 class SubVPSDE(_LinearBeta):
@@ -315,6 +351,11 @@ class VESDE(SDE):
         variances = self.sigma(grid) ** 2
         previous = jnp.where(index == 0, 0.0, variances[jnp.maximum(index - 1, 0)])
         return variances[index], previous
+
+    def chain(self, num_scales: int) -> "VESDE":
+        """The chain of SMLD: its levels are σ at i T/(N − 1)."""
+        del num_scales
+        return self
 
     def discretize(
         self, x: Batched, t: PerExample, dt: float, num_steps: int

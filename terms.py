@@ -84,8 +84,8 @@ class Terms:
             raise ValueError(f"training.num_probes={self.num_probes}: need at least 1")
         if self.estimator == "exact" and self.num_probes > 1:
             raise ValueError(
-                f"training.num_probes={self.num_probes} with training.derivative_estimator='exact', "
-                "which has no probes: need 1"
+                f"training.num_probes={self.num_probes} with "
+                "training.derivative_estimator='exact', which has no probes: need 1"
             )
         if self.high_order is not None and not self.reduce_mean:
             raise ValueError(

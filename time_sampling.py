@@ -3,6 +3,7 @@
     uniform     p(t) = 1/(T − t_min)
     importance  p(t) = (g²/σ²)/Z,  Z = W(T) − W(t_min)
     debias      p(t) = r(max(t, t_eps))/Z on [0, T],  r = g²/σ²
+    levels      the N levels of a discrete chain
 
 An integral ∫ h dt is E[h(t)/p(t)]. A proposal turns u ∈ [0, 1) into t, so stratified times need
 nothing but stratified u.
@@ -137,7 +138,29 @@ class Debias:
         return self.rate(jnp.maximum(t, self.t_eps)) / self.normalizer.astype(t.dtype)
 
 
-Proposal = Uniform | Importance | Debias
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """t uniform on the N levels i T/(N − 1) of a discrete chain; a stand-in for uniform t."""
+
+    sde: SDE
+    number: int
+
+    @property
+    def length(self) -> float:
+        """Of the interval, T."""
+        return self.sde.T
+
+    def quantile(self, u: Time) -> Time:
+        """Level ⌊u N⌋."""
+        index = jnp.minimum(jnp.floor(u * self.number), self.number - 1)
+        return index * (self.sde.T / (self.number - 1))
+
+    def density(self, t: Time) -> Time:
+        """1/T, of the uniform law that the levels stand for."""
+        return jnp.full_like(t, 1.0 / self.length)
+
+
+Proposal = Uniform | Importance | Debias | Levels
 
 
 def _check_t_min(t_min: float, sde: SDE, *, positive: bool) -> None:

@@ -28,7 +28,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 import losses
 import train_state
@@ -36,8 +35,7 @@ from dequantization import Pixels
 from fokker_planck import FokkerPlanck
 from high_order import HighOrder, second_order_residual, third_order_residual
 from models import MODELS
-from models.ddpm import ResnetBlockDDPM
-from models.layers import AttnBlock
+from models.layers import REMAT
 from operators import (
     Batched,
     PerExample,
@@ -113,27 +111,9 @@ class PublishedFokkerPlanck(Terms):
         return {"dsm": squared_norm(e1) / d, "fp": squared_norm(residual) / d}
 
 
-def _convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Policy of `jax.checkpoint`: the values that are kept."""
-    return primitive.name == "conv_general_dilated"
-
-
-class KeepConvs(MODELS["ddpm"]):
-    """The same network with every block rematerialised from the outputs of its convolutions."""
-
-    @nn.nowrap
-    def _res(self, features: int) -> nn.Module:
-        block = nn.remat(ResnetBlockDDPM, static_argnums=(3,), policy=_convolutions)
-        return block(features, num_groups=self.num_groups)
-
-    @nn.nowrap
-    def _attn(self) -> nn.Module:
-        return nn.remat(AttnBlock, policy=_convolutions)(self.num_groups)
-
-
 def keep_convs(loss_fn: losses.LossFn) -> losses.LossFn:
     """The same loss rematerialised, as a whole, from the outputs of its convolutions."""
-    return jax.checkpoint(loss_fn, policy=_convolutions)
+    return jax.checkpoint(loss_fn, policy=REMAT["keep_convs"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +123,7 @@ class Case:
     terms: Terms
     targets: dict[str, float] = dataclasses.field(default_factory=dict)
     wrap: Callable[[losses.LossFn], losses.LossFn] = lambda loss_fn: loss_fn
-    network: type[nn.Module] = MODELS["ddpm"]
+    remat: str = "none"
 
 
 def _third(form: str, fraction: float = 1.0) -> HighOrder:
@@ -161,17 +141,17 @@ DIRECTIONAL_TARGETS = {"flops": 3.6, "time": 4.0, "memory": 3.5}
 CASES: dict[str, Case] = {
     BASELINE: Case(Terms()),
     "order 1 keep_convs": Case(Terms(), wrap=keep_convs),
-    "order 1 keep_convs, blocks": Case(Terms(), network=KeepConvs),
+    "order 1 keep_convs, blocks": Case(Terms(), remat="keep_convs"),
     "order 1 ism": Case(Terms(objective="ism")),
     "order 2": Case(SECOND, SECOND_TARGETS),
     "order 2 keep_convs": Case(SECOND, SECOND_TARGETS, wrap=keep_convs),
-    "order 2 keep_convs, blocks": Case(SECOND, SECOND_TARGETS, network=KeepConvs),
+    "order 2 keep_convs, blocks": Case(SECOND, SECOND_TARGETS, remat="keep_convs"),
     "order 3 published": Case(PublishedThirdOrder(high_order=_third("gradient"))),
     "order 3 gradient": Case(Terms(high_order=_third("gradient")), {"time": 5.0}),
     "order 3 directional": Case(DIRECTIONAL, DIRECTIONAL_TARGETS),
     "order 3 directional keep_convs": Case(DIRECTIONAL, DIRECTIONAL_TARGETS, wrap=keep_convs),
     "order 3 directional keep_convs, blocks": Case(
-        DIRECTIONAL, DIRECTIONAL_TARGETS, network=KeepConvs
+        DIRECTIONAL, DIRECTIONAL_TARGETS, remat="keep_convs"
     ),
     "order 3 directional 1/2": Case(
         Terms(high_order=_third("directional", fraction=0.5)), {"time": 2.3}
@@ -223,7 +203,7 @@ class Run:
 def compiled(case: Case, batch_size: int) -> Run:
     """The case as `run_lib.training` takes single steps, of a DDPM without dropout."""
     sde = VPSDE()
-    model = ScoreModel(case.network(**NETWORK), sde)
+    model = ScoreModel(MODELS["ddpm"](**NETWORK, remat=case.remat), sde)
     law = losses.time_law(sde, smallest_time=1e-3)
     per_example = losses.score_matching(
         model, Pixels(256), law, case.terms, batch_size=batch_size, train=True

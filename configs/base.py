@@ -44,8 +44,8 @@ def _model() -> ConfigDict:
     return ConfigDict(
         {
             "name": "ddpm",  # a name in models.MODELS
-            "parameterization": "noise",  # score | noise | drift | velocity
-            "time_label": "time",  # time | unit_time | sigma | log_snr
+            "parameterization": "noise",  # score | scaled_score | noise | drift | velocity
+            "time_label": "time",  # time | unit_time | sigma | log_snr | reverse_index
             "ema_rate": 0.9999,
             "num_scales": 1000,  # noise levels of the discrete chains and of sampling
             # SDEs
@@ -71,6 +71,19 @@ def _model() -> ConfigDict:
             "downsample_padding": placeholder(str),
             "init_mode": placeholder(str),
             "dropout_mode": placeholder(str),
+            "fir": placeholder(bool),
+            "fir_kernel": placeholder(tuple),
+            "skip_rescale": placeholder(bool),
+            "resblock_type": placeholder(str),  # ddpm | biggan
+            "progressive": placeholder(str),  # none | output_skip | residual
+            "progressive_input": placeholder(str),  # none | input_skip | residual
+            "progressive_combine": placeholder(str),  # sum | cat
+            "embedding_type": placeholder(str),  # positional | fourier
+            "fourier_scale": placeholder(float),
+            "trainable_embedding": placeholder(bool),
+            "init_scale": placeholder(float),
+            "dtype": placeholder(str),  # float32 | bfloat16, of convolutions and products
+            "remat": placeholder(str),  # none | block | keep_convs
         }
     )
 
@@ -80,6 +93,7 @@ def _training() -> ConfigDict:
         {
             "objective": "dsm",  # dsm | ism (implicit score matching, the ELBO)
             "sde": "vpsde",  # vpsde | subvpsde | vesde | linearvesde
+            "continuous": True,  # False: times are model.num_scales levels (DDPM, SMLD; VP, VE)
             "n_iters": 1_300_001,
             "batch_size": 128,  # over all devices and hosts
             "n_jitted_steps": 1,  # steps per dispatch
@@ -112,6 +126,7 @@ def _training() -> ConfigDict:
             "snapshot_freq_for_preemption": 5000,  # ... between checkpoints; two are kept
             "snapshot_freq": 50_000,  # ... between checkpoints that are kept for ever
             "snapshot_sampling": True,  # samples beside each of the latter
+            "init_from": "",  # a run folder or published checkpoint (Flax, .pth) to start from
         }
     )
 

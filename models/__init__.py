@@ -7,7 +7,8 @@ resolves `model.name`; every field of a network is a plain value: `MODELS[name](
 from models.concat_mlp import ConcatMLP
 from models.ddpm import DDPM
 from models.mlp import MLP
+from models.ncsnpp import NCSNpp
 
-MODELS = {"mlp": MLP, "concat_mlp": ConcatMLP, "ddpm": DDPM}
+MODELS = {"mlp": MLP, "concat_mlp": ConcatMLP, "ddpm": DDPM, "ncsnpp": NCSNpp}
 
-__all__ = ["DDPM", "MLP", "MODELS", "ConcatMLP"]
+__all__ = ["DDPM", "MLP", "MODELS", "ConcatMLP", "NCSNpp"]

@@ -16,25 +16,31 @@ https://arxiv.org/abs/2011.13456; Huang et al. 2021, https://arxiv.org/abs/2106.
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.layers import (
     ACTIVATIONS,
     DOWNSAMPLE_PADDING,
     DROPOUT_SHARED_AXES,
+    DTYPES,
     INIT_MODES,
     NIN,
+    REMAT,
     AttnBlock,
     Downsample,
     GroupNorm,
     Image,
     Upsample,
+    check_levels,
     check_option,
     check_positive,
     check_rate,
     conv3x3,
     default_init,
     dropout,
+    embed,
+    rematerialized,
     sinusoidal_embedding,
 )
 
@@ -45,35 +51,40 @@ Embedding = Float[Array, "b e"]
 
 
 class ResnetBlockDDPM(nn.Module):
-    """S x + conv(dropout(act(GN(conv(act(GN(x))) + W act(temb))))), S = 1 or a 1×1 map.
+    """S x + conv(dropout(act(GN(conv(act(GN(x))) + W act(temb))))); /√2 if `skip_rescale`.
 
-    S is a 1×1 map where the number of channels changes; the second convolution starts near zero.
+    S is a 1×1 map where the number of channels changes, else 1; the second convolution starts near
+    zero if init_scale = 0.
     """
 
     features: int
     nonlinearity: str = "swish"
-    num_groups: int = 32
+    num_groups: int | None = 32
     dropout: float = 0.0
     dropout_mode: str = "element"
     init_mode: str = "fan_avg"
+    init_scale: float = 0.0
+    skip_rescale: bool = False
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(
         self, x: Image, temb: Embedding | None, train: bool
     ) -> Float[Array, "b h w features"]:
         """Map x: [B, H, W, C] to [B, H, W, features]; without conditioning `temb` is None."""
-        act, mode = ACTIVATIONS[self.nonlinearity], self.init_mode
+        act, mode, dtype = ACTIVATIONS[self.nonlinearity], self.init_mode, self.dtype
         h = act(GroupNorm(self.num_groups)(x))
-        h = conv3x3(self.features, init_mode=mode)(h)
+        h = conv3x3(self.features, init_mode=mode, dtype=dtype)(h)
         if temb is not None:
-            shift = nn.Dense(self.features, kernel_init=default_init(1.0, mode))(act(temb))
+            init = default_init(1.0, mode)
+            shift = nn.Dense(self.features, kernel_init=init, dtype=DTYPES[dtype])(act(temb))
             h = h + shift[:, None, None, :]
         h = act(GroupNorm(self.num_groups)(h))
         h = dropout(self.dropout, self.dropout_mode)(h, deterministic=not train)
-        h = conv3x3(self.features, scale=0.0, init_mode=mode)(h)
+        h = conv3x3(self.features, scale=self.init_scale, init_mode=mode, dtype=dtype)(h)
         if x.shape[-1] != self.features:
-            x = NIN(self.features, PROJECTION_SCALE[mode], mode)(x)
-        return x + h
+            x = NIN(self.features, PROJECTION_SCALE[mode], mode, dtype)(x)
+        return (x + h) * 0.5**0.5 if self.skip_rescale else x + h
 
 
 class DDPM(nn.Module):
@@ -94,6 +105,9 @@ class DDPM(nn.Module):
         init_mode: `fan_avg` or `fan_out`, see `layers.default_init`; `fan_avg` starts the 1×1 maps
             with scale 0.1, `fan_out` with 1.
         dropout_mode: drop every `element` on its own, or a whole `channel` of an image.
+        centered: images are in [−1, 1]; otherwise the network maps x to 2x − 1.
+        dtype: of convolutions and products, `float32` (as the input) or `bfloat16`.
+        remat: what the reverse pass computes again, a name in `layers.REMAT`.
 
     Raises:
         ValueError: a field, or the size of the image, has a value that is not allowed.
@@ -112,16 +126,28 @@ class DDPM(nn.Module):
     downsample_padding: str = "same"
     init_mode: str = "fan_avg"
     dropout_mode: str = "element"
+    centered: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        check_positive(num_res_blocks=self.num_res_blocks, num_groups=self.num_groups)
+        check_levels(self.nf, self.ch_mult)
+        check_option("dtype", self.dtype, DTYPES)
+        check_option("remat", self.remat, REMAT)
         check_option("nonlinearity", self.nonlinearity, ACTIVATIONS)
         check_option("up_attention", self.up_attention, UP_ATTENTION)
         check_option("downsample_padding", self.downsample_padding, DOWNSAMPLE_PADDING)
         check_option("init_mode", self.init_mode, INIT_MODES)
         check_option("dropout_mode", self.dropout_mode, DROPOUT_SHARED_AXES)
         check_rate("dropout", self.dropout)
-        self._check_channels()
+        for channels in (self.nf, *(self.nf * mult for mult in self.ch_mult)):
+            if channels % self.num_groups:  # the skips' channels are sums of these
+                raise ValueError(
+                    f"nf, ch_mult: {channels} channels are not divisible by num_groups = "
+                    f"{self.num_groups}"
+                )
         super().__post_init__()
 
     @nn.compact
@@ -131,27 +157,27 @@ class DDPM(nn.Module):
         Raises:
             ValueError: x is not a batch of images, or H or W is not divisible by 2^(levels − 1).
         """
-        self._check_image(x.shape)
-        temb = self._embed(label) if self.conditional else None
-        h, skips = self._down(x, temb, train)
+        check_levels(self.nf, self.ch_mult, x.shape)
+        temb = self._embed(label, x.dtype) if self.conditional else None
+        h, skips = self._down(x if self.centered else 2.0 * x - 1.0, temb, train)
         h = self._res(h.shape[-1])(h, temb, train)
         h = self._attn()(h)
         h = self._res(h.shape[-1])(h, temb, train)
         h = self._up(h, skips, temb, train)
         h = ACTIVATIONS[self.nonlinearity](GroupNorm(self.num_groups)(h))
-        return conv3x3(x.shape[-1], scale=0.0, init_mode=self.init_mode)(h)
+        out = conv3x3(x.shape[-1], scale=0.0, init_mode=self.init_mode)(h)
+        return out.astype(x.dtype)
 
     @nn.nowrap
-    def _embed(self, label: Float[Array, " b"]) -> Embedding:
-        """W_2 act(W_1 embedding(label) + b_1) + b_2, shape [B, 4 nf]."""
-        init = default_init(1.0, self.init_mode)
-        temb = nn.Dense(4 * self.nf, kernel_init=init)(sinusoidal_embedding(label, self.nf))
-        return nn.Dense(4 * self.nf, kernel_init=init)(ACTIVATIONS[self.nonlinearity](temb))
+    def _embed(self, label: Float[Array, " b"], dtype: DTypeLike) -> Embedding:
+        embedding = sinusoidal_embedding(label, self.nf).astype(dtype)
+        act = ACTIVATIONS[self.nonlinearity]
+        return embed(embedding, self.nf, act, self.init_mode, self.dtype)
 
     @nn.nowrap
     def _down(self, x: Image, temb: Embedding | None, train: bool) -> tuple[Image, list[Image]]:
         """The way down; the skips are the first convolution, every block, every Downsample."""
-        h = conv3x3(self.nf, init_mode=self.init_mode)(x)
+        h = conv3x3(self.nf, init_mode=self.init_mode, dtype=self.dtype)(x)
         skips = [h]
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
@@ -159,7 +185,12 @@ class DDPM(nn.Module):
                 h = self._attn()(h) if self._attends(h) else h
                 skips.append(h)
             if level != len(self.ch_mult) - 1:
-                h = Downsample(self.resamp_with_conv, self.downsample_padding, self.init_mode)(h)
+                h = Downsample(
+                    self.resamp_with_conv,
+                    self.downsample_padding,
+                    self.init_mode,
+                    dtype=self.dtype,
+                )(h)
                 skips.append(h)
         return h, skips
 
@@ -173,51 +204,27 @@ class DDPM(nn.Module):
                 here = self.up_attention == "every" or block == self.num_res_blocks
                 h = self._attn()(h) if here and self._attends(h) else h
             if level != 0:
-                h = Upsample(self.resamp_with_conv, self.init_mode)(h)
+                h = Upsample(self.resamp_with_conv, self.init_mode, dtype=self.dtype)(h)
         return h
 
     @nn.nowrap
     def _res(self, features: int) -> ResnetBlockDDPM:
-        return ResnetBlockDDPM(
+        return rematerialized(ResnetBlockDDPM, self.remat)(
             features,
             nonlinearity=self.nonlinearity,
             num_groups=self.num_groups,
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,
             init_mode=self.init_mode,
+            dtype=self.dtype,
         )
 
     @nn.nowrap
     def _attn(self) -> AttnBlock:
-        return AttnBlock(self.num_groups, PROJECTION_SCALE[self.init_mode], self.init_mode)
+        return rematerialized(AttnBlock, self.remat)(
+            self.num_groups, PROJECTION_SCALE[self.init_mode], self.init_mode, dtype=self.dtype
+        )
 
     @nn.nowrap
     def _attends(self, h: Image) -> bool:
         return h.shape[1] in self.attn_resolutions
-
-    @nn.nowrap
-    def _check_channels(self) -> None:
-        """Channels of every level must be a multiple of num_groups (so are then all skips')."""
-        check_positive(num_res_blocks=self.num_res_blocks, num_groups=self.num_groups, nf=self.nf)
-        if not self.ch_mult:
-            raise ValueError("ch_mult is empty; it needs one factor per level")
-        for field, mult in [("nf", 1), *((f"ch_mult[{i}]", m) for i, m in enumerate(self.ch_mult))]:
-            check_positive(**{field: mult})
-            if self.nf * mult % self.num_groups:
-                raise ValueError(
-                    f"{field}: {self.nf} · {mult} = {self.nf * mult} channels are not divisible by "
-                    f"num_groups = {self.num_groups}"
-                )
-
-    @nn.nowrap
-    def _check_image(self, shape: tuple[int, ...]) -> None:
-        """x must be [B, H, W, C] with H and W divisible by 2^(levels − 1)."""
-        if len(shape) != 4:
-            raise ValueError(f"x has shape {shape}; allowed: [B, H, W, C]")
-        divisor = 2 ** (len(self.ch_mult) - 1)
-        for side, size in (("height", shape[1]), ("width", shape[2])):
-            if size % divisor:
-                raise ValueError(
-                    f"image {side} is {size}; {len(self.ch_mult)} levels (ch_mult) allow multiples "
-                    f"of {divisor}"
-                )

@@ -12,12 +12,14 @@ https://arxiv.org/abs/2011.13456, appendix H.
 import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -31,6 +33,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": nn.swish,
 }
 INIT_MODES = ("fan_avg", "fan_out")
+# Of convolutions and products; parameters, statistics and the output of a network stay as they are.
+DTYPES: dict[str, DTypeLike | None] = {"float32": None, "bfloat16": jnp.bfloat16}
 DOWNSAMPLE_PADDING = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
 DROPOUT_SHARED_AXES = {"element": (), "channel": (1, 2)}
 
@@ -66,6 +70,52 @@ def check_rate(field: str, value: float) -> None:
         raise ValueError(f"{field} is {value!r}; it must lie in [0, 1)")
 
 
+def check_levels(nf: int, ch_mult: tuple[int, ...], shape: tuple[int, ...] | None = None) -> None:
+    """Refuse levels that are no U-Net, or images [B, H, W, C] that cannot be halved that often.
+
+    Raises:
+        ValueError: ch_mult is empty or not positive; H or W is not divisible by 2^(levels − 1).
+    """
+    if not ch_mult:
+        raise ValueError("ch_mult is empty; it needs one factor per level")
+    check_positive(nf=nf, **{f"ch_mult[{i}]": mult for i, mult in enumerate(ch_mult)})
+    if shape is None:
+        return
+    if len(shape) != 4:
+        raise ValueError(f"x has shape {shape}; allowed: [B, H, W, C]")
+    divisor = 2 ** (len(ch_mult) - 1)
+    for side, size in (("height", shape[1]), ("width", shape[2])):
+        if size % divisor:
+            raise ValueError(
+                f"image {side} is {size}; {len(ch_mult)} levels (ch_mult) allow multiples of "
+                f"{divisor}"
+            )
+
+
+def _convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Policy of `jax.checkpoint`: the values that are kept."""
+    return primitive.name == "conv_general_dilated"
+
+
+# What the reverse pass computes again of every block: nothing, all, all but its convolutions.
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "keep_convs": _convolutions,
+}
+
+
+@functools.cache
+def rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """The class of a block under a policy of `REMAT`; parameters have the same names under all."""
+    if remat == "none":
+        return block
+    static = (3,) if "train" in block.__call__.__annotations__ else ()
+    found = nn.remat(block, static_argnums=static, policy=REMAT[remat])
+    found.__name__ = block.__name__
+    return found
+
+
 def default_init(scale: float = 1.0, mode: str = "fan_avg") -> Initializer:
     """U(−w, w) with w² = 3 scale / fan; scale 0 becomes 10⁻¹⁰, so that the layer starts near zero.
 
@@ -92,9 +142,26 @@ def sinusoidal_embedding(label: Float[Array, " b"], dim: int) -> Float[Array, "b
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
-def conv3x3(features: int, *, scale: float = 1.0, init_mode: str = "fan_avg") -> nn.Conv:
+def embed(
+    embedding: Float[Array, "b e"],
+    nf: int,
+    act: Activation,
+    init_mode: str = "fan_avg",
+    dtype: str = "float32",
+) -> Float[Array, "b 4*nf"]:
+    """W_2 act(W_1 embedding + b_1) + b_2, shape [B, 4 nf]; called inside a module."""
+    init = default_init(1.0, init_mode)
+    first, second = (nn.Dense(4 * nf, kernel_init=init, dtype=DTYPES[dtype]) for _ in range(2))
+    return second(act(first(embedding)))
+
+
+def conv3x3(
+    features: int, *, scale: float = 1.0, init_mode: str = "fan_avg", dtype: str = "float32"
+) -> nn.Conv:
     """3×3 convolution with bias that keeps height and width."""
-    return nn.Conv(features, (3, 3), kernel_init=default_init(scale, init_mode))
+    return nn.Conv(
+        features, (3, 3), kernel_init=default_init(scale, init_mode), dtype=DTYPES[dtype]
+    )
 
 
 def dropout(rate: float, mode: str = "element") -> nn.Dropout:
@@ -109,8 +176,10 @@ def attention(
 
     Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. (1).
     """
-    logits = jnp.einsum("bic,bjc->bij", q, k) * q.shape[-1] ** -0.5
-    return jnp.einsum("bij,bje->bie", nn.softmax(logits, axis=-1), v)
+    exact = jnp.float32 if q.dtype == jnp.bfloat16 else q.dtype
+    logits = jnp.einsum("bic,bjc->bij", q, k, preferred_element_type=exact)
+    share = nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("bij,bje->bie", share.astype(v.dtype), v)
 
 
 def nearest_upsample(x: Image) -> Float[Array, "b 2*h 2*w c"]:
@@ -141,22 +210,30 @@ class GroupNorm(nn.Module):
     """γ standardize(x) + β, statistics over the positions and the adjacent channels of a group.
 
     Flax's layer of this name cannot run in float64 under strict promotion: it promotes to float32
-    or, told not to, rounds γ and β to float32. Leaves scale: [C] and bias: [C].
+    or, told not to, rounds γ and β to float32. Statistics and affine map are float32 (float64 for
+    such x); the result has the type of x. Leaves scale: [C] and bias: [C].
     Reference: Wu and He 2018, https://arxiv.org/abs/1803.08494.
     """
 
-    num_groups: int = 32
+    num_groups: int | None = 32  # None: min(C/4, 32)
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
-        """Normalise x: [B, H, W, C]; num_groups divides C."""
+        """Normalise x: [B, H, W, C].
+
+        Raises:
+            ValueError: the number of groups does not divide C.
+        """
         b, h, w, c = x.shape
-        groups = x.reshape(b, h, w, self.num_groups, c // self.num_groups)
-        y = standardize(groups, axes=(1, 2, 4)).reshape(x.shape)
+        num_groups = min(max(c // 4, 1), 32) if self.num_groups is None else self.num_groups
+        if c % num_groups:
+            raise ValueError(f"{c} channels are not divisible by {num_groups} groups: change nf")
         gamma = self.param("scale", nn.initializers.ones, (c,))
         beta = self.param("bias", nn.initializers.zeros, (c,))
-        y, gamma, beta = promote_dtype(y, gamma, beta)
-        return y * gamma.reshape(1, 1, 1, c) + beta.reshape(1, 1, 1, c)
+        y, gamma, beta = promote_dtype(x, gamma, beta)
+        groups = y.reshape(b, h, w, num_groups, c // num_groups)
+        y = standardize(groups, axes=(1, 2, 4)).reshape(x.shape)
+        return (y * gamma.reshape(1, 1, 1, c) + beta.reshape(1, 1, 1, c)).astype(x.dtype)
 
 
 class NIN(nn.Module):
@@ -168,6 +245,7 @@ class NIN(nn.Module):
     features: int
     scale: float = 0.1
     init_mode: str = "fan_avg"
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b features"]:
@@ -175,28 +253,31 @@ class NIN(nn.Module):
         init = default_init(self.scale, self.init_mode)
         weight = self.param("W", init, (x.shape[-1], self.features))
         bias = self.param("b", nn.initializers.zeros, (self.features,))
-        x, weight, bias = promote_dtype(x, weight, bias)
+        x, weight, bias = promote_dtype(x, weight, bias, dtype=DTYPES[self.dtype])
         return x @ weight + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class AttnBlock(nn.Module):
     """x + NIN(attention(q, k, v)), (q, k, v) = NIN(GroupNorm(x)); /√2 if `skip_rescale`.
 
-    Single head over the H·W positions; the last NIN starts near zero.
+    Single head over the H·W positions; the last NIN starts near zero if init_scale = 0.
     """
 
-    num_groups: int = 32
+    num_groups: int | None = 32
     projection_scale: float = 0.1
     init_mode: str = "fan_avg"
+    init_scale: float = 0.0
     skip_rescale: bool = False
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
         """Let every position of an image look at all others; the shape of x: [B, H, W, C] stays."""
         b, h, w, c = x.shape
         u = GroupNorm(self.num_groups)(x).reshape(b, h * w, c)
-        q, k, v = (NIN(c, self.projection_scale, self.init_mode)(u) for _ in range(3))
-        u = NIN(c, 0.0, self.init_mode)(attention(q, k, v)).reshape(b, h, w, c)
+        mode, dtype = self.init_mode, self.dtype
+        q, k, v = (NIN(c, self.projection_scale, mode, dtype)(u) for _ in range(3))
+        u = NIN(c, self.init_scale, mode, dtype)(attention(q, k, v)).reshape(b, h, w, c)
         return (x + u) * 0.5**0.5 if self.skip_rescale else x + u
 
 
@@ -210,18 +291,21 @@ class Downsample(nn.Module):
     with_conv: bool = True
     padding: str = "same"
     init_mode: str = "fan_avg"
+    features: int | None = None  # of the convolution; None: as x
+    dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Image) -> Float[Array, "b h//2 w//2 c"]:
-        """Map x: [B, H, W, C] to [B, H/2, W/2, C]."""
+    def __call__(self, x: Image) -> Image:
+        """Map x: [B, H, W, C] to [B, H/2, W/2, features]."""
         if not self.with_conv:
             return mean_downsample(x)
         return nn.Conv(
-            x.shape[-1],
+            self.features or x.shape[-1],
             (3, 3),
             strides=2,
             padding=DOWNSAMPLE_PADDING[self.padding],
             kernel_init=default_init(1.0, self.init_mode),
+            dtype=DTYPES[self.dtype],
         )(x)
 
 
@@ -230,9 +314,15 @@ class Upsample(nn.Module):
 
     with_conv: bool = True
     init_mode: str = "fan_avg"
+    features: int | None = None  # of the convolution; None: as x
+    dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Image) -> Float[Array, "b 2*h 2*w c"]:
-        """Map x: [B, H, W, C] to [B, 2H, 2W, C]."""
+    def __call__(self, x: Image) -> Image:
+        """Map x: [B, H, W, C] to [B, 2H, 2W, features]."""
         h = nearest_upsample(x)
-        return conv3x3(x.shape[-1], init_mode=self.init_mode)(h) if self.with_conv else h
+        if not self.with_conv:
+            return h
+        return conv3x3(
+            self.features or x.shape[-1], init_mode=self.init_mode, dtype=self.dtype
+        )(h)  # fmt: skip

@@ -9,6 +9,6 @@ report    table, figures and report.html of a run folder
 
 from run_lib.diagnosis_loop import diagnose
 from run_lib.evaluation_loop import evaluate
-from run_lib.training import train
+from run_lib.training import import_checkpoint, train
 
-__all__ = ["diagnose", "evaluate", "train"]
+__all__ = ["diagnose", "evaluate", "import_checkpoint", "train"]

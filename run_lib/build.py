@@ -23,13 +23,20 @@ from time_sampling import Importance
 AXIS_NAME = "batch"
 
 
-def score_model(settings: Settings) -> ScoreModel:
-    """Network, SDE, parameterisation and time label."""
+def score_model(settings: Settings, *, on_levels: bool = False) -> ScoreModel:
+    """Network, SDE, parameterisation and time label.
+
+    `on_levels`: with training.continuous=False, the α and σ of the discrete chain, on which the
+    network was trained and that the pc sampler walks; likelihoods are those of the SDE.
+    """
+    number = settings.model.num_scales
+    chain = on_levels and not settings.training.continuous
     return ScoreModel(
         settings.network,
-        settings.sde,
+        settings.sde.chain(number) if chain else settings.sde,
         PARAMETERIZATIONS[settings.model.parameterization],
         TIME_LABELS[settings.model.time_label],
+        number,
     )
 
 
@@ -60,19 +67,27 @@ def evaluation_encoding(settings: Settings, dataset: Dataset) -> Encoding:
 def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> losses.PerExampleLoss:
     """The training objective, one value per example; times are independent unless training."""
     training = settings.training
+    found = terms(settings)
+    if not training.continuous and found.fokker_planck is not None:
+        raise ValueError(
+            "training.alpha, training.beta with training.continuous=False: the Fokker-Planck "
+            "residual needs the derivative in time, which a network of discrete levels lacks"
+        )
+    model = score_model(settings, on_levels=True)
     law = losses.time_law(
-        settings.sde,
+        model.sde,
         smallest_time=training.smallest_time,
         likelihood_weighting=training.likelihood_weighting,
         importance_weighting=training.importance_weighting,
         debias=training.debias,
         stratified=training.stratified and train,
+        levels=0 if training.continuous else settings.model.num_scales,
     )
     return losses.score_matching(
-        score_model(settings),
+        model,
         encoding(settings, dataset),
         law,
-        terms(settings),
+        found,
         batch_size=training.batch_size,
         train=train,
     )

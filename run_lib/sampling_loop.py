@@ -26,7 +26,10 @@ class Generator:
     key: jax.Array
 
     def __post_init__(self) -> None:
-        model, sampler = build.score_model(self.settings), build.sampler(self.settings)
+        sampler = build.sampler(self.settings)
+        model = build.score_model(
+            self.settings, on_levels=self.settings.sampling.method == "pc"
+        )  # fmt: skip
 
         def generate(params: Any, key: jax.Array, ids: jax.Array) -> jax.Array:
             like = jnp.zeros((ids.shape[0], *self.dataset.shape), jnp.float32)

@@ -44,6 +44,7 @@ class TrainingConfig:
     """The `training` section."""
 
     sde: str
+    continuous: bool
     objective: str
     n_iters: int
     batch_size: int
@@ -76,6 +77,7 @@ class TrainingConfig:
     snapshot_freq_for_preemption: int
     snapshot_freq: int
     snapshot_sampling: bool
+    init_from: str
 
     def __post_init__(self) -> None:
         choose(sde_lib.SDES, self.sde.lower(), "training.sde")
@@ -179,10 +181,13 @@ class Settings:
         for name in sections:
             choose(dict.fromkeys(known), name, "config section")
         training = section(TrainingConfig, sections["training"], "training")
+        data = section(DataConfig, sections["data"], "data")
         model, network, sde = _model(sections["model"], training.sde.lower())
+        if hasattr(network, "centered"):
+            network = network.clone(centered=data.centered or data.logit)
         return cls(
             seed=sections["seed"],
-            data=section(DataConfig, sections["data"], "data"),
+            data=data,
             model=model,
             network=network,
             sde=sde,

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import datasets
+import importers
 import plotting
 import train_state
 from checkpoints import Checkpoints
@@ -22,7 +23,7 @@ from losses import mean_loss
 from operators import fold_in_each
 from run_lib import build, folder, parallel, report
 from run_lib.sampling_loop import Generator
-from run_lib.settings import Settings
+from run_lib.settings import Settings, require
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
@@ -40,9 +41,10 @@ def train(settings: Settings, workdir: Path) -> None:
     dataset = datasets.load(settings.data)
     check(settings, dataset)
     folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling"))
+    trainer = Trainer(settings, dataset, workdir)
     folder.write_json(workdir / "config.json", settings.resolved())
     folder.write_json(workdir / "versions.json", folder.versions())
-    Trainer(settings, dataset, workdir).run()
+    trainer.run()
     report.write(workdir)
 
 
@@ -81,9 +83,7 @@ class Trainer:
         self.keys = build.keys(settings)
         self.checkpoints = Checkpoints(workdir, keep_every=settings.training.snapshot_freq)
         optimizer = settings.optim.chain(settings.training.n_iters)
-        model = build.score_model(settings)
-        params = model.init(self.keys["init"], dataset.shape)
-        self.state = restore_latest(self.checkpoints, train_state.create(params, optimizer))
+        self.state = start(settings, dataset.shape, self.checkpoints, workdir)
         self.step = int(self.state.step)
         loss_fn = mean_loss(build.per_example_loss(settings, dataset, train=True))
         step_fn = train_state.train_step(
@@ -100,7 +100,7 @@ class Trainer:
         self.held_out = HeldOutLoss(settings, dataset, self.keys["held_out"])
         self.generate = Generator(settings, dataset, self.keys["snapshot"])
         self.metrics = PendingMetrics()
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         logger.info(
             "%s: %s, %d parameters, %d device(s), from step %d to %d",
             workdir, settings.model.name, num_params, jax.device_count(),
@@ -178,10 +178,100 @@ class Trainer:
         plotting.save_samples(path, samples, self.dataset.levels)
 
 
-def restore_latest(checkpoints: Checkpoints, fresh: TrainState) -> TrainState:
-    """The latest checkpoint, or `fresh` where there is none."""
-    steps = checkpoints.steps()
-    return checkpoints.restore(steps[-1], fresh) if steps else fresh
+def start(
+    settings: Settings, shape: tuple[int, ...], checkpoints: Checkpoints, workdir: Path
+) -> TrainState:
+    """The state to go on from: the latest checkpoint, else a given one, else a fresh one.
+
+    A given one is `training.init_from` or, as the published codes promise, the latest file in
+    `checkpoints-meta/` of the run folder.
+
+    Raises:
+        ValueError: a checkpoint does not fit the network, or the given one has all steps already.
+    """
+    steps, source = checkpoints.steps(), given_checkpoint(settings, workdir)
+    if steps:
+        return checkpoints.restore(steps[-1], fresh_state(settings, shape))
+    if source is None:
+        return fresh_state(settings, shape)
+    state, last = given_state(settings, shape, source), settings.training.n_iters
+    allowed = f"more than the {int(state.step)} steps that {source} has already"
+    require(int(state.step) < last, "training.n_iters", last, allowed)
+    return state
+
+
+def fresh_state(settings: Settings, shape: tuple[int, ...]) -> TrainState:
+    """The state before the first step."""
+    params = build.score_model(settings).init(build.keys(settings)["init"], shape)
+    return train_state.create(params, settings.optim.chain(settings.training.n_iters))
+
+
+def given_state(settings: Settings, shape: tuple[int, ...], source: Path) -> TrainState:
+    """The state of a published checkpoint, or the latest of another run folder.
+
+    Raises:
+        ValueError: it cannot be read or does not fit the network.
+    """
+    if source.is_dir():
+        state = _latest_of(source, fresh_state(settings, shape))
+    else:
+        like = jax.eval_shape(lambda: fresh_state(settings, shape))
+        state = importers.load(source, build.score_model(settings), shape, like)
+    logger.info("starting from %s, step %d", source, int(state.step))
+    return state
+
+
+def given_checkpoint(settings: Settings, workdir: Path) -> Path | None:
+    """A checkpoint or run folder from elsewhere to start from."""
+    if settings.training.init_from:
+        return Path(settings.training.init_from).expanduser()
+    published = [p for p in (workdir / "checkpoints-meta").glob("checkpoint*") if p.is_file()]
+    return max(published, key=lambda p: (_last_number(p.stem), p.name), default=None)
+
+
+def _last_number(name: str) -> int:
+    digits = name.rpartition("_")[2]
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _latest_of(run: Path, like: TrainState) -> TrainState:
+    """The latest checkpoint of another run folder."""
+    if not (run / "checkpoints").is_dir():
+        raise ValueError(f"training.init_from={str(run)!r}: the folder has no checkpoints/")
+    others = Checkpoints(run)
+    try:
+        steps = others.steps()
+        if not steps:
+            raise ValueError(f"training.init_from={str(run)!r}: the folder has no checkpoint")
+        return others.restore(steps[-1], like)
+    finally:
+        others.close()
+
+
+def import_checkpoint(settings: Settings, workdir: Path) -> None:
+    """Write the checkpoint that training would start from as one of this run folder.
+
+    Raises:
+        ValueError: no checkpoint is given or it does not fit, or the folder has checkpoints.
+    """
+    source = given_checkpoint(settings, workdir)
+    if source is None:
+        raise ValueError(
+            "training.init_from='': say which checkpoint to import, a Flax file, a .pth or a run "
+            f"folder (or put it into {workdir / 'checkpoints-meta'})"
+        )
+    data = settings.data
+    size = (data.image_size, data.image_size, data.num_channels)
+    shape = size if data.image_size else datasets.load(data).shape
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
+    state = given_state(settings, shape, source)
+    folder.write_json(workdir / "config.json", settings.resolved())
+    folder.write_json(workdir / "versions.json", folder.versions())
+    checkpoints = Checkpoints(workdir, keep_every=settings.training.snapshot_freq)
+    checkpoints.save(state)
+    checkpoints.close()
+    logger.info("wrote %s", checkpoints.directory / str(int(state.step)))
 
 
 class PendingMetrics:

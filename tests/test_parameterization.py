@@ -21,6 +21,7 @@ def exact_output(kind, x, t, sde):
     x0_mean, z_mean = alpha * V0 / marginal * x, sigma / marginal * x
     return {
         "score": -x / marginal,
+        "scaled_score": -x * sigma / marginal,
         "noise": z_mean,
         "drift": -np.asarray(sde.g(t))[:, None] * x / marginal,
         "velocity": alpha * z_mean - sigma * x0_mean,
@@ -50,16 +51,17 @@ def test_labels(sde):
         "unit_time": np.asarray(t),
         "sigma": sigma,
         "log_snr": 10.0 * np.log(sigma / alpha),
+        "reverse_index": np.asarray([9.0, 8.0, 3.0, 0.0]),
     }
     assert TIME_LABELS.keys() == expected.keys()
     for name, label in TIME_LABELS.items():
-        np.testing.assert_allclose(label(t, sde), expected[name], rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(label(t, sde, 10), expected[name], rtol=1e-12, atol=1e-13)
 
 
 @every_sde
 def test_logarithmic_label_resolves_small_times_in_float32(sde):
     t = jnp.asarray(np.geomspace(1e-5, 1e-2, 50), jnp.float32)
-    label = np.asarray(TIME_LABELS["log_snr"](t, sde))
+    label = np.asarray(TIME_LABELS["log_snr"](t, sde, 1000))
     assert np.all(np.isfinite(label))
     assert np.all(np.diff(label) > 0.0)
 

@@ -1,0 +1,112 @@
+"""Training that starts from a given checkpoint, and --mode=import."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import run_lib
+from checkpoints import Checkpoints
+from run_lib import folder, training
+from run_lib.settings import Settings
+from tests import tiny
+from tests.test_importers import CASES, FIXTURES, STEPS, needs_fixtures
+
+BLOB = {"name": "ncsnpp", "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "dropout": 0.1}
+
+
+def config(folder_of_data: Path, case: str = "mle_ddpmpp_vp"):
+    """A run of 16×16 images that the networks of the fixtures fit."""
+    rng = np.random.default_rng(0)
+    path = folder_of_data / "data.npz"
+    if not path.exists():
+        images = rng.integers(0, 256, (24, 16, 16, 3), np.uint8)
+        np.savez(path, x_train=images, x_test=images[:8])
+    c = tiny.config("npz")
+    for field in ("hidden", "depth", "embed_dim"):
+        c.model[field] = None
+    c.data.update(path=str(path), image_size=16, num_channels=3, levels=256, num_test=0)
+    c.model.update(**BLOB, attn_resolutions=(8,), parameterization="noise", time_label="time")
+    c.training.update(n_iters=STEPS[case] + 20, batch_size=8, n_jitted_steps=1, log_freq=1)
+    c.training.update(eval_freq=20, snapshot_freq=1000, snapshot_freq_for_preemption=10)
+    c.training.update(likelihood_weighting=False, importance_weighting=False)
+    if case == "mle_ncsnpp_ve":
+        c.data.centered = False
+        c.model.update(fir=True, progressive_input="residual", embedding_type="fourier")
+        c.model.update(parameterization="scaled_score", time_label="sigma", sigma_max=50.0)
+        c.training.sde = "vesde"
+    c.eval.update(enable_bpd=False, bound=False, enable_loss=True, enable_sampling=False)
+    c.eval.batch_size = 8
+    return c
+
+
+@needs_fixtures
+@pytest.mark.parametrize("case", ["mle_ddpmpp_vp", "mle_ncsnpp_ve"])
+def test_training_goes_on_from_a_published_checkpoint(tmp_path, case):
+    """20 steps: losses of the size that the moving average predicts; resumed bit for bit."""
+    c = config(tmp_path, case)
+    c.training.init_from = str(FIXTURES / case / CASES[case])
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run_lib.import_checkpoint(Settings.from_config(c), whole)
+    run_lib.evaluate(Settings.from_config(c), whole, "eval")
+    rows = [json.loads(line) for line in (whole / "eval" / "rows.jsonl").read_text().splitlines()]
+    predicted = np.mean([row["value"] for row in rows if row["estimator"] == "loss"])
+    run_lib.train(Settings.from_config(c), whole)
+    losses = [row["loss"] for row in folder.read_metrics(whole) if row["split"] == "train"]
+    assert len(losses) == 20
+    assert np.isfinite(losses).all()
+    assert 0.3 * predicted < np.mean(losses) < 3.0 * predicted
+    if case == "mle_ddpmpp_vp":
+        c.training.n_iters = STEPS[case] + 10
+        run_lib.train(Settings.from_config(c), halves)
+        c.training.n_iters = STEPS[case] + 20
+        run_lib.train(Settings.from_config(c), halves)
+        last = STEPS[case] + 20
+        like = training.fresh_state(Settings.from_config(c), (16, 16, 3))
+        states = [Checkpoints(run).restore(last, like) for run in (whole, halves)]
+        jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@needs_fixtures
+def test_a_published_file_in_checkpoints_meta_is_picked_up(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints-meta").mkdir(parents=True)
+    for name in ("checkpoint_7", "checkpoint_10"):
+        data = (FIXTURES / "mle_ddpmpp_vp" / "checkpoint_7").read_bytes()
+        (run / "checkpoints-meta" / name).write_bytes(data)
+    settings = Settings.from_config(config(tmp_path))
+    assert training.given_checkpoint(settings, run).name == "checkpoint_10"
+    run_lib.import_checkpoint(settings, run)
+    assert Checkpoints(run).steps() == [350001]
+    with pytest.raises(ValueError, match="is not empty: use another --workdir"):
+        run_lib.import_checkpoint(settings, run)
+
+
+@needs_fixtures
+def test_what_cannot_be_imported_is_refused_and_leaves_nothing(tmp_path):
+    c, run = config(tmp_path), tmp_path / "run"
+    with pytest.raises(ValueError, match="init_from='': say which checkpoint"):
+        run_lib.import_checkpoint(Settings.from_config(c), run)
+    c.training.init_from = str(FIXTURES / "mle_ncsnpp_ve" / "checkpoint_12")
+    with pytest.raises(ValueError, match="does not fit the network"):
+        run_lib.import_checkpoint(Settings.from_config(c), run)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        run_lib.train(Settings.from_config(c), run)
+    c.training.init_from = str(FIXTURES / "mle_ddpmpp_vp" / "checkpoint_7")
+    c.training.n_iters = 350001
+    with pytest.raises(ValueError, match="n_iters=350001: need more than the 350001 steps"):
+        run_lib.train(Settings.from_config(c), run)
+    assert not any(path.is_file() for path in run.rglob("*"))
+
+
+def test_another_run_folder_can_be_the_start(tmp_path):
+    c = tiny.config()
+    run_lib.train(Settings.from_config(c), tmp_path / "first")
+    c.training.update(init_from=str(tmp_path / "first"), n_iters=30)
+    run_lib.train(Settings.from_config(c), tmp_path / "second")
+    assert Checkpoints(tmp_path / "second").steps()[-1] == 30
+    c.training.init_from = str(tmp_path)
+    with pytest.raises(ValueError, match="the folder has no checkpoints/"):
+        run_lib.train(Settings.from_config(c), tmp_path / "third")
