@@ -94,17 +94,19 @@ def load(path: Path, model: ScoreModel, shape: tuple[int, ...], fresh: TrainStat
             _check(leaves, expected, f"{path}, {name}")
 
     def tree(leaves: Leaves) -> Any:
-        like = {key: jnp.asarray(leaves[key], expected[key].dtype) for key in expected}
+        like = {key: np.asarray(leaves[key], expected[key].dtype) for key in expected}
         return unflatten_dict(like, sep="/")
 
     opt_state = optax.tree.set(
         fresh.opt_state,
         mu=tree(found.first_moment),
         nu=tree(found.second_moment),
-        count=jnp.asarray(found.adam_step, jnp.int32),
+        count=np.asarray(found.adam_step, np.int32),
     )
-    step = jnp.asarray(found.step, jnp.int32)
-    return TrainState(step, tree(found.params), tree(found.ema), opt_state)
+    step = np.asarray(found.step, np.int32)
+    state = TrainState(step, tree(found.params), tree(found.ema), opt_state)
+    # Copies: a step donates its state, so no leaf may share memory with the file or another leaf.
+    return jax.tree.map(jnp.array, state)
 
 
 def modules_in_order(model: ScoreModel, shape: tuple[int, ...]) -> list[str]:

@@ -19,7 +19,7 @@ from losses import (
     time_law,
 )
 from operators import squared_norm
-from parameterization import ScoreModel, score_from_noise, unit_time_label
+from parameterization import TIME_LABELS, ScoreModel, score_from_noise, unit_time_label
 from sde_lib import SDE, VESDE, VPSDE, LinearVESDE, SubVPSDE
 from terms import Terms
 from time_sampling import Debias, Importance, Uniform
@@ -310,3 +310,31 @@ def test_published_switches_give_the_documented_laws():
 def test_switches_without_effect_are_refused(switches, message):
     with pytest.raises(ValueError, match=message):
         time_law(VPSDE(), smallest_time=1e-3, **(PLAIN | switches))
+
+
+def test_levels_are_uniform_on_the_grid_with_weight_one():
+    """The times of SMLD and DDPM; α and σ there are those of the chain."""
+    n, number = 20_000, 10
+    chain = VPSDE(beta_max=5.0).chain(number)
+    found = law(chain, "noise", levels=number)
+    batch = {"noise_id": jnp.arange(n, dtype=jnp.int32)}
+    t = np.asarray(found.sample(jax.random.key(0), batch, n))
+    index = t * (number - 1)
+    np.testing.assert_allclose(index, np.round(index), atol=1e-5)
+    counts = np.bincount(np.round(index).astype(int), minlength=number)
+    assert np.abs(counts - n / number).max() < 4 * np.sqrt(n / number)
+    np.testing.assert_array_equal(found.weight(jnp.asarray(t), chain), 1.0)
+    variance = 1.0 - np.cumprod(1.0 - np.linspace(0.1, 5.0, number) / number)
+    expected = variance[np.round(index).astype(int)]
+    np.testing.assert_allclose(chain.sigma(jnp.asarray(t)) ** 2, expected, rtol=1e-4)
+    for mode in ("likelihood", "importance", "debias"):
+        with pytest.raises(ValueError, match=r"continuous=False takes uniform levels"):
+            law(chain, mode, levels=number)
+
+
+def test_the_label_of_smld_counts_levels_from_the_largest():
+    t = jnp.linspace(0.0, 1.0, 232)
+    label = TIME_LABELS["reverse_index"](t, VESDE(), 232)
+    np.testing.assert_array_equal(label, np.arange(231, -1, -1))
+    sigmas = np.exp(np.linspace(np.log(50.0), np.log(0.01), 232))
+    np.testing.assert_allclose(VESDE().sigma(t), sigmas[np.asarray(label, int)], rtol=1e-5)

@@ -339,6 +339,32 @@ def test_every_sde_parameterization_and_label_trains(
     assert folder.read_metrics(tmp_path)[-1]["step"] == 4
 
 
+def test_a_network_of_discrete_levels_trains_and_samples_on_the_chain(tmp_path: Path) -> None:
+    """DDPM and SMLD objectives with their samplers; likelihoods are those of the SDE."""
+    for sde, changes in (
+        ("vpsde", {"parameterization": "noise", "time_label": "time", "beta_max": 5.0}),
+        ("vesde", {"parameterization": "scaled_score", "time_label": "reverse_index"}),
+    ):
+        config = tiny.config("mixture")
+        config.model.update(**changes)
+        config.training.update(sde=sde, continuous=False, n_iters=5, eval_freq=5)
+        config.training.update(snapshot_freq=5, snapshot_freq_for_preemption=5)
+        config.training.update(likelihood_weighting=False, importance_weighting=False)
+        config.sampling.update(method="pc", predictor="ancestral_sampling")
+        config.eval.update(enable_bpd=False, bound=False)
+        train(config, tmp_path / sde)
+        settings = Settings.from_config(config)
+        on_levels, plain = (build.score_model(settings, on_levels=flag) for flag in (True, False))
+        assert (on_levels.sde == plain.sde) == (sde == "vesde")
+        run_lib.evaluate(settings, tmp_path / sde, "eval")
+        config.training.alpha = 0.1
+        with pytest.raises(ValueError, match="continuous=False: the Fokker-Planck residual"):
+            train(config, tmp_path / "no")
+    config.training.update(sde="subvpsde", alpha=0.0)
+    with pytest.raises(ValueError, match="continuous=False has no chain for SubVPSDE"):
+        train(config, tmp_path / "no")
+
+
 def test_changed_fields_are_refused_by_name_and_harmless_ones_are_not(trained: Path) -> None:
     config = tiny.config()
     config.model.hidden = 17

@@ -292,3 +292,24 @@ def test_names_resolve_and_sdes_are_static_arguments():
     sigma = jax.jit(lambda sde, t: sde.sigma(t), static_argnums=0)
     assert float(sigma(LinearVESDE(3.0), jnp.asarray(0.5))) == 1.5
     assert hash(VPSDE()) == hash(VPSDE(0.1, 20.0))
+
+
+@pytest.mark.usefixtures("x64")
+def test_chain_of_ddpm_has_the_products_of_its_betas():
+    """α_i² = Π (1 − β_k) with β = linspace(β0/N, β1/N, N); between levels those below."""
+    number = 50
+    chain = VPSDE().chain(number)
+    alpha2 = np.cumprod(1.0 - np.linspace(0.1, 20.0, number) / number)
+    t = jnp.linspace(0.0, 1.0, number, dtype=jnp.float64)
+    np.testing.assert_allclose(chain.alpha(t) ** 2, alpha2, rtol=1e-12)
+    np.testing.assert_allclose(chain.sigma(t) ** 2, 1.0 - alpha2, rtol=1e-12)
+    between = t[:-1] + 0.5 / number
+    np.testing.assert_allclose(chain.alpha(between) ** 2, alpha2[:-1], rtol=1e-12)
+    np.testing.assert_allclose(chain.g2(t), VPSDE().g2(t), rtol=0)
+
+
+def test_chain_of_smld_is_the_sde_and_other_sdes_have_none():
+    assert VESDE().chain(10) == VESDE()
+    for sde in (SubVPSDE(), LinearVESDE()):
+        with pytest.raises(ValueError, match="training.continuous=False has no chain for"):
+            sde.chain(10)
