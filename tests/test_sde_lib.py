@@ -311,5 +311,5 @@ def test_chain_of_ddpm_has_the_products_of_its_betas():
 def test_chain_of_smld_is_the_sde_and_other_sdes_have_none():
     assert VESDE().chain(10) == VESDE()
     for sde in (SubVPSDE(), LinearVESDE()):
-        with pytest.raises(ValueError, match="training.continuous=False has no chain for"):
+        with pytest.raises(ValueError, match="continuous=False has no chain for"):
             sde.chain(10)
