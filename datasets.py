@@ -22,6 +22,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from tfrecords import Records
 from toy_data import LAWS, MOG1D_MEANS, MOG1D_VARIANCES, MOG1D_WEIGHTS, Law
 
 Batch = dict[str, np.ndarray]
@@ -45,6 +46,7 @@ class DataConfig:
     logit: bool
     num_train: int  # the first so many examples; 0 = all (toy sets: fresh samples for ever)
     num_test: int  # the first so many examples; 0 = all (toy sets: at least 1)
+    category: str = ""  # of lsun, as church_outdoor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,9 +372,8 @@ def _folder(config: DataConfig) -> Dataset:
     return _image_set(config, shape, _files(train, shape), _files(test, shape))
 
 
-def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) -> Dataset:
-    """Two splits of a tensorflow-datasets builder, in memory, in the order of its records."""
-    _check_shape(name, shape, config)
+def _builder(config: DataConfig, name: str) -> "tfds.core.DatasetBuilder":
+    """A tensorflow-datasets builder whose records are there."""
     _tensorflow()
     import tensorflow_datasets as tfds
 
@@ -383,6 +384,14 @@ def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) 
         advice = f"run `tfds build {name} --data_dir=DIR` where there is a network, copy DIR here"
         found = f"{name} is not in {builder.data_dir} and preparing it failed: {error!r}"
         raise ValueError(f"{found}; {advice} and set data.path=DIR") from error
+    return builder
+
+
+def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) -> Dataset:
+    """Two splits of small images, in memory, in the order of the records."""
+    _check_shape(name, shape, config)
+    builder = _builder(config, name)
+    import tensorflow_datasets as tfds
 
     def read(split: str) -> np.ndarray:
         in_order = tfds.ReadConfig(interleave_cycle_length=1)
@@ -393,6 +402,146 @@ def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) 
     return _arrays(config, name, *map(read, splits))
 
 
+Prepare = Callable[["tf.Tensor", int], "tf.Tensor"]  # (uint8 image, size) → [size, size, 3]
+
+
+def as_stored(image: "tf.Tensor", size: int) -> "tf.Tensor":
+    """The image itself."""
+    del size
+    return image
+
+
+def celeba_crop(image: "tf.Tensor", size: int) -> "tf.Tensor":
+    """The central 140×140 pixels of a face, averaged down to size."""
+    tf = _tensorflow()
+    image = tf.image.resize_with_crop_or_pad(image, 140, 140)
+    return _to_uint8(tf.image.resize(image, (size, size), "area"))
+
+
+def centre_square(image: "tf.Tensor", size: int) -> "tf.Tensor":
+    """The central square: averaged down for 128 and below, bicubic above, as published."""
+    tf = _tensorflow()
+    side = tf.minimum(tf.shape(image)[0], tf.shape(image)[1])
+    image = tf.image.resize_with_crop_or_pad(image, side, side)
+    if size <= 128:
+        return _to_uint8(tf.image.resize(image, (size, size), "area"))
+    return _to_uint8(tf.image.resize(image, (size, size), "bicubic", antialias=True))
+
+
+def _to_uint8(image: "tf.Tensor") -> "tf.Tensor":
+    """Rounded; a bicubic filter leaves 0 to 255, which a mere cast would wrap around."""
+    tf = _tensorflow()
+    return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
+
+
+def _decoded(
+    records: Records, parse: Callable[["tf.Tensor"], "tf.Tensor"], prepare: Prepare, size: int
+) -> Finite:
+    """A split whose records are read, decoded and prepared when asked for."""
+    tf = _tensorflow()
+
+    def one(record: "tf.Tensor") -> "tf.Tensor":
+        return tf.ensure_shape(prepare(parse(record), size), (size, size, 3))
+
+    decode_all = partial(tf.map_fn, one, fn_output_signature=tf.uint8)
+    decode_all = tf.function(decode_all, input_signature=[tf.TensorSpec([None], tf.string)])
+    return Finite(len(records), lambda ids: decode_all(np.array(records[ids], object)).numpy())
+
+
+def _check_colour(config: DataConfig, sizes: tuple[int, ...] = ()) -> None:
+    name = config.dataset
+    _require(config.num_channels == 3, "data.num_channels", config.num_channels, f"3 for {name}")
+    _require(config.levels == 256, "data.levels", config.levels, f"256 for {name}")
+    allowed = f"one of {sizes}" if sizes else "the size to crop and resize to, at least 1"
+    good = config.image_size in sizes if sizes else config.image_size >= 1
+    _require(good, "data.image_size", config.image_size, f"{allowed} for {name}")
+
+
+def _tfds_records(
+    config: DataConfig, name: str, prepare: Prepare, sizes: tuple[int, ...] = ()
+) -> Dataset:
+    """Splits train and validation of a large set of tensorflow-datasets, decoded on demand.
+
+    `{category}` and `{size}` in the name stand for data.category and data.image_size.
+    """
+    _check_colour(config, sizes)
+    needed = "{category}" in name
+    given = f"{'one' if needed else 'none'} for {config.dataset}, as church_outdoor of lsun"
+    _require(bool(config.category) == needed, "data.category", config.category, given)
+    builder = _builder(config, name.format(category=config.category, size=config.image_size))
+    features = builder.info.features
+
+    def split(key: str) -> Finite:
+        paths = [pathlib.Path(path) for path in builder.info.splits[key].filepaths]
+        parse = lambda record: features.deserialize_example(record)["image"]  # noqa: E731
+        return _decoded(Records(paths), parse, prepare, config.image_size)
+
+    shape = (config.image_size, config.image_size, 3)
+    return _image_set(config, shape, split("train"), split("validation"))
+
+
+def _tfrecords(config: DataConfig) -> Dataset:
+    """TFRecords of FFHQ and CelebA-HQ: `shape` int64 [3] and `data`, the bytes [C, H, W] of uint8.
+
+    data.path is a file, or a folder of *.tfrecords. As published there is one split: train and test
+    are the same images, so likelihoods of the test split are those of training images.
+    """
+    _check_colour(config)
+    tf, root, size = _tensorflow(), pathlib.Path(config.path), config.image_size
+    paths = sorted(root.glob("*.tfrecords")) if root.is_dir() else [root]
+    there = config.path != "" and len(paths) > 0 and paths[0].is_file()
+    _require(there, "data.path", config.path, "a TFRecord file or a folder of *.tfrecords")
+    fields = {
+        "shape": tf.io.FixedLenFeature([3], tf.int64),
+        "data": tf.io.FixedLenFeature([], tf.string),
+    }
+
+    def parse(record: "tf.Tensor") -> "tf.Tensor":
+        found = tf.io.parse_single_example(record, fields)
+        image = tf.reshape(tf.io.decode_raw(found["data"], tf.uint8), found["shape"])
+        return tf.transpose(image, (1, 2, 0))
+
+    images = _decoded(Records(paths), parse, as_stored, size)
+    _require(images.size > 0, "data.path", config.path, "TFRecords with at least one image")
+    try:
+        images.examples(np.arange(1))
+    except (tf.errors.InvalidArgumentError, ValueError) as error:
+        raise ValueError(
+            f"data.path={config.path!r} does not hold images of data.image_size={size} in the "
+            f"format of FFHQ and CelebA-HQ: {error}"
+        ) from None
+    return _image_set(config, (size, size, 3), images, images)
+
+
+def _imagenet_npz(config: DataConfig) -> Dataset:
+    """Downsampled ImageNet of Chrabaszcz et al. 2017: train_data_batch_1.npz, …, val_data.npz.
+
+    Not the images of `imagenet` (van den Oord et al. 2016): another filter, other likelihoods. Each
+    file has `data`, uint8 [n, 3 size²], channels first.
+    Reference: https://arxiv.org/abs/1707.08819.
+    """
+    _check_colour(config, (8, 16, 32, 64))
+    root, size = pathlib.Path(config.path), config.image_size
+    train = sorted(root.glob("train_data*.npz"))
+    there = config.path != "" and len(train) > 0 and (root / "val_data.npz").is_file()
+    _require(there, "data.path", config.path, "a folder with train_data*.npz and val_data.npz")
+
+    def read(path: pathlib.Path) -> np.ndarray:
+        with np.load(path, allow_pickle=False) as file:
+            if "data" not in file.files:
+                raise ValueError(f"{path} has no data, its keys: {file.files}")
+            data = file["data"]
+        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * size**2:
+            raise ValueError(
+                f"{path}: data is {data.dtype} {data.shape}; expected uint8 [n, {3 * size**2}] for "
+                f"data.image_size={size}"
+            )
+        return data.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)
+
+    images = np.concatenate([read(path) for path in train])
+    return _arrays(config, config.path, images, read(root / "val_data.npz"))
+
+
 DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     **{name: partial(_points, sampler=sampler) for name, sampler in SAMPLERS.items()},
     "digits": _digits,
@@ -400,6 +549,18 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "folder": _folder,
     "cifar10": partial(_tfds, name="cifar10", splits=("train", "test"), shape=(32, 32, 3)),
     "mnist": partial(_tfds, name="mnist", splits=("train", "test"), shape=(28, 28, 1)),
+    "svhn": partial(_tfds, name="svhn_cropped", splits=("train", "test"), shape=(32, 32, 3)),
+    "celeba": partial(_tfds_records, name="celeb_a", prepare=celeba_crop),
+    "lsun": partial(_tfds_records, name="lsun/{category}", prepare=centre_square),
+    "imagenet": partial(
+        _tfds_records,
+        name="downsampled_imagenet/{size}x{size}",
+        prepare=as_stored,
+        sizes=(32, 64),
+    ),
+    "imagenet_npz": _imagenet_npz,
+    "ffhq": _tfrecords,
+    "celebahq": _tfrecords,
 }
 
 

@@ -29,6 +29,7 @@ def _data() -> ConfigDict:
             "path": "",  # of an .npz file, an image folder, or a tfds folder
             "image_size": 0,  # pixels; 0: as the data are
             "num_channels": 1,
+            "category": "",  # of lsun, as church_outdoor
             "levels": 256,  # number of grey levels
             "centered": True,  # [0, 1] to [−1, 1]
             "logit": False,  # logit transform instead of centring
@@ -82,6 +83,7 @@ def _model() -> ConfigDict:
             "fourier_scale": placeholder(float),
             "trainable_embedding": placeholder(bool),
             "init_scale": placeholder(float),
+            "widths": placeholder(tuple),
             "dtype": placeholder(str),  # float32 | bfloat16, of convolutions and products
             "remat": placeholder(str),  # none | block | keep_convs
         }
@@ -121,6 +123,7 @@ def _training() -> ConfigDict:
             "fp_fraction": 1.0,  # of the batch: 1, 1/2, 1/3, ...
             "fp_every": 1,  # steps
             "smallest_time": 1e-5,  # of training, bound and ODE likelihood
+            "importance_smallest_time": 0.0,  # ... instead, with importance weighting; 0: the same
             "log_freq": 100,  # steps between records of the training loss
             "eval_freq": 1000,  # ... of the held-out loss
             "snapshot_freq_for_preemption": 5000,  # ... between checkpoints; two are kept

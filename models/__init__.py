@@ -8,7 +8,16 @@ from models.concat_mlp import ConcatMLP
 from models.ddpm import DDPM
 from models.mlp import MLP
 from models.ncsnpp import NCSNpp
+from models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 
-MODELS = {"mlp": MLP, "concat_mlp": ConcatMLP, "ddpm": DDPM, "ncsnpp": NCSNpp}
+MODELS = {
+    "mlp": MLP,
+    "concat_mlp": ConcatMLP,
+    "ddpm": DDPM,
+    "ncsnpp": NCSNpp,
+    "ncsnv2_64": NCSNv2,
+    "ncsnv2_128": NCSNv2Deeper,
+    "ncsnv2_256": NCSNv2Deepest,
+}
 
-__all__ = ["DDPM", "MLP", "MODELS", "ConcatMLP", "NCSNpp"]
+__all__ = ["DDPM", "MLP", "MODELS", "ConcatMLP", "NCSNpp", "NCSNv2"]

@@ -72,6 +72,7 @@ class TrainingConfig:
     derivative_estimator: str
     num_probes: int
     smallest_time: float
+    importance_smallest_time: float
     log_freq: int
     eval_freq: int
     snapshot_freq_for_preemption: int
@@ -81,6 +82,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         choose(sde_lib.SDES, self.sde.lower(), "training.sde")
+        other = self.importance_smallest_time
+        require(other >= 0.0, "training.importance_smallest_time", other, "0 or more")
         positive = ("n_iters", "batch_size", "n_jitted_steps", "log_freq", "eval_freq",
                     "snapshot_freq_for_preemption", "snapshot_freq")  # fmt: skip
         for field in positive:
@@ -181,6 +184,9 @@ class Settings:
         for name in sections:
             choose(dict.fromkeys(known), name, "config section")
         training = section(TrainingConfig, sections["training"], "training")
+        if training.importance_weighting and training.importance_smallest_time:
+            t_min = training.importance_smallest_time
+            training = dataclasses.replace(training, smallest_time=t_min)
         data = section(DataConfig, sections["data"], "data")
         model, network, sde = _model(sections["model"], training.sde.lower())
         if hasattr(network, "centered"):

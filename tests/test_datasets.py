@@ -384,7 +384,7 @@ def refused(message, name, **changes):
 
 def test_names_and_fields_that_do_not_fit_are_refused():
     assert load(config("SwissRoll", num_test=1)).name == "swissroll"
-    known = r"known are \['checkerboard', 'cifar10', 'digits'"
+    known = r"known are \['celeba', 'celebahq', 'checkerboard'"
     refused(rf"data\.dataset='swisroll': swissroll\? {known}", "swisroll")
     refused(rf"data\.dataset='zzz': {known}", "zzz")
     refused(r"data\.num_test=0: expected at least 1", "rings")
@@ -476,3 +476,142 @@ def test_a_set_that_cannot_be_downloaded_says_what_to_run(tmp_path, monkeypatch)
     monkeypatch.setattr(tfds.builder_cls("cifar10"), "download_and_prepare", no_network)
     message = r"cifar10 is not in .*no route to host.*`tfds build cifar10 --data_dir=DIR`"
     refused(message, "CIFAR10", path=str(tmp_path), num_channels=3)
+
+
+# Large sets, in the format of their real files; JPEG moves a grey level by so much.
+JPEG = 8.0
+
+
+def faces(n, height, width, *, seed):
+    """Triangle waves that differ by image: JPEG keeps them, a shifted crop shows."""
+    slopes = np.random.default_rng(seed).uniform(0.01, 0.03, (n, 2, 1, 1))
+    y, x = np.mgrid[0:height, 0:width]
+    wave = 255 * np.abs((slopes[:, 0] * y + slopes[:, 1] * x) % 2 - 1)
+    return np.repeat(np.uint8(wave)[..., None], 3, axis=3)
+
+
+def write_tfds(folder, name, splits, features=("image",)):
+    """Records of a real builder: `splits` maps split names to images."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    filler = {"label": 0, "id": "x"}
+
+    def examples(given):
+        return enumerate({"image": x, **{k: filler[k] for k in features[1:]}} for x in given)
+
+    found = {key: examples(given) for key, given in splits.items()}
+    cls = tfds.builder_cls(name.split("/")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, "_split_generators", lambda *_: found)
+        if name == "celeb_a":
+            info = cls._info
+
+            def images_only(self):
+                whole = info(self)
+                only = tfds.features.FeaturesDict({"image": whole.features["image"]})
+                return tfds.core.DatasetInfo(builder=self, features=only)
+
+            patch.setattr(cls, "_info", images_only)
+        tfds.builder(name, data_dir=folder).download_and_prepare()
+        yield
+
+
+def expected_area(image, top, left, side, size):
+    """Mean of equal blocks of the square."""
+    square = image[top : top + side, left : left + side].astype(np.float64)
+    k = side // size
+    return square.reshape(size, k, size, k, 3).mean(axis=(1, 3))
+
+
+def test_celeba_is_the_central_140_pixels_averaged(tmp_path):
+    given = faces(3, 218, 178, seed=1)
+    for _ in write_tfds(tmp_path, "celeb_a", {"train": given, "validation": given[:2]}):
+        data = load(config("celeba", path=str(tmp_path), num_channels=3, image_size=70))
+        found = join(data.eval_batches("train", batch_size=3))
+        for block in (expected_area(x, 39, 19, 140, 70) for x in given):  # builders shuffle
+            assert min(np.abs(found - block).max(axis=(1, 2, 3))) <= JPEG
+        assert data.size("test") == 2
+        with pytest.raises(ValueError, match=r"data.image_size=0: expected the size to crop"):
+            load(config("celeba", path=str(tmp_path), num_channels=3))
+
+
+def test_lsun_is_the_central_square_and_never_wraps_around(tmp_path):
+    block = np.zeros((300, 300, 3), np.uint8)
+    block[100:200, 100:200] = 255  # a bicubic filter overshoots at this edge
+    given = [faces(1, 40, 64, seed=1)[0], faces(1, 64, 32, seed=2)[0], block]
+    splits = {"train": given, "validation": given[:1]}
+    for _ in write_tfds(tmp_path, "lsun/church_outdoor", splits, ("image", "id")):
+        options = {"path": str(tmp_path), "num_channels": 3, "category": "church_outdoor"}
+
+        def images_of(size, options=options):
+            data = load(config("lsun", **options, image_size=size))
+            return join(data.eval_batches("train", batch_size=3))
+
+        squares = given[0][:, 12:52], given[1][16:48], block
+        means = sorted(square.mean() for square in squares)
+        np.testing.assert_allclose(sorted(images_of(8).mean(axis=(1, 2, 3))), means, atol=1.0)
+        large = next(x for x in images_of(256) if np.median(x) == 0)
+        assert large[100:150, 100:150].min() > 250
+        assert large[:70].max() < 5
+        with pytest.raises(ValueError, match=r"data.category='': expected one for lsun"):
+            images_of(8, options | {"category": ""})
+
+
+def test_imagenet_of_tensorflow_datasets(tmp_path):
+    given = faces(5, 32, 32, seed=3)
+    splits = {"train": given, "validation": given[:2]}
+    for _ in write_tfds(tmp_path, "downsampled_imagenet/32x32", splits):
+        data = load(config("imagenet", path=str(tmp_path), num_channels=3, image_size=32))
+        found = join(data.eval_batches("train", batch_size=5))
+        for image in given.astype(float):
+            assert min(np.abs(found - image).max(axis=(1, 2, 3))) <= JPEG
+        with pytest.raises(ValueError, match=r"image_size=48: expected one of \(32, 64\)"):
+            load(config("imagenet", path=str(tmp_path), num_channels=3, image_size=48))
+
+
+def write_tfrecords(path, given):
+    tf = pytest.importorskip("tensorflow")
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for image in given:
+            turned = image.transpose(2, 0, 1)
+            shape = tf.train.Feature(int64_list=tf.train.Int64List(value=turned.shape))
+            data = tf.train.Feature(bytes_list=tf.train.BytesList(value=[turned.tobytes()]))
+            features = tf.train.Features(feature={"shape": shape, "data": data})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+
+
+@pytest.mark.parametrize("name", ["ffhq", "celebahq"])
+def test_tfrecords_of_ffhq_and_celeba_hq(tmp_path, name):
+    given = faces(5, 16, 16, seed=4)
+    write_tfrecords(tmp_path / "a.tfrecords", given[:3])
+    write_tfrecords(tmp_path / "b.tfrecords", given[3:])
+    data = load(config(name, path=str(tmp_path), num_channels=3, image_size=16))
+    for split in ("train", "test"):
+        np.testing.assert_array_equal(join(data.eval_batches(split, batch_size=5)), given)
+    one = load(config(name, path=str(tmp_path / "b.tfrecords"), num_channels=3, image_size=16))
+    np.testing.assert_array_equal(join(one.eval_batches("test", batch_size=2)), given[3:])
+    with pytest.raises(ValueError, match="does not hold images of"):
+        load(config(name, path=str(tmp_path), num_channels=3, image_size=8))
+    with pytest.raises(ValueError, match=r"data.path='': expected a TFRecord file"):
+        load(config(name, num_channels=3, image_size=16))
+    whole = (tmp_path / "b.tfrecords").read_bytes()
+    (tmp_path / "cut.tfrecords").write_bytes(whole[:-20])
+    path = str(tmp_path / "cut.tfrecords")
+    with pytest.raises(ValueError, match="ends within record 1: truncated, or no TFRecord"):
+        load(config(name, path=path, num_channels=3, image_size=16))
+
+
+def test_imagenet_of_the_npz_archives(tmp_path):
+    given = faces(7, 8, 8, seed=5)
+    flat = given.transpose(0, 3, 1, 2).reshape(7, -1)
+    np.savez(tmp_path / "train_data_batch_1.npz", data=flat[:3], labels=np.ones(3))
+    np.savez(tmp_path / "train_data_batch_2.npz", data=flat[3:5], labels=np.ones(2))
+    np.savez(tmp_path / "val_data.npz", data=flat[5:], labels=np.ones(2))
+    options = {"path": str(tmp_path), "num_channels": 3}
+    data = load(config("imagenet_npz", **options, image_size=8))
+    np.testing.assert_array_equal(join(data.eval_batches("train", batch_size=5)), given[:5])
+    np.testing.assert_array_equal(join(data.eval_batches("test", batch_size=2)), given[5:])
+    with pytest.raises(ValueError, match=r"data is uint8 \(3, 192\); expected uint8 \[n, 768\]"):
+        load(config("imagenet_npz", **options, image_size=16))
+    (tmp_path / "val_data.npz").unlink()
+    with pytest.raises(ValueError, match=r"train_data\*.npz and val_data.npz"):
+        load(config("imagenet_npz", **options, image_size=8))

@@ -1,0 +1,20 @@
+"""CIFAR-10, VP, deep NCSN++ with the score-Fokker-Planck regulariser.
+
+Paper: Lai et al. 2023, https://arxiv.org/abs/2210.04296
+Command: python main.py --config=configs/fp_diffusion/vp/cifar10_ncsnpp_deep_continuous.py \
+             --workdir=runs/cifar10_ncsnpp_deep_continuous --mode=train
+Hardware: hours not published.
+Expected: not reproduced here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import published
+
+
+def get_config() -> ConfigDict:
+    """CIFAR-10, VP, deep NCSN++ with the score-Fokker-Planck regulariser."""
+    config = published.fp_diffusion()
+    published.ncsnpp(config, blocks=8)
+    config.training.n_iters = 950_001
+    return config

@@ -1,0 +1,20 @@
+"""CIFAR-10, SMLD objective, DDPM.
+
+Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
+Command: python main.py --config=configs/score_sde/ve/cifar10_ddpm.py \
+             --workdir=runs/cifar10_ddpm --mode=train
+Hardware: published on 4 V100, 0.2 s per step (NCSN++, VE).
+Expected: not reproduced here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import published
+
+
+def get_config() -> ConfigDict:
+    """CIFAR-10, SMLD objective, DDPM."""
+    config = published.score_sde("vesde", "cifar10")
+    published.ddpm(config)
+    published.discrete(config, "reverse_diffusion")
+    return config

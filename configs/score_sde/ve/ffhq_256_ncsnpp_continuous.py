@@ -1,0 +1,19 @@
+"""FFHQ 256×256, VE, NCSN++.
+
+Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
+Command: python main.py --config=configs/score_sde/ve/ffhq_256_ncsnpp_continuous.py \
+             --workdir=runs/ffhq_256_ncsnpp_continuous --mode=train
+Hardware: hours not published.
+Expected: not reproduced here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import published
+
+
+def get_config() -> ConfigDict:
+    """FFHQ 256×256, VE, NCSN++."""
+    config = published.score_sde("vesde", "ffhq", 256)
+    published.ncsnpp_256(config, 348.0)
+    return config

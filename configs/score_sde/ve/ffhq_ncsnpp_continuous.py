@@ -1,0 +1,22 @@
+"""FFHQ 1024×1024, VE, NCSN++.
+
+Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
+Command: python main.py --config=configs/score_sde/ve/ffhq_ncsnpp_continuous.py \
+             --workdir=runs/ffhq_ncsnpp_continuous --mode=train
+Hardware: hours not published.
+Expected: not reproduced here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import published
+
+
+def get_config() -> ConfigDict:
+    """FFHQ 1024×1024, VE, NCSN++."""
+    config = published.score_sde("vesde", "ffhq", 1024)
+    published.ncsnpp_1024(config)
+    config.sampling.snr = 0.15
+    config.eval.batch_size = 1024
+    config.training.reduce_mean = True
+    return config

@@ -1,0 +1,20 @@
+"""CIFAR-10, DDPM objective, NCSN++.
+
+Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
+Command: python main.py --config=configs/score_sde/vp/cifar10_ncsnpp.py \
+             --workdir=runs/cifar10_ncsnpp --mode=train
+Hardware: published on 4 V100, 0.2 s per step (NCSN++, VE).
+Expected: not reproduced here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import published
+
+
+def get_config() -> ConfigDict:
+    """CIFAR-10, DDPM objective, NCSN++."""
+    config = published.score_sde("vpsde", "cifar10")
+    published.ncsnpp(config)
+    published.discrete(config, "reverse_diffusion")
+    return config

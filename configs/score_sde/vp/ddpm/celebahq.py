@@ -1,0 +1,20 @@
+"""CelebA-HQ 256×256, DDPM objective, DDPM.
+
+Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
+Command: python main.py --config=configs/score_sde/vp/ddpm/celebahq.py \
+             --workdir=runs/celebahq --mode=train
+Hardware: hours not published.
+Expected: not reproduced here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import published
+
+
+def get_config() -> ConfigDict:
+    """CelebA-HQ 256×256, DDPM objective, DDPM."""
+    config = published.score_sde("vpsde", "celebahq", 256)
+    published.ddpm_256(config)
+    published.discrete(config, "ancestral_sampling")
+    return config

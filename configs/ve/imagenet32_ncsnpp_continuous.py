@@ -1,0 +1,20 @@
+"""ImageNet 32×32, VE, NCSN++: maximum-likelihood training of orders 1 to 3.
+
+Paper: Lu et al. 2022, https://arxiv.org/abs/2206.08265
+Command: python main.py --config=configs/ve/imagenet32_ncsnpp_continuous.py \
+             --workdir=runs/imagenet32_ncsnpp_continuous --mode=train
+Hardware: GPUs with room for batch 48; hours not published.
+Expected: not reproduced here; orders by --config.training.score_matching_order=2 or 3.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import published
+
+
+def get_config() -> ConfigDict:
+    """ImageNet 32×32, VE, NCSN++: maximum-likelihood training of orders 1 to 3."""
+    config = published.mle_score_ode("vesde", "imagenet")
+    published.ncsnpp(config, dropout=0.0)
+    config.training.n_iters = 1_400_001
+    return config

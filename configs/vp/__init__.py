@@ -1,0 +1,1 @@
+"""Published configs; each file is one experiment."""
