@@ -114,7 +114,7 @@ def modules_in_order(model: ScoreModel, shape: tuple[int, ...]) -> list[str]:
     names: list[str] = []
 
     def init() -> None:
-        names.extend(model.init(jax.random.key(0), shape))
+        names.extend(model.init_in_order(jax.random.key(0), shape))
 
     jax.eval_shape(init)
     return names

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from operators import Batched, PerExample, scale
 from sde_lib import SDE
 
+QUICK = {"xla_backend_optimization_level": 0}
 Params = Any
 ScoreFn = Callable[[Batched, PerExample], Batched]
 
@@ -113,6 +115,14 @@ class ScoreModel:
 
     def init(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
         """Parameters for examples of the given shape."""
+        if isinstance(key, jax.core.Tracer):
+            return self.init_in_order(key, shape)
+        # Compiled as a whole, without care: it runs once, and op by op takes many times as long.
+        init = jax.jit(self.init_in_order, static_argnums=1, compiler_options=QUICK)
+        return init(key, shape)
+
+    def init_in_order(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
+        """The same, not compiled: a dict in order of evaluation."""
         x, t = jnp.zeros((1, *shape)), jnp.ones((1,))
         return self.network.init(key, x, self.label(t, self.sde, self.num_scales))["params"]
 

@@ -143,7 +143,7 @@ def fp_diffusion() -> ConfigDict:
 def sdeflow() -> ConfigDict:
     """Huang et al. 2021: the drift ELBO in logit space; no warm-up, no clipping, no average."""
     config = base.get_config()
-    config.data.update(logit=True, uniform_dequantization=True)
+    config.data.update(logit=True, centered=False, uniform_dequantization=True)
     config.model.update(name="ddpm", parameterization="drift", time_label="unit_time")
     config.model.update(num_res_blocks=2, attn_resolutions=(16,), up_attention="every")
     config.model.update(downsample_padding="symmetric", init_mode="fan_out", ema_rate=0.0)

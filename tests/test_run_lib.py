@@ -441,15 +441,3 @@ def test_base_config_and_settings_have_the_same_fields() -> None:
     resolved = settings.resolved()
     for section in ("data", "training", "optim", "sampling", "eval"):
         assert set(resolved[section]) == set(base.get_config()[section].keys())
-
-
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.py") if p.name != "__init__.py")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_config_is_a_short_documented_delta_that_resolves(path: Path) -> None:
-    module = __import__(f"configs.{path.parent.name}.{path.stem}", fromlist=["get_config"])
-    settings = Settings.from_config(module.get_config())
-    assert settings.network is not None
-    assert "Command:" in module.__doc__
-    assert len(path.read_text().split("def get_config")[1].splitlines()) <= 25

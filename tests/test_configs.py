@@ -1,0 +1,177 @@
+"""Every config: documented, resolvable, of published size, and able to train at tiny size."""
+
+import functools
+import json
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import main
+import train_state
+from configs import base
+from datasets import DataConfig, Dataset, Finite
+from losses import mean_loss
+from run_lib import build
+from run_lib.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = sorted(
+    path.relative_to(ROOT / "configs")
+    for path in (ROOT / "configs").glob("*/**/*.py")
+    if path.name != "__init__.py"
+)
+NAMES = [str(path.with_suffix("")) for path in PATHS]
+every_config = pytest.mark.parametrize("name", NAMES)
+# Exact counts of the published networks.
+PARAMETERS = {
+    "vp/cifar10_ddpmpp_continuous": 61_804_419,
+    "vp/cifar10_ddpmpp_deep_continuous": 106_632_579,
+    "subvp/imagenet32_ddpmpp_continuous": 61_804_419,
+    "ve/cifar10_ncsnpp_continuous": 62_758_915,
+    "ve/cifar10_ncsnpp_deep_continuous": 107_587_075,
+    "score_sde/vp/cifar10_ncsnpp_continuous": 62_693_251,
+    "score_sde/ve/cifar10_ncsnpp": 62_693_251,
+    "score_sde/subvp/cifar10_ncsnpp_deep_continuous": 107_521_411,
+    "ve/church_ncsnpp_continuous": 65_574_549,
+    "score_sde/ve/ffhq_ncsnpp_continuous": 105_785_896,
+    "score_sde/vp/ddpm/cifar10": 35_218_947,
+    "score_sde/vp/ddpm/cifar10_unconditional": 32_329_347,
+    "score_sde/vp/ddpm/bedroom": 111_569_923,
+    "score_sde/ve/ncsnv2/cifar10": 33_970_563,
+    "sdeflow/mnist": 1_539_329,
+    "sdeflow/cifar10": 35_746_307,
+}
+
+
+def module(name: str):
+    return __import__("configs." + name.replace("/", "."), fromlist=["get_config"])
+
+
+def get_config(name: str):
+    return module(name).get_config()
+
+
+@every_config
+def test_is_a_short_documented_delta_that_resolves(name):
+    path = ROOT / "configs" / f"{name}.py"
+    assert Settings.from_config(get_config(name)).network is not None
+    assert len(path.read_text().split("def get_config")[1].splitlines()) <= 25
+    text = module(name).__doc__
+    assert "Command: " in text
+    assert "Expected: " in text or name.startswith("digits")
+    assert "Paper: " in text or name.startswith(("digits", "mnist", "toy"))
+
+
+@every_config
+def test_its_command_parses(name):
+    """The flags of the command are flags of main.py, the fields that it sets are fields."""
+    text = module(name).__doc__.replace("\\\n", " ")
+    commands = re.findall(r"python main\.py ((?:--\S+\s*)+)", text)
+    assert commands or "make demo" in text
+    for command in commands:
+        flags = dict(part.removeprefix("--").split("=", 1) for part in shlex.split(command))
+        assert Path(flags["config"]) == Path("configs") / f"{name}.py"
+        assert set(flags["mode"].split(",")) <= main.MODES.keys()
+        known = base.get_config()
+        for flag in flags.keys() - {"config", "workdir", "mode"}:
+            section, field = flag.removeprefix("config.").split(".")
+            assert field in known[section]
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_networks_have_the_published_number_of_parameters(name, count):
+    settings = Settings.from_config(get_config(name))
+    size, channels = settings.data.image_size, settings.data.num_channels
+    model = build.score_model(settings)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), (size, size, channels)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def tiny_settings(name: str) -> Settings:
+    """The config with a network of two narrow levels (as many as published for pyramids)."""
+    config = get_config(name)
+    network = config.model.name
+    if network in ("mlp", "concat_mlp"):
+        config.model.update(hidden=8, depth=1)
+    else:
+        config.model.nf = 8
+    if network in ("ddpm", "ncsnpp"):
+        levels = 3 if config.model.get("progressive") else 2
+        config.model.update(ch_mult=(1,) * levels, num_res_blocks=1, attn_resolutions=(4,))
+    if network == "ddpm":
+        config.model.num_groups = 4
+    config.training.update(batch_size=4, n_iters=1, n_jitted_steps=1)
+    if config.training.high_order_fraction != 1.0:
+        config.training.high_order_fraction = 0.5
+    return Settings.from_config(config)
+
+
+def tiny_data(settings: Settings) -> Dataset:
+    """Noise in the place of the data of the config."""
+    data: DataConfig = settings.data
+    points = {"mog1d": 1}.get(data.dataset, 2)
+    images = settings.network.__class__.__name__ not in ("ConcatMLP",) and data.dataset not in (
+        "swissroll", "checkerboard", "mog1d",
+    )  # fmt: skip
+    shape = (8, 8, data.num_channels) if images else (points,)
+    split = Finite(4, np.zeros((4, *shape), np.uint8 if images else np.float32).__getitem__)
+    return Dataset(data.dataset, shape, data.levels if images else None, split, split)
+
+
+@functools.cache
+def losses_of_one_step(key: str, name: str) -> dict[str, float]:
+    """Metrics of a jitted training step; `key` is what matters of the config."""
+    del key
+    settings = tiny_settings(name)
+    dataset = tiny_data(settings)
+    loss_fn = mean_loss(build.per_example_loss(settings, dataset, train=True))
+    optimizer = settings.optim.chain(1)
+    step = train_state.train_step(loss_fn, optimizer, settings.model.ema_rate, build.AXIS_NAME)
+    model, rng = build.score_model(settings), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
+    params = jax.tree.map(lambda leaf: np.float32(0.1 * rng.standard_normal(leaf.shape)), shapes)
+    state = train_state.create(params, optimizer)
+    batch = {
+        "image": dataset.train.examples(np.arange(4)),
+        "noise_id": np.arange(4, dtype=np.int32),
+        "mask": np.ones(4, bool),
+    }
+    one_device = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    mapped = jax.vmap(step, (None, None, 0), axis_name=build.AXIS_NAME)
+    mapped = jax.jit(mapped, compiler_options=quick)
+    _, metrics = mapped(state, jax.random.key(1), one_device)
+    return {metric: float(value[0]) for metric, value in metrics.items()}
+
+
+@every_config
+def test_trains_at_tiny_size(name):
+    """One jitted step is finite; configs that differ in size alone share it."""
+    settings = tiny_settings(name)
+    resolved = settings.resolved()
+    training = {k: v for k, v in resolved["training"].items() if "freq" not in k}
+    training = {k: v for k, v in training.items() if "smallest_time" not in k}
+    ignored = ("ema_rate", "sigma_max", "dropout", "num_scales")
+    model = {k: v for k, v in resolved["model"].items() if k not in ignored}
+    shape = tiny_data(settings).shape
+    key = json.dumps([training, model, shape, resolved["data"]["logit"]], sort_keys=True)
+    first = KEYS.setdefault(key, name)
+    metrics = losses_of_one_step(key, first)
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["param_norm"] > 0
+
+
+KEYS: dict[str, str] = {}
+
+
+def test_the_importance_time_is_chosen_when_the_run_starts():
+    """Published: when the file was loaded, before the command line was read."""
+    config = get_config("vp/imagenet32_ddpmpp_continuous")
+    assert Settings.from_config(config).training.smallest_time == 1e-5
+    config.training.update(likelihood_weighting=True, importance_weighting=True)
+    assert Settings.from_config(config).training.smallest_time == 5e-5
