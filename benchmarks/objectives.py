@@ -1,6 +1,6 @@
 """Cost of a training step of every objective, over that of an order-1 denoising step.
 
-    python -m benchmarks.objectives [--rounds=7] [--batch_size=8] [--only="order 3"]
+    python -m benchmarks.objectives [--rounds=7] [--batch_size=8] [--only=remat]
 
 A step is value, gradient and Adam of a U-Net on 16×16×3, VP. The objectives take turns within one
 process, so a machine whose speed drifts slows all of them. `time` is the median over the rounds of
@@ -11,8 +11,7 @@ those that XLA reports of the compiled step; `compile` includes tracing.
 `published` rows are the formulations of the published codes, written here: order 3 by reverse over
 forward mode; the Fokker–Planck residual by reverse over reverse mode, differences in time, and six
 evaluations of the network.
-`keep_convs` rows rematerialise everything but the outputs of convolutions in the reverse pass, of
-the loss as a whole or block by block. On CPU, XLA as of jax 0.10 drops the barriers between the two
+`remat` rows are those of model.remat. On CPU, XLA as of jax 0.10 drops the barriers between the two
 passes before it orders the operations, so that memory falls little or not at all; that of jax 0.12
 does not, nor does the former with XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander.
 Times hold for this machine only, ratios carry over to similar ones, flops everywhere.
@@ -22,7 +21,6 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +33,6 @@ from dequantization import Pixels
 from fokker_planck import FokkerPlanck
 from high_order import HighOrder, second_order_residual, third_order_residual
 from models import MODELS
-from models.layers import REMAT
 from operators import (
     Batched,
     PerExample,
@@ -111,18 +108,12 @@ class PublishedFokkerPlanck(Terms):
         return {"dsm": squared_norm(e1) / d, "fp": squared_norm(residual) / d}
 
 
-def keep_convs(loss_fn: losses.LossFn) -> losses.LossFn:
-    """The same loss rematerialised, as a whole, from the outputs of its convolutions."""
-    return jax.checkpoint(loss_fn, policy=REMAT["keep_convs"])
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One row: what is trained, how, and what the ratios should be at most."""
 
     terms: Terms
     targets: dict[str, float] = dataclasses.field(default_factory=dict)
-    wrap: Callable[[losses.LossFn], losses.LossFn] = lambda loss_fn: loss_fn
     remat: str = "none"
 
 
@@ -140,19 +131,19 @@ SECOND_TARGETS = {"time": 2.0, "memory": 1.5}
 DIRECTIONAL_TARGETS = {"flops": 3.6, "time": 4.0, "memory": 3.5}
 CASES: dict[str, Case] = {
     BASELINE: Case(Terms()),
-    "order 1 keep_convs": Case(Terms(), wrap=keep_convs),
-    "order 1 keep_convs, blocks": Case(Terms(), remat="keep_convs"),
+    "order 1 remat keep_convs": Case(Terms(), remat="keep_convs"),
+    "order 1 remat block": Case(Terms(), remat="block"),
     "order 1 ism": Case(Terms(objective="ism")),
     "order 2": Case(SECOND, SECOND_TARGETS),
-    "order 2 keep_convs": Case(SECOND, SECOND_TARGETS, wrap=keep_convs),
-    "order 2 keep_convs, blocks": Case(SECOND, SECOND_TARGETS, remat="keep_convs"),
+    "order 2 remat keep_convs": Case(SECOND, SECOND_TARGETS, remat="keep_convs"),
+    "order 2 remat block": Case(SECOND, SECOND_TARGETS, remat="block"),
     "order 3 published": Case(PublishedThirdOrder(high_order=_third("gradient"))),
     "order 3 gradient": Case(Terms(high_order=_third("gradient")), {"time": 5.0}),
     "order 3 directional": Case(DIRECTIONAL, DIRECTIONAL_TARGETS),
-    "order 3 directional keep_convs": Case(DIRECTIONAL, DIRECTIONAL_TARGETS, wrap=keep_convs),
-    "order 3 directional keep_convs, blocks": Case(
+    "order 3 directional remat keep_convs": Case(
         DIRECTIONAL, DIRECTIONAL_TARGETS, remat="keep_convs"
     ),
+    "order 3 directional remat block": Case(DIRECTIONAL, DIRECTIONAL_TARGETS, remat="block"),
     "order 3 directional 1/2": Case(
         Terms(high_order=_third("directional", fraction=0.5)), {"time": 2.3}
     ),
@@ -208,7 +199,7 @@ def compiled(case: Case, batch_size: int) -> Run:
     per_example = losses.score_matching(
         model, Pixels(256), law, case.terms, batch_size=batch_size, train=True
     )
-    loss_fn = case.wrap(losses.mean_loss(per_example))
+    loss_fn = losses.mean_loss(per_example)
     config = train_state.OptimizerConfig("adam", 2e-4, 0.9, 0.999, 1e-8, 0.0, 0, 1.0, "constant")
     optimizer = config.chain(1000)
     state = train_state.create(model.init(jax.random.key(0), SHAPE), optimizer)
