@@ -21,7 +21,10 @@ logger = logging.getLogger("fokker")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 # Sections and fields that fix what the parameters mean; the rest may change between runs.
 FIXED = ("data", "model", "training.sde", "optim.optimizer")
-FREE = ("model.ema_rate", "model.dropout", "model.num_scales", "data.num_test", "data.path")
+FREE = (
+    "model.ema_rate", "model.dropout", "model.num_scales", "model.dtype", "model.remat",
+    "data.num_test", "data.path",
+)  # fmt: skip
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -61,10 +64,18 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
     path = workdir / "config.json"
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
         return
-    changed = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    before = json.loads(path.read_text())
+    changed = differences(before, json.loads(json.dumps(config)))
     changed = {k: v for k, v in changed.items() if not {k, k.split(".")[0]} & set(ignore)}
     lines = [f"{name}: {old!r} in {path}, now {new!r}" for name, (old, new) in changed.items()]
-    refused = [line for name, line in zip(changed, lines, strict=True) if is_fixed(name)]
+    # A field that the folder lacks is newer than it; another network or SDE shows in its name.
+    known = dict(flatten(before))
+    levels = () if config["training"]["continuous"] else ("model.num_scales",)
+    refused = [
+        line
+        for name, line in zip(changed, lines, strict=True)
+        if name in known and (is_fixed(name) or name in levels)
+    ]
     if refused:
         raise ValueError(
             "this run folder was made with another config; these fields may not change:\n  "

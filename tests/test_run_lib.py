@@ -378,6 +378,20 @@ def test_changed_fields_are_refused_by_name_and_harmless_ones_are_not(trained: P
         run_lib.evaluate(Settings.from_config(config), trained, "eval")
 
 
+def test_a_folder_from_before_a_field_existed_goes_on_and_levels_are_fixed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    config = Settings.from_config(tiny.config()).resolved()
+    older = json.loads(json.dumps(config))
+    del older["model"]["dropout"], older["data"]["logit"]
+    folder.write_json(tmp_path / "config.json", older)
+    folder.reconcile(tmp_path, config)
+    config["model"]["num_scales"] += 1
+    folder.reconcile(tmp_path, config)
+    config["training"]["continuous"] = False
+    with pytest.raises(ValueError, match=r"model\.num_scales: 10 in"):
+        folder.reconcile(tmp_path, config)
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
