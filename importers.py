@@ -89,9 +89,11 @@ def load(path: Path, model: ScoreModel, shape: tuple[int, ...], fresh: TrainStat
     else:
         found = read_flax(path)
     expected = _flat(fresh.params)
-    for name, leaves in found._asdict().items():
-        if isinstance(leaves, dict):
-            _check(leaves, expected, f"{path}, {name}")
+    for name, value in found._asdict().items():
+        if isinstance(value, dict):
+            _check(value, expected, f"{path}, {name}")
+        elif not 0 <= value < 2**31:
+            raise ValueError(f"{path}: {name} is {value}, no number of steps")
 
     def tree(leaves: Leaves) -> Any:
         like = {key: np.asarray(leaves[key], expected[key].dtype) for key in expected}
@@ -143,6 +145,11 @@ def read_flax(path: Path) -> Published:
     try:
         optimizer = state["optimizer"]
         moments = _flat(optimizer["state"]["param_states"])
+        strange = {key.rpartition("/")[2] for key in moments} ^ {"grad_ema", "grad_sq_ema"}
+        strange |= optimizer.keys() ^ {"target", "state"}
+        strange |= optimizer["state"].keys() ^ {"step", "param_states"}
+        if strange or state["model_state"]:
+            raise KeyError(*sorted(strange or {"an empty model_state"}))
         return Published(
             step=int(state["step"]),
             params=_renamed(_flat(optimizer["target"])),
@@ -152,7 +159,7 @@ def read_flax(path: Path) -> Published:
             adam_step=int(optimizer["state"]["step"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: the optimizer of the State lacks {error}") from None
+        raise ValueError(f"{path}: its State has or lacks {error}") from None
 
 
 def read_torch(path: Path, order: list[str]) -> Published:
@@ -181,7 +188,10 @@ def read_torch(path: Path, order: list[str]) -> Published:
 
 def _torch_state(state: dict[str, Any], order: list[str]) -> Published:
     model = {key.removeprefix("module."): value for key, value in state["model"].items()}
-    model = {key: value for key, value in model.items() if key.startswith("all_modules.")}
+    strange = [key for key in model if not key.startswith("all_modules.") and key != "sigmas"]
+    if strange:
+        raise ValueError(f"{strange[0]} belongs to none of the networks ncsnpp and ddpm")
+    model = {key: value for key, value in model.items() if key != "sigmas"}
     numbers = sorted({int(key.split(".")[1]) for key in model})
     if len(numbers) != len(order):
         raise ValueError(
@@ -200,13 +210,18 @@ def _torch_state(state: dict[str, Any], order: list[str]) -> Published:
     values = list(model.values())
     shadow, average = list(state["ema"]["shadow_params"]), []
     trained = len(values) - sum(frozen)
-    if len(shadow) != (len(values) if len(shadow) == len(values) else trained):
+    if len(shadow) not in (trained, len(values)):
         raise ValueError(f"ema.shadow_params has {len(shadow)} tensors instead of {trained}")
     held = len(shadow) < len(values)
     for value, fixed in zip(values, frozen, strict=True):
         average.append(value if held and fixed else shadow.pop(0))
     moments = state["optimizer"]["state"]
+    updated = {i for i, fixed in enumerate(frozen) if not fixed}
+    if moments.keys() - set(range(len(values))) or updated - moments.keys():
+        raise ValueError(f"the optimizer has moments of {len(moments)} tensors, not {len(updated)}")
     steps = {int(np.asarray(moment["step"])) for moment in moments.values()}
+    if len(steps) != 1:
+        raise ValueError(f"the moments are of different steps: {sorted(steps)}")
     zero = [{"exp_avg": np.zeros_like(v), "exp_avg_sq": np.zeros_like(v)} for v in values]
     adam = [moments.get(i, nothing) for i, nothing in enumerate(zero)]
     return Published(
@@ -215,7 +230,7 @@ def _torch_state(state: dict[str, Any], order: list[str]) -> Published:
         ema=named(average),
         first_moment=named(moment["exp_avg"] for moment in adam),
         second_moment=named(moment["exp_avg_sq"] for moment in adam),
-        adam_step=max(steps, default=0),
+        adam_step=steps.pop(),
     )
 
 
@@ -257,13 +272,20 @@ def _renamed(leaves: Leaves) -> Leaves:
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         parts = name.split("/")
-        old_norm = len(parts) > 1 and parts[-2].startswith("GroupNorm_") and leaf.ndim == 4
-        found[name] = leaf.reshape(leaf.shape[-1:]) if old_norm else leaf
+        shape = np.shape(leaf)
+        old_norm = parts[-2:-1] and parts[-2].startswith("GroupNorm_") and shape[:-1] == (1, 1, 1)
+        if name in found:
+            raise KeyError(f"{key} twice")
+        found[name] = leaf.reshape(shape[-1:]) if old_norm else leaf
     return found
 
 
 def _check(found: Leaves, expected: Leaves, where: str) -> None:
-    """Same keys and same shapes, or an error that says what does not fit and what may differ."""
+    """Same keys and shapes, finite numbers; or an error that says what is not."""
+    for key, leaf in found.items():
+        real = isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"
+        if not (real and np.isfinite(leaf).all()):
+            raise ValueError(f"{where}: {key} is no array of finite real numbers")
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     shapes = {

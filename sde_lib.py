@@ -138,9 +138,9 @@ class SDE:
 def chain_index(t: PerExample, num_steps: int, T: float) -> Int[Array, " b"]:
     """⌊t (N − 1)/T⌋, index of t in a discrete chain of N steps.
 
-    Times that lie on the grid up to float32 rounding (1e-3 of a cell) count as on it.
+    Times that lie on the grid up to float32 rounding (2e-4 of a cell) count as on it.
     """
-    return jnp.floor(t * (num_steps - 1) / T + 1e-3).astype(jnp.int32)
+    return jnp.floor(t * (num_steps - 1) / T + 2e-4).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 The file is a zip archive: `*/data.pkl` describes nested containers, `*/data/<key>` holds the raw
 bytes of each storage. The description is a pickle, a language that can call any function: here it
-may call the four names below, all of them this file's own, and whatever else it asks for is an
+may call the names below, all of them this file's own, and whatever else it asks for is an
 error before anything runs.
 Format: pytorch.org/docs, notes on serialization.
 """
 
 import collections
+import math
 import pickle
 import zipfile
 import zlib
@@ -29,29 +30,52 @@ STORAGES = {
 }
 
 
+class _Callable:
+    """What a description may call. Instances hold no state, so that a file cannot change them."""
+
+    __slots__ = ()
+
+
+class _Tensor(_Callable):
+    """The array that torch._utils._rebuild_tensor_v2 describes."""
+
+    __slots__ = ()
+
+    def __call__(
+        self, storage: np.ndarray, offset: int, shape: tuple, stride: tuple, *_: Any
+    ) -> np.ndarray:
+        """A copy of the view; each number of the storage is used at most once."""
+        numbers = (offset, *shape, *stride)
+        if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"a tensor has offset {offset}, shape {shape}, stride {stride}")
+        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if 0 not in shape and (last >= storage.size or math.prod(shape) > storage.size):
+            raise ValueError(f"a tensor of shape {shape} lies outside its storage")
+        strides = [s * storage.itemsize for s in stride]
+        view = np.lib.stride_tricks.as_strided(storage[offset:], shape, strides, writeable=False)
+        return np.array(view)
+
+
+class _Parameter(_Callable):
+    """The tensor inside a torch.nn.Parameter."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor: np.ndarray, *_: Any) -> np.ndarray:
+        """The tensor."""
+        return tensor
+
+
 class _StorageType(str):
-    """Name of a type of storage; its value is the NumPy dtype."""
+    """NumPy dtype of a type of storage."""
 
-
-def _tensor(storage: np.ndarray, offset: int, shape: tuple, stride: tuple, *_: Any) -> np.ndarray:
-    """The view that torch._utils._rebuild_tensor_v2 describes, as an array of its own."""
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    negative = offset < 0 or any(number < 0 for number in (*shape, *stride))
-    if negative or (0 not in shape and last >= storage.size):
-        raise ValueError(f"a tensor of shape {shape} lies outside its storage")
-    strides = [s * storage.itemsize for s in stride]
-    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, strides, writeable=False)
-    return np.array(view)
-
-
-def _parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:
-    return tensor
+    __slots__ = ()
 
 
 NAMES = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _Tensor(),
+    ("torch._utils", "_rebuild_parameter"): _Parameter(),
     **{("torch", name): _StorageType(dtype) for name, dtype in STORAGES.items()},
 }
 
@@ -62,7 +86,7 @@ class _Reader(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, description: str) -> None:
         super().__init__(archive.open(description))
         self._archive, self._folder = archive, description.removesuffix("data.pkl")
-        self._storages: dict[str, np.ndarray] = {}
+        self._storages: dict[tuple[str, str], np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in NAMES:
@@ -73,19 +97,19 @@ class _Reader(pickle.Unpickler):
         kind, storage_type, key, _, size = reference
         if kind != "storage" or not isinstance(storage_type, _StorageType):
             raise ValueError(f"unknown reference {kind!r}")
-        if key not in self._storages:
-            data = self._archive.read(f"{self._folder}data/{key}")
-            found = np.frombuffer(data, np.dtype(str(storage_type)))
-            if found.size != size:
-                raise ValueError(f"storage {key} has {found.size} numbers instead of {size}")
-            self._storages[key] = found
-        return self._storages[key]
+        if (key, storage_type) not in self._storages:
+            dtype = np.dtype(str(storage_type))
+            member = self._archive.getinfo(f"{self._folder}data/{key}")
+            if member.file_size != size * dtype.itemsize:
+                raise ValueError(f"storage {key} has {member.file_size} bytes for {size} {dtype}")
+            self._storages[key, storage_type] = np.frombuffer(self._archive.read(member), dtype)
+        return self._storages[key, storage_type]
 
 
 # What the two libraries raise for damaged files.
 DAMAGES = (
     pickle.UnpicklingError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError,
-    NotImplementedError, RuntimeError, MemoryError, zlib.error,
+    NotImplementedError, RuntimeError, MemoryError, OverflowError, zlib.error,
 )  # fmt: skip
 
 
@@ -102,6 +126,9 @@ def read(path: Path) -> Any:
 
     try:
         with zipfile.ZipFile(path) as archive:
+            packed = [m.filename for m in archive.infolist() if m.compress_type]
+            if packed:
+                refuse(f"{packed[0]} is compressed, which PyTorch does not do")
             damaged = archive.testzip()
             if damaged is not None:
                 refuse(f"{damaged} is damaged")

@@ -73,6 +73,11 @@ def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> lo
             "training.alpha, training.beta with training.continuous=False: the Fokker-Planck "
             "residual needs the derivative in time, which a network of discrete levels lacks"
         )
+    if settings.model.time_label == "reverse_index" and found.fokker_planck is not None:
+        raise ValueError(
+            "training.alpha, training.beta with model.time_label='reverse_index': a label that is "
+            "rounded has no derivative in time"
+        )
     model = score_model(settings, on_levels=True)
     law = losses.time_law(
         model.sde,

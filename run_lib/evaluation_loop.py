@@ -32,10 +32,10 @@ from run_lib.settings import Settings
 logger = logging.getLogger("fokker")
 # Fields of `training` that the value of the objective depends on.
 OBJECTIVE_FIELDS = (
-    "objective", "smallest_time", "reduce_mean", "likelihood_weighting", "importance_weighting",
-    "debias", "score_matching_order", "second_order_weight", "trace_weight", "third_order_weight",
-    "third_order_form", "derivative_estimator", "num_probes", "alpha", "beta", "scalar_fp",
-    "fp_wgt_type", "m", "fp_form", "fp_probes",
+    "objective", "continuous", "smallest_time", "reduce_mean", "likelihood_weighting",
+    "importance_weighting", "debias", "score_matching_order", "second_order_weight",
+    "trace_weight", "third_order_weight", "third_order_form", "derivative_estimator",
+    "num_probes", "alpha", "beta", "scalar_fp", "fp_wgt_type", "m", "fp_form", "fp_probes",
 )  # fmt: skip
 
 

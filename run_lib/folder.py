@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 logger = logging.getLogger("fokker")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 # Sections and fields that fix what the parameters mean; the rest may change between runs.
-FIXED = ("data", "model", "training.sde", "optim.optimizer")
+FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer")
 FREE = (
     "model.ema_rate", "model.dropout", "model.num_scales", "model.dtype", "model.remat",
     "data.num_test", "data.path",
@@ -95,11 +95,12 @@ def same_examples(eval_folder: Path, config: dict[str, Any]) -> None:
     path = eval_folder / "config.json"
     if not path.exists() or not (eval_folder / "rows.jsonl").exists():
         return
-    changed = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    before = json.loads(path.read_text())
+    known = dict(flatten(before))
     lines = [
         f"{name}: {old!r} then, now {new!r}"
-        for name, (old, new) in changed.items()
-        if name == "seed" or name.startswith("data.")
+        for name, (old, new) in differences(before, json.loads(json.dumps(config))).items()
+        if name in known and (name == "seed" or name.startswith("data."))
     ]
     if lines:
         raise ValueError(

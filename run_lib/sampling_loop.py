@@ -52,12 +52,13 @@ class Generator:
         batches = []
         for first in range(0, number, size):
             ids = np.arange(first, first + size, dtype=np.int32)
-            batches.append(parallel.join(self._mapped(params, self.key, parallel.split(ids))))
-        x = np.concatenate(batches)[:number]
-        bad = np.flatnonzero(~np.isfinite(x.reshape(number, -1)).all(axis=1))
-        if bad.size:
-            raise FloatingPointError(
-                f"{bad.size} of {number} samples are not finite (first: {bad[:5].tolist()}); "
-                "raise sampling.rtol and sampling.atol, or use sampling.method='pc'"
-            )
-        return np.asarray(self._encoding.decode(jnp.asarray(x)))
+            x = parallel.join(self._mapped(params, self.key, parallel.split(ids)))[: number - first]
+            bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
+            if bad.size:
+                raise FloatingPointError(
+                    f"{bad.size} of samples {first} to {first + len(x) - 1} are not finite (first: "
+                    f"{(first + bad[:5]).tolist()}); raise sampling.rtol and sampling.atol, or use "
+                    "sampling.method='pc'"
+                )
+            batches.append(np.asarray(self._encoding.decode(jnp.asarray(x))))
+        return np.concatenate(batches)

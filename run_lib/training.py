@@ -191,6 +191,8 @@ def start(
     """
     steps, source = checkpoints.steps(), given_checkpoint(settings, workdir)
     if steps:
+        if source is not None:
+            logger.warning("%s has checkpoints of its own: %s is not used", workdir, source)
         return checkpoints.restore(steps[-1], fresh_state(settings, shape))
     if source is None:
         return fresh_state(settings, shape)
@@ -213,6 +215,8 @@ def given_state(settings: Settings, shape: tuple[int, ...], source: Path) -> Tra
         ValueError: it cannot be read or does not fit the network.
     """
     if source.is_dir():
+        free = ("data", "seed", "eval", "sampling")
+        folder.reconcile(source, settings.resolved(), ignore=free)
         state = _latest_of(source, fresh_state(settings, shape))
     else:
         like = jax.eval_shape(lambda: fresh_state(settings, shape))
@@ -263,9 +267,13 @@ def import_checkpoint(settings: Settings, workdir: Path) -> None:
     data = settings.data
     size = (data.image_size, data.image_size, data.num_channels)
     shape = size if data.image_size else datasets.load(data).shape
-    if any((workdir / "checkpoints").glob("[0-9]*")):
-        raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
     state = given_state(settings, shape, source)
+    there = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
+    if there == [str(int(state.step))]:
+        logger.info("%s holds step %s already", workdir, there[0])
+        return
+    if there:
+        raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
     folder.write_json(workdir / "config.json", settings.resolved())
     folder.write_json(workdir / "versions.json", folder.versions())
     checkpoints = Checkpoints(workdir, keep_every=settings.training.snapshot_freq)

@@ -81,6 +81,70 @@ def test_its_command_parses(name):
         for flag in flags.keys() - {"config", "workdir", "mode"}:
             section, field = flag.removeprefix("config.").split(".")
             assert field in known[section]
+        needs_path = get_config(name).data.dataset in ("npz", "ffhq", "celebahq")
+        assert ("config.data.path" in flags) == needs_path
+
+
+# Columns of the published tables: data.centered, data.random_flip, model.dropout, model.ema_rate,
+# model.num_res_blocks, training.batch_size, n_iters, smallest_time, reduce_mean, continuous,
+# sampling.smallest_time, predictor, corrector, snr, eval.batch_size, eval.num_repeats.
+MLE = (48, 4_000_001, 1e-5, True, True)
+VALUES = {
+    "vp/cifar10_ddpmpp_continuous":
+        (True, True, 0.1, 0.9999, 4, *MLE, 1e-3, None, None, None, 2000, 5),
+    "vp/imagenet32_ddpmpp_deep_continuous":
+        (True, False, 0.0, 0.9999, 8, 48, 950_001, 1e-5, True, True, 1e-3, None, None, None, 1024, 1),
+    "subvp/cifar10_ddpmpp_continuous":
+        (True, True, 0.1, 0.9999, 4, 48, 4_000_001, 1e-2, True, True, 1e-2, None, None, None, 2000, 5),
+    "ve/cifar10_ncsnpp_deep_continuous":
+        (False, True, 0.1, 0.999, 8, *MLE, 1e-5, "reverse_diffusion", "langevin", 0.16, 2000, 5),
+    "ve/church_ncsnpp_continuous":
+        (False, True, 0.0, 0.999, 2, 50, 3_400_001, 1e-5, True, True, 1e-5, "reverse_diffusion",
+         "langevin", 0.075, 100, 5),
+    "score_flow/subvp/cifar10_ddpmpp_deep_continuous":
+        (True, True, 0.1, 0.9999, 8, 128, 950_001, 1e-2, True, True, 1e-2, None, None, None, 1024, 5),
+    "score_sde/subvp/cifar10_ddpmpp_continuous":
+        (True, True, 0.1, 0.9999, 4, 128, 1_300_001, 1e-5, True, True, 1e-3, "euler_maruyama",
+         "none", None, 1024, 5),
+    "score_sde/vp/ddpm/cifar10":
+        (True, True, 0.1, 0.9999, 2, 128, 1_300_001, 1e-5, True, False, 1e-3, "ancestral_sampling",
+         "none", None, 1024, 5),
+    "score_sde/ve/celeba_ncsnpp":
+        (False, True, 0.1, 0.999, 4, 128, 1_300_001, 1e-5, False, False, 1e-5, "reverse_diffusion",
+         "langevin", 0.17, 1024, 5),
+    "score_sde/ve/ffhq_ncsnpp_continuous":
+        (False, True, 0.0, 0.9999, 1, 8, 2_400_001, 1e-5, True, True, 1e-5, "reverse_diffusion",
+         "langevin", 0.15, 1024, 5),
+    "score_sde/ve/ncsnv2/celeba":
+        (False, True, None, 0.999, None, 128, 1_300_001, 1e-5, False, False, 1e-5, "none", "ald",
+         0.128, 1024, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_the_published_ones(name):
+    c = get_config(name)
+    found = (
+        c.data.centered, c.data.random_flip, c.model.dropout, c.model.ema_rate,
+        c.model.num_res_blocks, c.training.batch_size, c.training.n_iters,
+        c.training.smallest_time, c.training.reduce_mean, c.training.continuous,
+        c.sampling.smallest_time, c.sampling.predictor, c.sampling.corrector, c.sampling.snr,
+        c.eval.batch_size, c.eval.num_repeats,
+    )  # fmt: skip
+    expected = VALUES[name]
+    ode = expected[11] is None  # then predictor, corrector and snr are not used
+    assert (c.sampling.method == "ode") == ode
+    for number, (value, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert wanted is None or value == wanted, (number, value, wanted)
+
+
+@every_config
+def test_its_sampler_can_be_built(name):
+    settings = Settings.from_config(get_config(name))
+    sampler = build.sampler(settings)
+    model = build.score_model(settings, on_levels=settings.sampling.method == "pc")
+    if hasattr(sampler, "_check_chain"):
+        sampler._check_chain(model.sde)
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())

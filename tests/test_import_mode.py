@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import datasets
 import run_lib
 from checkpoints import Checkpoints
 from run_lib import folder, training
@@ -47,10 +48,12 @@ def test_training_goes_on_from_a_published_checkpoint(tmp_path, case):
     c.training.init_from = str(FIXTURES / case / CASES[case])
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run_lib.import_checkpoint(Settings.from_config(c), whole)
-    run_lib.train(Settings.from_config(c), whole)
-    rows = folder.read_metrics(whole)
-    losses = [row["loss"] for row in rows if row["split"] == "train"]
-    predicted = [row["loss"] for row in rows if row["split"] == "held_out"][-1]
+    settings = Settings.from_config(c)
+    trainer = training.Trainer(settings, datasets.load(settings.data), whole)
+    predicted = trainer.held_out(trainer.state.ema_params)["loss"]
+    trainer.checkpoints.close()
+    run_lib.train(settings, whole)
+    losses = [row["loss"] for row in folder.read_metrics(whole) if row["split"] == "train"]
     assert len(losses) == 20
     assert np.isfinite(losses).all()
     assert 0.3 * predicted < np.mean(losses) < 3.0 * predicted
@@ -76,6 +79,8 @@ def test_a_published_file_in_checkpoints_meta_is_picked_up(tmp_path):
     assert training.given_checkpoint(settings, run).name == "checkpoint_10"
     run_lib.import_checkpoint(settings, run)
     assert Checkpoints(run).steps() == [350001]
+    run_lib.import_checkpoint(settings, run)  # again: there is nothing left to do
+    (run / "checkpoints" / "7").mkdir()
     with pytest.raises(ValueError, match="is not empty: use another --workdir"):
         run_lib.import_checkpoint(settings, run)
 
@@ -103,6 +108,9 @@ def test_another_run_folder_can_be_the_start(tmp_path):
     c.training.update(init_from=str(tmp_path / "first"), n_iters=30)
     run_lib.train(Settings.from_config(c), tmp_path / "second")
     assert Checkpoints(tmp_path / "second").steps()[-1] == 30
+    c.training.sde = "subvpsde"
+    with pytest.raises(ValueError, match=r"training\.sde: 'vpsde' in"):
+        run_lib.train(Settings.from_config(c), tmp_path / "third")
     c.training.init_from = str(tmp_path)
     with pytest.raises(ValueError, match="the folder has no checkpoints/"):
         run_lib.train(Settings.from_config(c), tmp_path / "third")

@@ -1,5 +1,6 @@
 """Published checkpoints: outputs, likelihoods and bounds of the published codes; damaged files."""
 
+import contextlib
 import functools
 import io
 import pickle
@@ -19,7 +20,7 @@ import torch_files
 import train_state
 from likelihood import Divergence, ode_log_likelihood, reconstruction_nll
 from losses import first_order_residual, likelihood_weight
-from models import NCSNpp
+from models import DDPM, NCSNpp
 from ode import Solver
 from operators import (
     dimension,
@@ -291,6 +292,14 @@ def _misshape(state):
     state["params_ema"]["Conv_0"]["kernel"] = kernel[..., :4]
 
 
+def _nan(state):
+    state["params_ema"]["Conv_0"]["bias"] = np.full(8, np.nan, np.float32)
+
+
+def _twice(state):
+    state["params_ema"]["AttnBlock_0"] = state["params_ema"]["AttnBlockpp_0"]
+
+
 def _transpose(state):
     norm = state["params_ema"]["AttnBlockpp_0"]["NIN_0"]
     norm["b"] = norm["b"][None]
@@ -305,7 +314,16 @@ def _transpose(state):
         (_transpose, r"NIN_0/b: \(1, 16\) instead of \(16,\)"),
         (lambda state: state.pop("rng"), "is no State .* lacks .*'rng'"),
         (lambda state: state.update(ema_train_bpd=0.0), "checkpoint of a dequantiser"),
-        (lambda state: state["optimizer"].pop("state"), "the optimizer of the State lacks 'state'"),
+        (
+            lambda state: state["optimizer"].pop("state"),
+            "its State has or lacks 'state'",
+        ),
+        (lambda state: state["optimizer"].update(more=1), "has or lacks 'more'"),
+        (lambda state: state["model_state"].update(batch_stats={"a": 1}), "an empty model_state"),
+        (_nan, r"ema: Conv_0/bias is no array of finite real numbers"),
+        (_twice, "has or lacks .*AttnBlock.*twice"),
+        (lambda state: state.update(step=np.asarray(-1)), "step is -1, no number of steps"),
+        (lambda state: state.update(step=np.asarray(2**40)), "step is 1099511627776, no number"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_reason(tmp_path, change, message):
@@ -396,12 +414,131 @@ def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path, call):
 
 
 def test_tensors_cannot_reach_outside_their_storage(tmp_path):
-    storage = np.arange(6, dtype=np.float32)
-    for shape, stride, offset in (((7,), (1,), 0), ((2, 3), (4, 1), 0), ((2,), (-1,), 3)):
-        with pytest.raises(ValueError, match="outside its storage"):
-            torch_files._tensor(storage, offset, shape, stride)
-    turned = torch_files._tensor(storage, 0, (3, 2), (1, 3))
+    tensor, storage = torch_files._Tensor(), np.arange(6, dtype=np.float32)
+    for shape, stride, offset in (
+        ((7,), (1,), 0), ((2, 3), (4, 1), 0), ((2,), (-1,), 3), ((4096, 4096), (0, 0), 0),
+        ((10**30,), (1,), 0), ((2,), (1, 1), 0), ((2,), (1.0,), 0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"outside its storage|a tensor has offset"):
+            tensor(storage, offset, shape, stride)
+    turned = tensor(storage, 0, (3, 2), (1, 3))
     np.testing.assert_array_equal(turned, storage.reshape(2, 3).T)
+
+
+def test_a_file_cannot_change_what_reads_it(tmp_path):
+    """A BUILD instruction sets attributes of what was called; here there are none to set."""
+    path = tmp_path / "build.pth"
+    path.write_bytes(archive(b"ctorch._utils\n_rebuild_parameter\n(N(dVx\nI7\nstb."))
+    with pytest.raises(ValueError, match="no PyTorch checkpoint that can be read"):
+        torch_files.read(path)
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", pickle.dumps({}))
+    with pytest.raises(ValueError, match="is compressed, which PyTorch does not do"):
+        torch_files.read(tmp_path / "a.pth")
+
+
+def test_flipped_bytes_end_in_a_value_error_or_other_numbers(tmp_path):
+    data, model = bytearray(flax_bytes()), score_model("mle_ncsnpp_ve")
+    fresh, rng = fresh_state(model), np.random.default_rng(2)
+    for place in (*rng.integers(0, 400, 20), *rng.integers(0, len(data), 10)):
+        broken = data.copy()
+        broken[place] ^= 1 << int(rng.integers(8))
+        (tmp_path / "flipped").write_bytes(broken)
+        with contextlib.suppress(ValueError):
+            importers.load(tmp_path / "flipped", model, SHAPE, fresh)
+
+
+OTHER = {
+    "skips": {"fir": True, "progressive": "output_skip", "progressive_input": "input_skip"},
+    "residuals": {
+        "fir": True, "progressive": "residual", "progressive_input": "residual",
+        "resblock_type": "ddpm", "embedding_type": "fourier", "attn_resolutions": (8, 16),
+    },
+    "no_filter": {"progressive": "residual", "progressive_input": "residual"},
+}  # fmt: skip
+
+
+def random_leaves(model, shape=SHAPE):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), shape))
+    return {
+        path: rng.standard_normal(leaf.shape).astype(np.float32)
+        for path, leaf in flatten_dict(shapes, sep="/").items()
+    }
+
+
+def other_model(name):
+    if name == "ddpm":
+        network = DDPM(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), num_groups=4)
+        return ScoreModel(network, VPSDE())
+    return ScoreModel(NCSNpp(**(SMALL | OTHER[name])), VPSDE(), label=TIME_LABELS["unit_time"])
+
+
+@pytest.mark.parametrize("name", [*OTHER, "ddpm"])
+def test_pytorch_layout_of_other_networks(name):
+    """Modules by number, with gaps for those without parameters; frozen weights have no EMA."""
+    model = other_model(name)
+    leaves = random_leaves(model)
+    order = importers.modules_in_order(model, SHAPE)
+    state = {}
+    for number, child in enumerate(order):
+        for path in (path for path in leaves if path.startswith(child + "/")):
+            *inner, leaf = path.split("/")[1:]
+            value = leaves[path]
+            if child.startswith("FIR"):
+                inner = ["Conv2d_0"]
+            if leaf == "kernel":
+                value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
+            leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+            state[".".join(["module.all_modules", str(2 * number + 1), *inner, leaf])] = value
+    trained = [
+        key
+        for key in state
+        if not (name == "residuals" and key.endswith(".W") and state[key].ndim == 1)
+    ]
+    index = {key: i for i, key in enumerate(state)}
+    moment = lambda key: {"step": 7, "exp_avg": 2 * state[key], "exp_avg_sq": state[key] ** 2}  # noqa: E731
+    found = importers._torch_state(
+        {
+            "model": state | {"module.sigmas": np.ones(3)}, "step": 7,
+            "ema": {"shadow_params": [3 * state[key] for key in trained]},
+            "optimizer": {"state": {index[key]: moment(key) for key in trained}},
+        },
+        order,
+    )  # fmt: skip
+    assert found.params.keys() == leaves.keys()
+    frozen = len(state) - len(trained)
+    assert frozen == (name == "residuals")
+    for path, value in leaves.items():
+        np.testing.assert_array_equal(found.params[path], value)
+        fixed = path.startswith("GaussianFourier")
+        np.testing.assert_array_equal(found.ema[path], value if fixed else 3 * value)
+        np.testing.assert_array_equal(found.first_moment[path], 0 * value if fixed else 2 * value)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_published_names_of_other_networks(name):
+    """Samplers without parameters took numbers in the published trees."""
+    leaves = random_leaves(other_model(name))
+    published = {}
+    for path, value in leaves.items():
+        first, *rest = path.split("/")
+        kind, _, number = first.rpartition("_")
+        if kind in ("ResnetBlockBigGAN", "ResnetBlockDDPM", "AttnBlock"):
+            kind += "pp"
+        if kind.endswith("sample"):
+            number = str(3 * int(number) + 1)
+        if kind.startswith("FIR"):
+            kind = kind.removeprefix("FIR")
+            rest = ["Conv2d_0", {"kernel": "weight"}.get(rest[-1], rest[-1])]
+        published["/".join([f"{kind}_{number}", *rest])] = value
+    found = importers._renamed(published)
+    assert found.keys() == leaves.keys()
+    for path, value in leaves.items():
+        np.testing.assert_array_equal(found[path], value)
 
 
 def test_other_files_are_refused(tmp_path):

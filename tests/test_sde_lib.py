@@ -313,3 +313,11 @@ def test_chain_of_smld_is_the_sde_and_other_sdes_have_none():
     for sde in (SubVPSDE(), LinearVESDE()):
         with pytest.raises(ValueError, match="continuous=False has no chain for"):
             sde.chain(10)
+
+
+def test_the_published_walk_over_the_chain_takes_every_level_once():
+    """1000 times from 1 to 1e-3 in float32: the last, 0.999 of a cell, is level 0."""
+    t = jnp.asarray(np.linspace(1.0, 1e-3, 1000), jnp.float32)
+    np.testing.assert_array_equal(chain_index(t, 1000, 1.0), np.arange(999, -1, -1))
+    grid = jnp.arange(1000, dtype=jnp.float32) * jnp.float32(1.0 / 999.0)
+    np.testing.assert_array_equal(chain_index(grid, 1000, 1.0), np.arange(1000))

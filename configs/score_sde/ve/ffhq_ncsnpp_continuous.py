@@ -2,7 +2,8 @@
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/ffhq_ncsnpp_continuous.py \
-             --workdir=runs/ffhq_ncsnpp_continuous --mode=train
+             --workdir=runs/ffhq_ncsnpp_continuous --mode=train \
+             --config.data.path=DIR
 Hardware: hours not published.
 Expected: not reproduced here.
 """
