@@ -93,16 +93,19 @@ VALUES = {
     "vp/cifar10_ddpmpp_continuous":
         (True, True, 0.1, 0.9999, 4, *MLE, 1e-3, None, None, None, 2000, 5),
     "vp/imagenet32_ddpmpp_deep_continuous":
-        (True, False, 0.0, 0.9999, 8, 48, 950_001, 1e-5, True, True, 1e-3, None, None, None, 1024, 1),
+        (True, False, 0.0, 0.9999, 8, 48, 950_001, 1e-5, True, True, 1e-3, None, None, None, 1024,
+         1),
     "subvp/cifar10_ddpmpp_continuous":
-        (True, True, 0.1, 0.9999, 4, 48, 4_000_001, 1e-2, True, True, 1e-2, None, None, None, 2000, 5),
+        (True, True, 0.1, 0.9999, 4, 48, 4_000_001, 1e-2, True, True, 1e-2, None, None, None, 2000,
+         5),
     "ve/cifar10_ncsnpp_deep_continuous":
         (False, True, 0.1, 0.999, 8, *MLE, 1e-5, "reverse_diffusion", "langevin", 0.16, 2000, 5),
     "ve/church_ncsnpp_continuous":
         (False, True, 0.0, 0.999, 2, 50, 3_400_001, 1e-5, True, True, 1e-5, "reverse_diffusion",
          "langevin", 0.075, 100, 5),
     "score_flow/subvp/cifar10_ddpmpp_deep_continuous":
-        (True, True, 0.1, 0.9999, 8, 128, 950_001, 1e-2, True, True, 1e-2, None, None, None, 1024, 5),
+        (True, True, 0.1, 0.9999, 8, 128, 950_001, 1e-2, True, True, 1e-2, None, None, None, 1024,
+         5),
     "score_sde/subvp/cifar10_ddpmpp_continuous":
         (True, True, 0.1, 0.9999, 4, 128, 1_300_001, 1e-5, True, True, 1e-3, "euler_maruyama",
          "none", None, 1024, 5),
@@ -165,7 +168,7 @@ def tiny_settings(name: str) -> Settings:
     else:
         config.model.nf = 8
     if network in ("ddpm", "ncsnpp"):
-        levels = 3 if config.model.get("progressive") else 2
+        levels = 3 if config.model.get("progressive") else 1 if config.training.alpha else 2
         config.model.update(ch_mult=(1,) * levels, num_res_blocks=1, attn_resolutions=(4,))
     if network == "ddpm":
         config.model.num_groups = 4

@@ -121,8 +121,12 @@ def test_elbo_of_a_drift_network(tmp_path: Path, estimator: str) -> None:
 def test_elbo_of_a_network_that_divides_by_sigma_is_refused(tmp_path: Path) -> None:
     config = small("swissroll")
     config.eval.elbo = True
-    run(config, tmp_path, "train")
     message = r"eval\.elbo=True with model\.parameterization='velocity'"
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path, "train")
+    config.eval.elbo = False
+    run(config, tmp_path, "train")
+    config.eval.elbo = True
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path, "eval")
 

@@ -249,10 +249,13 @@ LAWS = [
 ]  # fmt: skip
 
 
-CHOICES = list(zip(SDES, PARAMETERIZATIONS, LAWS, [(2,), (2, 2, 1), (1,), (3,)], strict=True))
+SHAPES = [(2,), (2, 2, 1), (1,), (3,)]
+CHOICES = list(
+    zip(*map(itertools.cycle, (SDES, LAWS, SHAPES)), PARAMETERIZATIONS, strict=False)
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "parameterization", "law", "shape"), CHOICES)
+@pytest.mark.parametrize(("name", "law", "shape", "parameterization"), CHOICES)
 def test_everything_composes(name, parameterization, law, shape):
     """Order 3, ism, residual with two probes, fractions and dropout, one of each kind in turn."""
     tiny = Batch(SDES[name](), shape, parameterization)
