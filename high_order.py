@@ -131,7 +131,7 @@ class HighOrder:
             v: the probe.
             sigma: σ(t).
         """
-        d = dimension(e1)
+        d = float(dimension(e1))  # d³ of an image is beyond int32
         a_v = second_order_residual(e1, hv, v, sigma)
         parts = {"frobenius": squared_norm(a_v) / d**2, "trace": inner(v, a_v) ** 2 / d**2}
         if self.order == 3:
@@ -146,7 +146,7 @@ class HighOrder:
         sigma: PerExample,
     ) -> Parts:
         """Unweighted parts from H and, for order 3, ∇ₓ tr H."""
-        d = dimension(e1)
+        d = float(dimension(e1))  # d³ of an image is beyond int32
         matrix = second_order_matrix(e1, jacobian, sigma)
         trace = jnp.trace(matrix, axis1=1, axis2=2)
         parts = {"frobenius": squared_norm(matrix) / d**2, "trace": trace**2 / d**2}

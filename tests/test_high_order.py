@@ -251,3 +251,13 @@ def test_gaussian_minima(d):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         HighOrder(**options)
+
+
+def test_images_of_any_size_have_parts_of_order_one():
+    """d³ of 32×32×3 is beyond int32: the parts of e1 = v = 1, H = ∇(vᵀHv) = 0 by hand."""
+    ones = jnp.ones((1, 32, 32, 3))
+    d, zero, sigma = 3072, jnp.zeros_like(ones), jnp.ones((1,))
+    found = jax.jit(HighOrder(3).parts)(ones, zero, zero, ones, sigma)
+    np.testing.assert_allclose(found["frobenius"], (1 - d) ** 2 / d, rtol=1e-5)
+    np.testing.assert_allclose(found["trace"], (d - d**2) ** 2 / d**2, rtol=1e-5)
+    np.testing.assert_allclose(found["third"], (d**2 - 3 * d) ** 2 / d**2, rtol=1e-5)
