@@ -133,7 +133,9 @@ def evaluate_checkpoint(
     for estimator in estimators(settings, dataset):
         fill_rows(settings, dataset, params, step, estimator, records)
     if settings.eval.enable_sampling:
-        generate = Generator(settings, dataset, build.keys(settings)["samples"])
+        generate = Generator(
+            settings, dataset, build.keys(settings)["samples"], settings.eval.batch_size
+        )
         samples = generate(params, settings.eval.num_samples)
         np.savez_compressed(target / f"samples_{step}.npz", samples=samples)
         plotting.save_samples(target.parent / "samples.png", samples, dataset.levels)

@@ -24,6 +24,7 @@ class Generator:
     settings: Settings
     dataset: Dataset
     key: jax.Array
+    batch_size: int
 
     def __post_init__(self) -> None:
         sampler = build.sampler(self.settings)
@@ -47,7 +48,7 @@ class Generator:
                 is not usable yet); names the samples.
         """
         devices = jax.local_device_count()
-        size = min(self.settings.eval.batch_size, number)
+        size = min(self.batch_size, number)
         size = -(-size // devices) * devices
         batches = []
         for first in range(0, number, size):

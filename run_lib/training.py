@@ -98,7 +98,9 @@ class Trainer:
             donate_argnums=(0,),
         )
         self.held_out = HeldOutLoss(settings, dataset, self.keys["held_out"])
-        self.generate = Generator(settings, dataset, self.keys["snapshot"])
+        self.generate = Generator(
+            settings, dataset, self.keys["snapshot"], settings.training.batch_size
+        )
         self.metrics = PendingMetrics()
         num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         logger.info(
