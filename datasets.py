@@ -1,34 +1,21 @@
-"""Data sets by name, as deterministic iterators of batches {image, index, mask}.
+"""Data sets by name: where examples come from, and what is checked of them.
 
-    position p of the endless training stream:  epoch e = p ÷ n,  example π_e(p mod n);
-    batch k: positions kB, …, (k + 1)B − 1;     host h of H: its rows hB/H, …, (h + 1)B/H − 1.
-
-Batch k is a pure function of (seed, k): a run resumes at any step, on any number of hosts, with
-the batches it would have seen. Toy sets can also be fresh samples for ever. TensorFlow is imported
-for image folders and tfds only, and never sees the GPU.
+TensorFlow is imported for image files and records only, and never sees the GPU.
 """
 
-import collections
 import dataclasses
 import difflib
-import itertools
-import math
 import pathlib
 import types
 import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
+from streams import Dataset, Finite, Fresh, Sampler, Shape, require
 from tfrecords import Records
-from toy_data import LAWS, MOG1D_MEANS, MOG1D_VARIANCES, MOG1D_WEIGHTS, Law
-
-Batch = dict[str, np.ndarray]
-Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
-Shape = tuple[int, ...]
-Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, *shape]
+from toy_data import LAWS, MOG1D_MEANS, MOG1D_VARIANCES, MOG1D_WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,135 +34,6 @@ class DataConfig:
     num_train: int  # the first so many examples; 0 = all (toy sets: fresh samples for ever)
     num_test: int  # the first so many examples; 0 = all (toy sets: at least 1)
     category: str = ""  # of lsun, as church_outdoor
-
-
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """Which part of every global batch this process reads."""
-
-    index: int = 0
-    count: int = 1
-
-    def part(self, batch_size: int) -> slice:
-        """Rows of a global batch that belong to this host."""
-        _require(0 <= self.index < self.count, "host", self, "0 <= index < count")
-        divides = batch_size >= 1 and batch_size % self.count == 0
-        _require(divides, "batch_size", batch_size, f"a positive multiple of {self.count} host(s)")
-        size = batch_size // self.count
-        return slice(self.index * size, (self.index + 1) * size)
-
-
-def _require(condition: bool, field: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{field}={value!r}: expected {expected}")
-
-
-@lru_cache(maxsize=2)  # a batch that crosses an epoch needs two
-def _epoch(seed: int, epoch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Permutation of one epoch and the coin of every place in it."""
-    coins = np.random.default_rng([seed, epoch, 1]).random(size) < 0.5
-    return np.random.default_rng([seed, epoch]).permutation(size), coins
-
-
-@dataclasses.dataclass(frozen=True)
-class Finite:
-    """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them."""
-
-    size: int
-    examples: Examples
-    flip: bool = False
-
-    def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
-        """Rows `part` of batch `step` of the shuffled, endless stream."""
-        positions = step * batch_size + np.arange(batch_size)[part]
-        ids, coins = np.empty(len(positions), np.int64), np.empty(len(positions), bool)
-        epochs, places = np.divmod(positions, self.size)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            order, heads = _epoch(seed, int(epoch), self.size)
-            ids[here], coins[here] = order[places[here]], heads[places[here]]
-        image = self.examples(ids)
-        if self.flip:
-            image = np.where(coins[:, None, None, None], image[:, :, ::-1], image)
-        return {"image": image, "index": ids.astype(np.int32), "mask": np.ones(len(ids), bool)}
-
-    def ordered_batch(self, step: int, *, batch_size: int, part: slice) -> Batch:
-        """Rows `part` of batch `step` in order; past the end the last example, masked, index −1."""
-        ids = step * batch_size + np.arange(batch_size)[part]
-        mask = ids < self.size
-        image = self.examples(np.minimum(ids, self.size - 1))
-        return {"image": image, "index": np.where(mask, ids, -1).astype(np.int32), "mask": mask}
-
-
-@dataclasses.dataclass(frozen=True)
-class Fresh:
-    """An endless training split: new samples in every batch, numbered as they come."""
-
-    sampler: Sampler
-    size: None = None
-
-    def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
-        """Rows `part` of batch `step`; every host draws the whole batch."""
-        image = self.sampler(np.random.default_rng([seed, 0, step]), batch_size)[part]
-        number = step * batch_size + np.arange(batch_size)[part]
-        index = (number % 2**31).astype(np.int32)  # stays an int32 that cannot be taken for padding
-        return {"image": image, "index": index, "mask": np.ones(len(index), bool)}
-
-
-def _prefetch(batch: Callable[[int], Batch], steps: Iterator[int]) -> Iterator[Batch]:
-    """batch(step) for every step, computed two ahead in a thread that ends with this generator."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-    try:
-        waiting = collections.deque(pool.submit(batch, k) for k in itertools.islice(steps, 2))
-        while waiting:
-            ready = waiting.popleft().result()
-            waiting.extend(pool.submit(batch, k) for k in itertools.islice(steps, 1))
-            yield ready
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A train and a test split; a batch is {image [b, *shape], index int32 [b], mask bool [b]}.
-
-    Images are uint8 in 0, …, levels − 1; toy points are float32 and have levels None. `index` is
-    the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹). `law`
-    is the exact law of the points of both splits, where it is known.
-    """
-
-    name: str
-    shape: Shape
-    levels: int | None
-    train: Finite | Fresh
-    test: Finite
-    law: Law | None = None
-
-    def _split(self, name: str) -> Finite | Fresh:
-        _require(name in ("train", "test"), "split", name, "'train' or 'test'")
-        return self.train if name == "train" else self.test
-
-    def size(self, split: str) -> int | None:
-        """Number of examples; None for an endless stream."""
-        return self._split(split).size
-
-    def train_batches(
-        self, *, batch_size: int, seed: int, first_step: int, host: Host = Host()
-    ) -> Iterator[Batch]:
-        """This host's rows of batches first_step, …, for ever; ValueError for bad arguments."""
-        _require(0 <= seed < 2**32, "seed", seed, "0 <= seed < 2**32")
-        _require(first_step >= 0, "first_step", first_step, "at least 0")
-        part, draw = host.part(batch_size), self.train.training_batch
-        draw = partial(draw, seed=seed, batch_size=batch_size, part=part)
-        return _prefetch(draw, itertools.count(first_step))
-
-    def eval_batches(self, split: str, *, batch_size: int, host: Host = Host()) -> Iterator[Batch]:
-        """This host's rows of the split, once, in order, unaugmented; ValueError if endless."""
-        data, part = self._split(split), host.part(batch_size)
-        if not isinstance(data, Finite):
-            raise ValueError(f"split={split!r} of {self.name} is endless: set data.num_train > 0")
-        draw = partial(data.ordered_batch, batch_size=batch_size, part=part)
-        return _prefetch(draw, iter(range(math.ceil(data.size / batch_size))))
 
 
 def _polar(radius: np.ndarray | float, angle: np.ndarray) -> np.ndarray:
@@ -233,9 +91,9 @@ SAMPLERS = {
 
 
 def _points(config: DataConfig, sampler: Sampler) -> Dataset:
-    _require(config.path == "", "data.path", config.path, f"'' for {config.dataset}")
-    _require(config.num_train >= 0, "data.num_train", config.num_train, "at least 0")
-    _require(config.num_test >= 1, "data.num_test", config.num_test, "at least 1 for a toy set")
+    require(config.path == "", "data.path", config.path, f"'' for {config.dataset}")
+    require(config.num_train >= 0, "data.num_train", config.num_train, "at least 0")
+    require(config.num_test >= 1, "data.num_test", config.num_test, "at least 1 for a toy set")
 
     def fixed(n: int, split: int) -> Finite:
         # Words [s] and [s, 0, 0] seed the same; no training batch has a fourth word, [seed, 0, k].
@@ -251,18 +109,18 @@ def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:
     height, width, channels = shape
     fits = config.num_channels == channels and channels in (1, 3)
     expected = f"1 or 3, and as in {where}: {channels}"
-    _require(fits, "data.num_channels", config.num_channels, expected)
+    require(fits, "data.num_channels", config.num_channels, expected)
     expected = f"0 or as in {where}: {height}x{width} (resize the images beforehand)"
     fits = config.image_size == 0 or config.image_size == height == width
-    _require(fits, "data.image_size", config.image_size, expected)
-    _require(2 <= config.levels <= 256, "data.levels", config.levels, "2 to 256")
+    require(fits, "data.image_size", config.image_size, expected)
+    require(2 <= config.levels <= 256, "data.levels", config.levels, "2 to 256")
 
 
 def _image_set(config: DataConfig, shape: Shape, train: Finite, test: Finite) -> Dataset:
     """The data set of the first num_train and num_test examples (0: all) of the splits."""
 
     def first(field: str, n: int, split: Finite, flip: bool = False) -> Finite:
-        _require(0 <= n <= split.size, field, n, f"0 (all) to {split.size}")
+        require(0 <= n <= split.size, field, n, f"0 (all) to {split.size}")
         return Finite(n or split.size, split.examples, flip)
 
     train = first("data.num_train", config.num_train, train, config.random_flip)
@@ -279,7 +137,7 @@ def _check_array(key: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
     array = array[..., None] if array.ndim == 3 else array
     _check_shape(key, array.shape[1:], config)
     expected = f"more than the largest value of {key}, {array.max()}"
-    _require(config.levels > array.max(), "data.levels", config.levels, expected)
+    require(config.levels > array.max(), "data.levels", config.levels, expected)
     return array
 
 
@@ -287,7 +145,7 @@ def _arrays(config: DataConfig, source: str, train: np.ndarray, test: np.ndarray
     train = _check_array(f"x_train of {source}", train, config)
     test = _check_array(f"x_test of {source}", test, config)
     shape, found = train.shape[1:], test.shape[1:]
-    _require(shape == found, f"x_test of {source}: shape", found, f"that of x_train, {shape}")
+    require(shape == found, f"x_test of {source}: shape", found, f"that of x_train, {shape}")
     return _image_set(config, shape, *(Finite(len(x), x.__getitem__) for x in (train, test)))
 
 
@@ -295,8 +153,8 @@ def _digits(config: DataConfig) -> Dataset:
     """The 8×8 digits of scikit-learn, grey levels 0 to 16; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
-    _require(config.path == "", "data.path", config.path, "'' for digits")
-    _require(config.levels == 17, "data.levels", config.levels, "17 for digits")
+    require(config.path == "", "data.path", config.path, "'' for digits")
+    require(config.levels == 17, "data.levels", config.levels, "17 for digits")
     images = load_digits().images.astype(np.uint8)
     is_test = np.arange(len(images)) % 5 == 4
     return _arrays(config, "digits", images[~is_test], images[is_test])
@@ -305,7 +163,7 @@ def _digits(config: DataConfig) -> Dataset:
 def _npz(config: DataConfig) -> Dataset:
     """The arrays x_train and x_test, uint8 [n, H, W] or [n, H, W, C], of an .npz file."""
     is_npz = pathlib.Path(config.path).is_file() and zipfile.is_zipfile(config.path)
-    _require(is_npz, "data.path", config.path, "an existing .npz file")
+    require(is_npz, "data.path", config.path, "an existing .npz file")
     with np.load(config.path, allow_pickle=False) as file:
         for key in ("x_train", "x_test"):
             if key not in file.files:
@@ -355,15 +213,15 @@ def _files(paths: list[pathlib.Path], shape: Shape) -> Finite:
 def _folder(config: DataConfig) -> Dataset:
     """Images below path/train and path/test, or below path with every tenth as a test image."""
     root = pathlib.Path(config.path)
-    _require(config.path != "" and root.is_dir(), "data.path", config.path, "an existing folder")
-    _require(config.levels == 256, "data.levels", config.levels, "256 for image files")
+    require(config.path != "" and root.is_dir(), "data.path", config.path, "an existing folder")
+    require(config.levels == 256, "data.levels", config.levels, "256 for image files")
     if (root / "train").is_dir() and (root / "test").is_dir():
         train, test = _image_files(root / "train"), _image_files(root / "test")
     else:
         images = _image_files(root)
         train, test = [path for i, path in enumerate(images) if i % 10 != 9], images[9::10]
     expected = f"png, jpg or bmp for train and test, not {len(train)} and {len(test)}"
-    _require(len(train) > 0 < len(test), "data.path", config.path, expected)
+    require(len(train) > 0 < len(test), "data.path", config.path, expected)
     shape = _header(train[0])
     for path in train + test:
         if (found := _header(path)) != shape:
@@ -449,11 +307,11 @@ def _decoded(
 
 def _check_colour(config: DataConfig, sizes: tuple[int, ...] = ()) -> None:
     name = config.dataset
-    _require(config.num_channels == 3, "data.num_channels", config.num_channels, f"3 for {name}")
-    _require(config.levels == 256, "data.levels", config.levels, f"256 for {name}")
+    require(config.num_channels == 3, "data.num_channels", config.num_channels, f"3 for {name}")
+    require(config.levels == 256, "data.levels", config.levels, f"256 for {name}")
     allowed = f"one of {sizes}" if sizes else "the size to crop and resize to, at least 1"
     good = config.image_size in sizes if sizes else config.image_size >= 1
-    _require(good, "data.image_size", config.image_size, f"{allowed} for {name}")
+    require(good, "data.image_size", config.image_size, f"{allowed} for {name}")
 
 
 def _tfds_records(
@@ -466,7 +324,7 @@ def _tfds_records(
     _check_colour(config, sizes)
     needed = "{category}" in name
     given = f"{'one' if needed else 'none'} for {config.dataset}, as church_outdoor of lsun"
-    _require(bool(config.category) == needed, "data.category", config.category, given)
+    require(bool(config.category) == needed, "data.category", config.category, given)
     builder = _builder(config, name.format(category=config.category, size=config.image_size))
     features = builder.info.features
 
@@ -489,7 +347,7 @@ def _tfrecords(config: DataConfig) -> Dataset:
     tf, root, size = _tensorflow(), pathlib.Path(config.path), config.image_size
     paths = sorted(root.glob("*.tfrecords")) if root.is_dir() else [root]
     there = config.path != "" and len(paths) > 0 and paths[0].is_file()
-    _require(there, "data.path", config.path, "a TFRecord file or a folder of *.tfrecords")
+    require(there, "data.path", config.path, "a TFRecord file or a folder of *.tfrecords")
     fields = {
         "shape": tf.io.FixedLenFeature([3], tf.int64),
         "data": tf.io.FixedLenFeature([], tf.string),
@@ -501,7 +359,7 @@ def _tfrecords(config: DataConfig) -> Dataset:
         return tf.transpose(image, (1, 2, 0))
 
     images = _decoded(Records(paths), parse, as_stored, size)
-    _require(images.size > 0, "data.path", config.path, "TFRecords with at least one image")
+    require(images.size > 0, "data.path", config.path, "TFRecords with at least one image")
     try:
         images.examples(np.arange(1))
     except (tf.errors.InvalidArgumentError, ValueError) as error:
@@ -523,7 +381,7 @@ def _imagenet_npz(config: DataConfig) -> Dataset:
     root, size = pathlib.Path(config.path), config.image_size
     train = sorted(root.glob("train_data*.npz"))
     there = config.path != "" and len(train) > 0 and (root / "val_data.npz").is_file()
-    _require(there, "data.path", config.path, "a folder with train_data*.npz and val_data.npz")
+    require(there, "data.path", config.path, "a folder with train_data*.npz and val_data.npz")
 
     def read(path: pathlib.Path) -> np.ndarray:
         with np.load(path, allow_pickle=False) as file:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 import losses
-from datasets import Dataset
 from dequantization import Encoding, Pixels, Reals
 from fokker_planck import FokkerPlanck
 from high_order import HighOrder
@@ -17,6 +16,7 @@ from ode import Solver
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
 from run_lib.settings import Settings, choose
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
+from streams import Dataset
 from terms import Terms
 from time_sampling import Importance
 

@@ -14,11 +14,11 @@ import numpy as np
 
 import diagnostics
 import plotting
-from datasets import Dataset
 from elbo import gap_factor
 from operators import fold_in_all, fold_in_each, gaussian
 from run_lib import build, evaluation_loop, parallel, report
 from run_lib.settings import Settings
+from streams import Dataset
 from terms import Point
 
 logger = logging.getLogger("fokker")

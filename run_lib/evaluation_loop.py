@@ -20,7 +20,6 @@ import datasets
 import plotting
 import train_state
 from checkpoints import Checkpoints
-from datasets import Dataset
 from elbo import ESTIMATORS
 from likelihood import Divergence, ode_log_likelihood, variational_bound
 from operators import fold_in_all, fold_in_each
@@ -28,6 +27,7 @@ from records import Records, Row
 from run_lib import build, figures, folder, parallel, report
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings
+from streams import Batch, Dataset
 
 logger = logging.getLogger("fokker")
 # Fields of `training` that the value of the objective depends on.
@@ -323,7 +323,7 @@ def check_converged(estimator: Estimator, rows: list[Row], converged: np.ndarray
         )
 
 
-def evaluation_batches(settings: Settings, dataset: Dataset) -> Iterator[datasets.Batch]:
+def evaluation_batches(settings: Settings, dataset: Dataset) -> Iterator[Batch]:
     """The split in order, cut to `eval.num_examples`."""
     config = settings.eval
     batches = dataset.eval_batches(

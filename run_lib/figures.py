@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import plotting
-from datasets import Dataset
 from diagnostics import ode_score
 from likelihood import Divergence, ode_log_likelihood
 from operators import fold_in_each, gaussian
 from run_lib import build, parallel
 from run_lib.settings import Settings
 from sampling import ReverseSDE
+from streams import Dataset
 
 STEPS = 1000
 STOPS = (820, 840, 860, 880, 900, 920, 940, 960, 980, 1000)  # as in the published figure

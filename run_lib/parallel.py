@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from datasets import Host
 from run_lib.build import AXIS_NAME
+from streams import Host
 
 PyTree = Any
 

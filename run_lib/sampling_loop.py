@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from datasets import Dataset
 from operators import fold_in_each
 from run_lib import build, parallel
 from run_lib.settings import Settings
+from streams import Dataset
 
 
 @dataclasses.dataclass

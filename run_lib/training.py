@@ -18,12 +18,12 @@ import importers
 import plotting
 import train_state
 from checkpoints import Checkpoints
-from datasets import Batch, Dataset
 from losses import mean_loss
 from operators import fold_in_each
 from run_lib import build, folder, parallel, report
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings, require
+from streams import Batch, Dataset
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")

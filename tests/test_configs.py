@@ -14,10 +14,11 @@ import pytest
 import main
 import train_state
 from configs import base
-from datasets import DataConfig, Dataset, Finite
+from datasets import DataConfig
 from losses import mean_loss
 from run_lib import build
 from run_lib.settings import Settings
+from streams import Dataset, Finite
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted(

@@ -16,9 +16,11 @@ from PIL import Image
 from scipy.stats import kstest, norm
 
 import datasets
+import streams
 import toy_data
-from datasets import DataConfig, Host, load
+from datasets import DataConfig, load
 from sde_lib import LinearVESDE
+from streams import Host
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FINITE = ("swissroll_fixed", "digits", "npz", "folder", "mnist")
@@ -123,7 +125,7 @@ def test_batches_have_the_stated_types_and_differ_between_steps_and_seeds(make, 
 def test_batches_are_a_function_of_seed_and_step_whatever_the_start_and_the_host(make, source):
     """With flips, across the ends of epochs (23 examples, batches of 8), by a fresh object."""
     whole = train(make(source, random_flip=True), 9)
-    datasets._epoch.cache_clear()
+    streams._epoch.cache_clear()
     data = make(source, random_flip=True)
     for first in (1, 2, 3, 7):
         assert_equal(train(data, 9 - first, first_step=first), whole[first:])
@@ -350,7 +352,7 @@ def test_two_batches_are_computed_ahead_and_an_error_comes_out_at_its_own_batch(
         computed.release()
         return 6 // (3 - step)
 
-    stream = datasets._prefetch(batch, itertools.count())
+    stream = streams._prefetch(batch, itertools.count())
     assert steps == []
     assert next(stream) == 2
     assert all(computed.acquire(timeout=5) for _ in range(3))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy import signal
 
 from dequantization import Pixels
@@ -14,6 +15,7 @@ from high_order import HighOrder
 from losses import mean_loss, score_matching, time_law
 from models import MODELS, NCSNpp
 from models.fir import FIRDownsample, FIRUpsample, fir_downsample, fir_upsample
+from models.ncsnpp import Combine
 from operators import value_hvp_and_directional
 from parameterization import ScoreModel
 from sde_lib import VPSDE
@@ -160,6 +162,67 @@ def test_filters_with_convolutions_against_scipy():
         between = correlate(np.pad(wide, ((0, 0), (2, 2), (2, 2), (0, 0))), 1)
         expected = by_scipy(between, TAPS, (1, 1), gain=2.0) + bias
         np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def zeroed(**fields):
+    """(network, a function that sets leaves of parameters that are zero, x, label)."""
+    net, params, x, label = make(np.float64, **fields)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def output(changes):
+        flat = flatten_dict(zeros, sep="/")
+        assert changes.keys() <= flat.keys()
+        flat |= {path: jnp.asarray(value) for path, value in changes.items()}
+        return apply(net, unflatten_dict(flat, sep="/"), x, label)
+
+    return output
+
+
+def centre_tap(matrix):
+    """Kernel of a 3×3 convolution that maps every pixel by the matrix."""
+    kernel = np.zeros((3, 3, *matrix.shape))
+    kernel[1, 1] = matrix
+    return kernel
+
+
+def test_output_skip_adds_the_images_of_all_levels():
+    """Where no feature lives, each level paints its bias."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        biases = np.random.default_rng(0).standard_normal((2, 3))
+        output = zeroed(progressive="output_skip")
+        found = output({"Conv_1/bias": biases[0], "Conv_2/bias": biases[1]})
+        np.testing.assert_allclose(found, np.broadcast_to(biases.sum(0), found.shape), rtol=1e-12)
+
+
+def test_residual_output_adds_the_enlarged_pyramid_to_the_features():
+    """Features e/√2 at the first level, pyramid b of the second: (A b + e/√2)/√2, normed."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        rng = np.random.default_rng(0)
+        b, e = rng.standard_normal(16), rng.standard_normal(8)
+        enlarge, last = rng.standard_normal((16, 8)), rng.standard_normal((8, 3))
+        found = zeroed(progressive="residual")({
+            "Conv_1/bias": b, "Upsample_0/Conv_0/kernel": centre_tap(enlarge),
+            "ResnetBlockBigGAN_9/Conv_1/bias": e, "GroupNorm_1/scale": np.ones(8),
+            "Conv_2/kernel": centre_tap(last),
+        })  # fmt: skip
+        groups = ((b @ enlarge + e / 2**0.5) / 2**0.5).reshape(2, 4)
+        centred = groups - groups.mean(1, keepdims=True)
+        y = (centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-6)).ravel()
+        expected = (y / (1.0 + np.exp(-y))) @ last
+        np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["sum", "cat"])
+def test_combine_maps_the_pyramid_and_joins_it_before_the_features(method):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        rng = np.random.default_rng(0)
+        pyramid, h = rng.standard_normal((1, 2, 2, 3)), rng.standard_normal((1, 2, 2, 4))
+        kernel, bias = rng.standard_normal((1, 1, 3, 4)), rng.standard_normal(4)
+        arrays = jax.tree.map(jnp.asarray, (pyramid, h, {"kernel": kernel, "bias": bias}))
+        found = Combine(method).apply({"params": {"Conv_0": arrays[2]}}, *arrays[:2])
+        mapped = pyramid @ kernel[0, 0] + bias
+        expected = mapped + h if method == "sum" else np.concatenate([mapped, h], axis=3)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ncsnpp", "ddpm"])

@@ -1,0 +1,155 @@
+"""A data set as deterministic batches {image, index, mask}.
+
+    position p of the endless training stream:  epoch e = p ÷ n,  example π_e(p mod n);
+    batch k: positions kB, …, (k + 1)B − 1;     host h of H: its rows hB/H, …, (h + 1)B/H − 1.
+
+Batch k is a pure function of (seed, k): a run resumes at any step, on any number of hosts, with
+the batches it would have seen. Toy sets can also be fresh samples for ever.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+
+import numpy as np
+
+from toy_data import Law
+
+Batch = dict[str, np.ndarray]
+Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
+Shape = tuple[int, ...]
+Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, *shape]
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Which part of every global batch this process reads."""
+
+    index: int = 0
+    count: int = 1
+
+    def part(self, batch_size: int) -> slice:
+        """Rows of a global batch that belong to this host."""
+        require(0 <= self.index < self.count, "host", self, "0 <= index < count")
+        divides = batch_size >= 1 and batch_size % self.count == 0
+        require(divides, "batch_size", batch_size, f"a positive multiple of {self.count} host(s)")
+        size = batch_size // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+
+def require(condition: bool, field: str, value: object, expected: str) -> None:
+    """Unless the condition holds, a ValueError that names field, value and what is expected."""
+    if not condition:
+        raise ValueError(f"{field}={value!r}: expected {expected}")
+
+
+@lru_cache(maxsize=2)  # a batch that crosses an epoch needs two
+def _epoch(seed: int, epoch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Permutation of one epoch and the coin of every place in it."""
+    coins = np.random.default_rng([seed, epoch, 1]).random(size) < 0.5
+    return np.random.default_rng([seed, epoch]).permutation(size), coins
+
+
+@dataclasses.dataclass(frozen=True)
+class Finite:
+    """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them."""
+
+    size: int
+    examples: Examples
+    flip: bool = False
+
+    def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
+        """Rows `part` of batch `step` of the shuffled, endless stream."""
+        positions = step * batch_size + np.arange(batch_size)[part]
+        ids, coins = np.empty(len(positions), np.int64), np.empty(len(positions), bool)
+        epochs, places = np.divmod(positions, self.size)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            order, heads = _epoch(seed, int(epoch), self.size)
+            ids[here], coins[here] = order[places[here]], heads[places[here]]
+        image = self.examples(ids)
+        if self.flip:
+            image = np.where(coins[:, None, None, None], image[:, :, ::-1], image)
+        return {"image": image, "index": ids.astype(np.int32), "mask": np.ones(len(ids), bool)}
+
+    def ordered_batch(self, step: int, *, batch_size: int, part: slice) -> Batch:
+        """Rows `part` of batch `step` in order; past the end the last example, masked, index −1."""
+        ids = step * batch_size + np.arange(batch_size)[part]
+        mask = ids < self.size
+        image = self.examples(np.minimum(ids, self.size - 1))
+        return {"image": image, "index": np.where(mask, ids, -1).astype(np.int32), "mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """An endless training split: new samples in every batch, numbered as they come."""
+
+    sampler: Sampler
+    size: None = None
+
+    def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
+        """Rows `part` of batch `step`; every host draws the whole batch."""
+        image = self.sampler(np.random.default_rng([seed, 0, step]), batch_size)[part]
+        number = step * batch_size + np.arange(batch_size)[part]
+        index = (number % 2**31).astype(np.int32)  # stays an int32 that cannot be taken for padding
+        return {"image": image, "index": index, "mask": np.ones(len(index), bool)}
+
+
+def _prefetch(batch: Callable[[int], Batch], steps: Iterator[int]) -> Iterator[Batch]:
+    """batch(step) for every step, computed two ahead in a thread that ends with this generator."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    try:
+        waiting = collections.deque(pool.submit(batch, k) for k in itertools.islice(steps, 2))
+        while waiting:
+            ready = waiting.popleft().result()
+            waiting.extend(pool.submit(batch, k) for k in itertools.islice(steps, 1))
+            yield ready
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A train and a test split; a batch is {image [b, *shape], index int32 [b], mask bool [b]}.
+
+    Images are uint8 in 0, …, levels − 1; toy points are float32 and have levels None. `index` is
+    the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹). `law`
+    is the exact law of the points of both splits, where it is known.
+    """
+
+    name: str
+    shape: Shape
+    levels: int | None
+    train: Finite | Fresh
+    test: Finite
+    law: Law | None = None
+
+    def _split(self, name: str) -> Finite | Fresh:
+        require(name in ("train", "test"), "split", name, "'train' or 'test'")
+        return self.train if name == "train" else self.test
+
+    def size(self, split: str) -> int | None:
+        """Number of examples; None for an endless stream."""
+        return self._split(split).size
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, first_step: int, host: Host = Host()
+    ) -> Iterator[Batch]:
+        """This host's rows of batches first_step, …, for ever; ValueError for bad arguments."""
+        require(0 <= seed < 2**32, "seed", seed, "0 <= seed < 2**32")
+        require(first_step >= 0, "first_step", first_step, "at least 0")
+        part, draw = host.part(batch_size), self.train.training_batch
+        draw = partial(draw, seed=seed, batch_size=batch_size, part=part)
+        return _prefetch(draw, itertools.count(first_step))
+
+    def eval_batches(self, split: str, *, batch_size: int, host: Host = Host()) -> Iterator[Batch]:
+        """This host's rows of the split, once, in order, unaugmented; ValueError if endless."""
+        data, part = self._split(split), host.part(batch_size)
+        if not isinstance(data, Finite):
+            raise ValueError(f"split={split!r} of {self.name} is endless: set data.num_train > 0")
+        draw = partial(data.ordered_batch, batch_size=batch_size, part=part)
+        return _prefetch(draw, iter(range(math.ceil(data.size / batch_size))))
