@@ -1,22 +1,31 @@
 """Integers k ∈ {0..L−1} to the reals the model sees, and nats back to bits per dimension.
 
-    w = (k + u)/L, u ~ U[0, 1)        y = w | 2w − 1 | logit(a + (1 − 2a) w)
-    bits/dim = −log p(y)/(d ln 2) + log2 L − Σ log2|dy/dw|/d
+    w = (k + u)/L, u ∈ [0, 1)^d       y = w | 2w − 1 | logit(a + (1 − 2a) w)
+    −log P(k) ≤ E_q[log q(y | k) − log p(y)],   q uniform, variational or truncated normal
+    bits/dim = (log q(y | k) − log p(y))/(d ln 2)
 
 The only file that knows the number of levels L. A uniform density on the unit cube has log2 L
-bits/dim.
+bits/dim under uniform q.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
-from operators import Batched, PerExample, dimension, inner, uniform
+from operators import Batched, PerExample, dimension, inner, squared_norm, uniform
 
 Images = UInt8[Array, "b *d"]
+
+
+class Draw(NamedTuple):
+    """A point of model space for given data, and the log density q it was drawn from, in nats."""
+
+    x: Batched
+    log_q: PerExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +86,52 @@ class Pixels:
             return constant - inner(log_slope, jnp.ones_like(y))
         return jnp.full(y.shape[:1], dimension(y) * math.log(2.0) * self.centered, y.dtype)
 
-    def negative_log_likelihood(self, log_p: PerExample, y: Batched) -> PerExample:
-        """bits/dim of the integers, from the log density (nats) of y in model space."""
-        log_p_unit = log_p + self.log_det(y)
-        return -log_p_unit / (dimension(y) * math.log(2.0)) + math.log2(self.levels)
+    def draw(self, image: Images, keys: Key[Array, " b"]) -> Draw:
+        """y of uniform noise: log q(y | k) = d log L − log|dy/dw|."""
+        return self.draw_of_noise(image, uniform(keys, image.astype(jnp.float32)))
+
+    def draw_of_noise(self, image: Images, u: Batched, log_q: PerExample | float = 0.0) -> Draw:
+        """y of noise u ∈ [0, 1]^d that has log density `log_q` given the image."""
+        y = self.encode_with_noise(image, u)
+        return Draw(y, log_q + dimension(y) * math.log(self.levels) - self.log_det(y))
+
+    def truncated_normal_draw(
+        self, image: Images, keys: Key[Array, " b"], alpha: float, sigma: float
+    ) -> Draw:
+        """x = α y_k + σ z, z ~ N(0, I) truncated to |z_i| ≤ τ: the noised image, within its cell.
+
+        y_k is the centre of the cell of k, τ = α h/σ with h its half-width; without uniform
+        dequantisation in training the cells are those around k/(L − 1).
+        Reference: Zheng et al. 2023, https://arxiv.org/abs/2305.03935, section 4.1.
+
+        Raises:
+            ValueError: logit data, whose cells are not α-scaled copies of each other.
+        """
+        if self.logit:
+            raise ValueError(
+                "eval.dequantization='tn' with data.logit=True: the noise of the diffusion cannot "
+                "stand in for that of the cells; allowed: 'uniform', 'variational'"
+            )
+        tau = alpha * self.half_cell / sigma
+
+        def truncated(key: Key[Array, ""]) -> Array:
+            return jax.random.truncated_normal(key, -tau, tau, image.shape[1:], jnp.float32)
+
+        z, k = jax.vmap(truncated)(keys), image.astype(jnp.float32)
+        center = (k + 0.5) / self.levels if self.dequantize_uniformly else k / (self.levels - 1)
+        log_mass = math.log(sigma) + 0.5 * math.log(2 * math.pi) + math.log(math.erf(tau / 2**0.5))
+        x = alpha * self.from_unit(center) + sigma * z
+        return Draw(x, -0.5 * squared_norm(z) - dimension(x) * log_mass)
+
+    @property
+    def half_cell(self) -> float:
+        """Half the width of a cell in model space."""
+        cells = self.levels if self.dequantize_uniformly else self.levels - 1
+        return (1.0 if self.centered else 0.5) / cells
+
+    def negative_log_likelihood(self, log_weight: PerExample, x: Batched) -> PerExample:
+        """bits/dim of the integers, from log p(x) − log q(x | k) in nats."""
+        return -log_weight / (dimension(x) * math.log(2.0))
 
     def decode(self, y: Batched) -> Images:
         """Nearest cell of {0..L−1}, clipped: ⌊L w⌋ (with noise-free encoding round((L − 1) w))."""
@@ -103,10 +154,14 @@ class Reals:
         del keys
         return image
 
-    def negative_log_likelihood(self, log_p: PerExample, y: Batched) -> PerExample:
+    def draw(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Draw:
+        """The data themselves, of which there is one each: log q = 0."""
+        return Draw(self.encode(image, keys), jnp.zeros(image.shape[:1], image.dtype))
+
+    def negative_log_likelihood(self, log_weight: PerExample, x: Batched) -> PerExample:
         """−log p in nats."""
-        del y
-        return -log_p
+        del x
+        return -log_weight
 
     def decode(self, y: Batched) -> Batched:
         """The data themselves."""

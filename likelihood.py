@@ -2,18 +2,22 @@
 
     ODE      dx/dt = f − ½ g² s,   log p(x) = log π(x_T) + ∫ (a d − ½ g² div s) dt
     bound    −log p(x) ≤ KL(q(x_T|x) ‖ π) + ½ ∫ g² E‖s − ∇log q(x_t|x)‖² dt − E log p(x | x_{t_min})
+    K draws  −log p(x) ≤ −E log (1/K) Σ_k p(x_k)/q(x_k | x), smaller for larger K
 
-with decoder p(x | x_{t_min}) = N((x_{t_min} + σ² s)/α, σ²/α²). The ODE starts at the data at t_min.
+with decoder p(x | x_{t_min}) = N((x_{t_min} + σ² s)/α, σ²/α²). The ODE starts at the data at t_min
+(as published), or at x_{t_min}, the noised data, with `noised_start`.
 """
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dequantization import Draw
 from losses import first_order_residual
 from ode import Solver
 from operators import (
@@ -101,17 +105,49 @@ def ode_log_likelihood(
     return OdeLikelihood(sde.prior_logp(latent) + log_det, latent, nfe, converged)
 
 
+def noised_start(
+    score_fn: ScoreFn, sde: SDE, draw: Draw, keys: Key[Array, " b"], t_min: float
+) -> Draw:
+    """x_t = α x + σ z at t_min, and log q(x|k) + log q(x_t|x) − log p(x|x_t), p the decoder.
+
+    −log p(x) ≤ E[−log p_t(x_t) + log q(x_t|x) − log p(x|x_t)]; the difference of the last two is
+    ½(‖σ s + z‖² − ‖z‖²) − d log α.
+    """
+    t, z = jnp.full(draw.x.shape[:1], t_min, draw.x.dtype), gaussian(keys, draw.x)
+    residual = first_order_residual(score_fn, draw.x, t, z, sde)
+    change = 0.5 * (squared_norm(residual) - squared_norm(z))
+    log_q = draw.log_q + change - dimension(draw.x) * jnp.log(sde.alpha(t))
+    return Draw(sde.perturb(draw.x, t, z), log_q)
+
+
+def importance_average(
+    log_weight: Callable[[Int[Array, ""]], tuple[PerExample, Any]], number: int
+) -> tuple[PerExample, Any]:
+    """(log (1/K) Σ_k w_k, the other results of all k) from k ↦ (log w_k, others), one k at a time.
+
+    Reference: Burda et al. 2016, https://arxiv.org/abs/1509.00519, eq. (8).
+    """
+    if number == 1:
+        value, others = log_weight(jnp.zeros((), jnp.int32))
+        return value, jax.tree.map(lambda leaf: leaf[None], others)
+    values, others = jax.lax.map(log_weight, jnp.arange(number, dtype=jnp.int32))
+    return jax.nn.logsumexp(values, axis=0) - math.log(number), others
+
+
 class Bound(NamedTuple):
-    """The three terms of −log p(x) ≤ prior + diffusion + reconstruction, in nats per example."""
+    """The three terms of −log p(x) ≤ prior + diffusion + start, in nats per example.
+
+    `start` is the reconstruction −E log p(x | x_{t_min}), or the entropy of q(x_{t_min} | x).
+    """
 
     prior: PerExample
     diffusion: PerExample
-    reconstruction: PerExample
+    start: PerExample
 
     @property
     def nll(self) -> PerExample:
         """The bound on −log p(x)."""
-        return self.prior + self.diffusion + self.reconstruction
+        return self.prior + self.diffusion + self.start
 
 
 def variational_bound(
@@ -122,10 +158,25 @@ def variational_bound(
     *,
     proposal: Uniform | Importance,
     num_times: int,
+    divergence: Divergence | None = None,
+    offset: bool = True,
 ) -> Bound:
     """Unbiased estimate of the variational bound with `num_times` stratified times per example.
 
     ½ g²‖s − ∇log q(x_t|x)‖² = ½ (g²/σ²) ‖σ s + z‖², weighted by 1/p(t).
+
+    Args:
+        score_fn: the score of the model.
+        sde: of x_t given x.
+        x: data, [B, *d].
+        keys: one per example.
+        proposal: law of the times; its t_min is the smallest time of the integral.
+        num_times: draws of (t, z) per example.
+        divergence: None for the form above (denoising); else the implicit form
+            E‖σ s + z‖² = E[σ²‖s‖² + 2σ² div s] + d, whose divergence is computed so.
+        offset: True for a bound on −log p(x); False for one on E −log p_{t_min}(x_{t_min}), which
+            lacks the way from x_{t_min} to x (as published without offset).
+
     Reference: Song et al. 2021, https://arxiv.org/abs/2101.09258, theorem 3; Kingma et al. 2021,
     https://arxiv.org/abs/2107.00630, eq. (11) for the three terms.
     """
@@ -138,11 +189,33 @@ def variational_bound(
         t = proposal.quantile((number.astype(x.dtype) + u) / num_times)
         z = gaussian(keys_now[:, 1], x)
         weight = sde.g2(t) / sde.sigma(t) ** 2 / proposal.density(t)
-        return 0.5 * weight * _residual_square(score_fn, sde, x, t, z)
+        if divergence is None:
+            return 0.5 * weight * _residual_square(score_fn, sde, x, t, z)
+        probes = divergence.draw(fold_in_all(keys_now[:, 1], 1), x)
+        return 0.5 * weight * _implicit_square(score_fn, sde, x, t, z, divergence, probes)
 
     diffusion = jnp.mean(jax.lax.map(term, jnp.arange(num_times)), axis=0)
-    reconstruction = reconstruction_nll(score_fn, sde, x, t_min, gaussian(keys_end, x))
-    return Bound(sde.prior_kl(x), diffusion, reconstruction)
+    start = 0.5 * dimension(x) * (1.0 + math.log(2 * math.pi) + 2.0 * jnp.log(sde.sigma(t_min)))
+    if offset:
+        start = reconstruction_nll(score_fn, sde, x, t_min, gaussian(keys_end, x))
+    return Bound(sde.prior_kl(x), diffusion, start)
+
+
+def _implicit_square(
+    score_fn: ScoreFn, sde: SDE, x: Batched, t: PerExample, z: Batched,
+    divergence: Divergence, probes: Float[Array, "b p *d"],
+) -> PerExample:  # fmt: skip
+    """σ²‖s‖² + 2σ² div s + d at x_t, with the mean of ‖σ s + z‖² (Hyvärinen 2005).
+
+    Less the control variate c (‖x_t‖² − α²‖x‖² − σ² d), c = (σ²/(α² + σ²))²/σ²: the square of the
+    score of unit-variance data.
+    """
+    x_t = sde.perturb(x, t, z)
+    score, div_score = divergence(lambda y: score_fn(y, t), x_t, probes)
+    signal, noise = sde.alpha(t) ** 2, sde.sigma(t) ** 2
+    centred = squared_norm(x_t) - signal * squared_norm(x) - noise * dimension(x)
+    variate = noise / (signal + noise) ** 2 * centred
+    return noise * (squared_norm(score) + 2.0 * div_score) + dimension(x) - variate
 
 
 def reconstruction_nll(

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from models.layers import QUICK
 from operators import Batched, PerExample, scale
 from sde_lib import SDE
 
-QUICK = {"xla_backend_optimization_level": 0}
 Params = Any
 ScoreFn = Callable[[Batched, PerExample], Batched]
 

@@ -97,6 +97,8 @@ def _convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "conv_general_dilated"
 
 
+# Of XLA, for programs that run once, as `init`: optimising them takes longer than they do.
+QUICK = {"xla_backend_optimization_level": 0}
 # What the reverse pass computes again of every block: nothing, all, all but its convolutions.
 REMAT: dict[str, Callable | None] = {
     "none": None,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from dequantization import Pixels, Reals
 
@@ -34,10 +35,12 @@ def test_log_determinant_is_that_of_the_jacobian(code):
 @every_code
 def test_uniform_density_has_log2_levels_bits(code):
     """The uniform law on the unit cube, written in model space: log p(y) = −log|dy/dw|."""
-    w = jax.random.uniform(jax.random.key(0), (5, 2, 3))
-    y = code.from_unit(w)
+    u, k = jax.random.uniform(jax.random.key(0), (5, 2, 3)), jnp.ones((5, 2, 3), jnp.uint8)
+    draw = code.draw_of_noise(k, u)
+    w = code.to_unit(draw.x)
     log_slope = jnp.log(jax.jvp(code.from_unit, (w,), (jnp.ones_like(w),))[1])
-    bits = code.negative_log_likelihood(-jnp.sum(log_slope, axis=(1, 2)), y)
+    log_weight = -jnp.sum(log_slope, axis=(1, 2)) - draw.log_q
+    bits = code.negative_log_likelihood(log_weight, draw.x)
     np.testing.assert_allclose(bits, math.log2(code.levels), rtol=1e-12)
 
 
@@ -52,9 +55,9 @@ def test_uniform_density_has_log2_levels_bits(code):
     ],
 )
 def test_published_offsets_of_bits_per_dim(code, log_p_per_dim, bits):
-    y = jnp.full((2, 5), 0.25)
-    log_p = jnp.full((2,), 5 * log_p_per_dim)
-    np.testing.assert_allclose(code.negative_log_likelihood(log_p, y), bits, rtol=1e-13)
+    draw = code.draw_of_noise(jnp.ones((2, 5), jnp.uint8), jnp.full((2, 5), 0.25))
+    log_weight = jnp.full((2,), 5 * log_p_per_dim) - draw.log_q
+    np.testing.assert_allclose(code.negative_log_likelihood(log_weight, draw.x), bits, rtol=1e-13)
 
 
 @pytest.mark.usefixtures("x64")
@@ -65,7 +68,11 @@ def test_untrained_drift_network_on_logit_data():
     log_p = jnp.full((1,), -0.5 * d * (math.log(2 * math.pi) + 1.0 + 10.05))
     log_det = float(code.log_det(y)[0])
     expected = 17.2966 - log_det / (d * math.log(2.0))
-    assert float(code.negative_log_likelihood(log_p, y)[0]) == pytest.approx(expected, abs=6e-5)
+    cell = code.levels * code.to_unit(y)
+    draw = code.draw_of_noise(jnp.floor(cell).astype(jnp.uint8), cell % 1.0)
+    np.testing.assert_allclose(draw.x, y, rtol=1e-12)
+    bits = code.negative_log_likelihood(log_p - draw.log_q, y)
+    assert float(bits[0]) == pytest.approx(expected, abs=6e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -137,3 +144,53 @@ def test_real_data_are_left_alone_and_reported_in_nats():
     np.testing.assert_array_equal(code.decode(x), x)
     np.testing.assert_array_equal(code.negative_log_likelihood(jnp.asarray([3.0]), x), [-3.0])
     assert (code.unit, Pixels(256).unit) == ("nats", "bits/dim")
+
+
+@pytest.mark.usefixtures("x64")
+@every_code
+def test_noise_with_a_density_changes_log_q_by_that_density(code):
+    k, u = all_integers(code), jax.random.uniform(jax.random.key(1), (code.levels, 1))
+    plain, dense = code.draw_of_noise(k, u), code.draw_of_noise(k, u, jnp.log(u[:, 0]))
+    np.testing.assert_allclose(dense.log_q - plain.log_q, jnp.log(u[:, 0]), rtol=1e-9)
+    np.testing.assert_array_equal(dense.x, plain.x)
+
+
+TRUNCATED = [
+    Pixels(256), Pixels(17, centered=False), Pixels(17, dequantize_uniformly=False),
+    Pixels(256, centered=False, dequantize_uniformly=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", TRUNCATED, ids=str)
+@pytest.mark.parametrize("tau", [0.3, 1.0, 3.0, 30.0])
+def test_truncated_normal_noise_stays_in_its_cell_and_has_the_density_of_scipy(code, tau):
+    """Cells of the training grid, scaled by α; τ = 0.3 is nearly uniform, τ = 30 not truncated."""
+    alpha, n = 0.9, 2000
+    sigma = alpha * code.half_cell / tau
+    k = jnp.full((n, 3), 5, jnp.uint8)
+    draw = code.truncated_normal_draw(k, jax.random.split(jax.random.key(0), n), alpha, sigma)
+    low, high = ((4.5, 5.5), (5.0, 6.0))[code.dequantize_uniformly]
+    cells = code.levels - (not code.dequantize_uniformly)
+    low, high = (float(code.from_unit(jnp.full((1,), edge / cells))[0]) for edge in (low, high))
+    x = np.asarray(draw.x, np.float64) / alpha
+    slack = 1e-6
+    assert low - slack <= x.min()
+    assert x.max() <= high + slack
+    center = 0.5 * (low + high)
+    law = scipy.stats.truncnorm(-tau, tau, alpha * center, sigma)
+    expected = law.logpdf(np.clip(alpha * x, law.ppf(0), law.ppf(1))).sum(axis=1)
+    np.testing.assert_allclose(draw.log_q, expected, rtol=0, atol=2e-2)
+    assert scipy.stats.kstest(alpha * x.ravel(), law.cdf).pvalue > 1e-4
+    # E_q[1/q] is the volume of the support.
+    inverse = np.exp(-np.asarray(draw.log_q, np.float64))
+    volume = (alpha * (high - low)) ** 3
+    if tau <= 1.0:  # else the tails carry the mean
+        assert abs(inverse.mean() - volume) < 4 * inverse.std() / np.sqrt(n) + 1e-6 * volume
+
+
+def test_truncated_normal_noise_of_logit_data_is_refused():
+    code = Pixels(256, centered=False, logit=True)
+    with pytest.raises(ValueError, match=r"'tn'.*logit.*uniform"):
+        code.truncated_normal_draw(
+            all_integers(code), jax.random.split(jax.random.key(0), 256), 1.0, 1.0
+        )

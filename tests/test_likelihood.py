@@ -1,16 +1,34 @@
 """ODE log-likelihood and variational bound against closed forms and quadrature, every SDE."""
 
 import functools
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from likelihood import Divergence, ode_log_likelihood, reconstruction_nll, variational_bound
+from dequantization import Draw
+from likelihood import (
+    Divergence,
+    importance_average,
+    noised_start,
+    ode_log_likelihood,
+    reconstruction_nll,
+    variational_bound,
+)
 from ode import Solver
-from sde_lib import VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sde_lib import (
+    VESDE,
+    VPSDE,
+    LinearVESDE,
+    Restarted,
+    SubVPSDE,
+    noise_to_signal,
+    time_of_noise,
+)
 from time_sampling import Importance, Uniform
 from toy_data import Mixture, gaussian
 
@@ -158,12 +176,19 @@ def exact_bound(sde, t_min, kappa, square):
     return float(prior), integral(integrand, t_min), float(decoder)
 
 
-@functools.partial(jax.jit, static_argnames=("law", "proposal", "num_times"))
-def sampled_bound(law, proposal, x, keys, gain=1.0, shift=0.0, num_times=4):
+@functools.partial(
+    jax.jit, static_argnames=("law", "proposal", "num_times", "divergence", "offset")
+)
+def sampled_bound(
+    law, proposal, x, keys, gain=1.0, shift=0.0, num_times=4, divergence=None, offset=True
+):
     """The bound for the score gain · s + shift, s the exact score of `law`."""
     sde = proposal.sde
     score_fn = lambda y, t: gain * law.score(y, t, sde) + shift  # noqa: E731
-    return variational_bound(score_fn, sde, x, keys, proposal=proposal, num_times=num_times)
+    return variational_bound(
+        score_fn, sde, x, keys, proposal=proposal, num_times=num_times,
+        divergence=divergence, offset=offset,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -187,8 +212,115 @@ def test_bound_is_unbiased_for_right_and_wrong_scores(sde, t_min, kind):
         expected = exact_bound(sde, t_min, kappa, 0.8**2 + 0.5**2)
         np.testing.assert_allclose(bound.prior, expected[0], rtol=1e-9)
         assert within(bound.diffusion, expected[1])
-        assert within(bound.reconstruction, expected[2])
+        assert within(bound.start, expected[2])
         np.testing.assert_allclose(bound.nll, sum(bound), rtol=1e-14)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+@pytest.mark.parametrize("divergence", [Divergence("exact"), Divergence("gaussian")])
+def test_implicit_form_has_the_same_mean(sde, t_min, divergence):
+    """Right and wrong scores; what is right for the exact score only fails at κ ≠ 1."""
+    t_min = max(t_min, 2e-3)
+    x = jnp.tile(jnp.asarray([[0.8, -0.5]]), (N, 1))
+    for kappa in (0.0, 0.6, 1.0):
+        bound = sampled_bound(
+            data(), Importance(sde, t_min), x, keys(N), kappa, divergence=divergence
+        )
+        expected = exact_bound(sde, t_min, kappa, 0.8**2 + 0.5**2)
+        assert within(bound.diffusion, expected[1])
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_bound_without_offset_is_that_of_the_noised_data(sde, t_min):
+    """−E log p_{t_min}(x_{t_min}) for the exact score, its entropy in place of the decoder."""
+    x = math.sqrt(V0) * jax.random.normal(jax.random.key(9), (N, D))
+    bound = sampled_bound(data(), Importance(sde, t_min), x, keys(N), offset=False)
+    v_end, v_min = (float(moments(sde, t)[2]) for t in (1.0, t_min))
+    prior2 = sde.prior_std**2
+    expected = math.log(2 * math.pi * prior2) + v_end / prior2 - math.log(v_end / v_min)
+    assert within(bound.nll, 0.5 * D * expected)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_an_sde_that_starts_anew_has_the_transition_of_its_base(sde, t_min):
+    """Chapman–Kolmogorov; W' has the derivative g²/σ'², and its inverse."""
+    anew, t = Restarted(sde, 0.3), jnp.asarray([0.31, 0.5, 0.9])
+    start = jnp.full_like(t, 0.3)
+    np.testing.assert_allclose(anew.alpha(t) * sde.alpha(start), sde.alpha(t), rtol=1e-12)
+    variance = anew.alpha(t) ** 2 * sde.sigma(start) ** 2 + anew.sigma(t) ** 2
+    np.testing.assert_allclose(variance, sde.sigma(t) ** 2, rtol=1e-10)
+    slope = jax.vmap(jax.grad(anew.cumulative_weight))(t)
+    np.testing.assert_allclose(slope, anew.g2(t) / anew.sigma(t) ** 2, rtol=1e-9)
+    np.testing.assert_allclose(anew.time_of_weight(anew.cumulative_weight(t)), t, rtol=1e-9)
+    np.testing.assert_allclose(time_of_noise(sde, noise_to_signal(sde, t)), t, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_bound_from_a_later_time_is_above_the_density_there(sde, t_min):
+    """Gaussian data, exact score: −log p_t(x_t) plus the KL of the ends, decoder error aside."""
+    start = 0.05
+    v = float(moments(sde, start)[2])
+    x = math.sqrt(v) * jax.random.normal(jax.random.key(9), (N, D))
+    law = data()
+    proposal = Importance(Restarted(sde, start), start + 1e-4)
+
+    @jax.jit
+    def bound(x):
+        return variational_bound(
+            lambda y, t: law.score(y, t, sde), proposal.sde, x, keys(N),
+            proposal=proposal, num_times=8,
+        ).nll  # fmt: skip
+
+    gap = bound(x) + law.log_prob(x, jnp.full((N,), start), sde)
+    v_end = moments(sde, 1.0)[2] / sde.prior_std**2
+    kl = 0.5 * D * float(v_end - 1.0 - np.log(v_end))
+    assert within(gap, kl) or abs(np.mean(gap) - kl) < 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_noised_start_of_a_gaussian_is_a_bound_that_is_tight(sde, t_min):
+    """Gaussian data, exact score: p(x_t) p(x|x_t)/q(x_t|x) has mean p(x), decoder aside."""
+    x = jnp.tile(jnp.asarray([[0.8, -0.5]]), (N, 1))
+    law, t = data(), jnp.full((N,), t_min)
+    start = noised_start(
+        lambda y, t: law.score(y, t, sde), sde, Draw(x, jnp.zeros((N,))), keys(N), t_min
+    )
+    log_weight = np.asarray(law.log_prob(start.x, t, sde) - start.log_q)
+    truth = float(-0.5 * (0.8**2 + 0.5**2) / V0 - 0.5 * D * math.log(2 * math.pi * V0))
+    sigma2 = float(moments(sde, t_min)[1])
+    assert abs(np.mean(np.exp(log_weight)) / math.exp(truth) - 1) < (
+        4 * log_weight.std() / math.sqrt(N) + 10 * sigma2**2
+    )
+    assert log_weight.mean() <= truth + 4 * log_weight.std() / math.sqrt(N) + 1e-9
+
+
+@pytest.mark.usefixtures("x64")
+def test_importance_average_decreases_the_bound_and_reaches_the_truth():
+    """−log P(0 < x < 2), x ~ N(0, 1), by K uniform draws: monotone in K."""
+    n, truth = 4000, -math.log(scipy.stats.norm.cdf(2.0) - scipy.stats.norm.cdf(0.0))
+
+    def bound(number):
+        def log_weight(k):
+            key = jax.random.fold_in(jax.random.key(number), k)
+            u = 2.0 * jax.random.uniform(key, (n,))
+            return jax.scipy.stats.norm.logpdf(u) + math.log(2.0), k
+
+        value, numbers = importance_average(log_weight, number)
+        np.testing.assert_array_equal(numbers, np.arange(number))
+        return -np.asarray(value)
+
+    bounds = {number: bound(number) for number in (1, 2, 4, 16, 64)}
+    means = [bounds[number].mean() for number in bounds]
+    errors = [bounds[number].std() / math.sqrt(n) for number in bounds]
+    for (low, high), error in zip(itertools.pairwise(means), errors, strict=False):
+        assert high < low + 4 * error
+    assert means[0] - truth > 0.05
+    assert abs(means[-1] - truth) < 0.01
 
 
 @pytest.mark.usefixtures("x64")
