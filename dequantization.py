@@ -10,15 +10,18 @@ bits/dim under uniform q.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
-from operators import Batched, PerExample, dimension, inner, squared_norm, uniform
+from models.flowpp import Flowpp
+from models.layers import QUICK
+from operators import Batched, PerExample, dimension, gaussian, inner, squared_norm, uniform
 
 Images = UInt8[Array, "b *d"]
+Params = Any
 
 
 class Draw(NamedTuple):
@@ -87,13 +90,17 @@ class Pixels:
         return jnp.full(y.shape[:1], dimension(y) * math.log(2.0) * self.centered, y.dtype)
 
     def draw(self, image: Images, keys: Key[Array, " b"]) -> Draw:
-        """y of uniform noise: log q(y | k) = d log L − log|dy/dw|."""
+        """y of uniform noise."""
         return self.draw_of_noise(image, uniform(keys, image.astype(jnp.float32)))
 
     def draw_of_noise(self, image: Images, u: Batched, log_q: PerExample | float = 0.0) -> Draw:
         """y of noise u ∈ [0, 1]^d that has log density `log_q` given the image."""
         y = self.encode_with_noise(image, u)
-        return Draw(y, log_q + dimension(y) * math.log(self.levels) - self.log_det(y))
+        return Draw(y, log_q + self.uniform_log_q(y))
+
+    def uniform_log_q(self, y: Batched) -> PerExample:
+        """log q(y | k) of uniform noise: d log L − log|dy/dw|."""
+        return dimension(y) * math.log(self.levels) - self.log_det(y)
 
     def truncated_normal_draw(
         self, image: Images, keys: Key[Array, " b"], alpha: float, sigma: float
@@ -141,6 +148,32 @@ class Pixels:
         else:
             k = jnp.round((self.levels - 1) * w)
         return jnp.clip(k, 0, self.levels - 1).astype(jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowDequantizer:
+    """u from a flow that sees the image, with its log density."""
+
+    flow: Flowpp
+    encoding: Pixels
+
+    def init(self, key: Key[Array, ""], image: Images) -> Params:
+        """Parameters that standardise the activations for these images [B, H, W, C]."""
+        key_flow, key_noise = jax.random.split(key)
+        x = self._context(image)
+        traced = isinstance(key, jax.core.Tracer)
+        init = self.flow.init if traced else jax.jit(self.flow.init, compiler_options=QUICK)
+        return init(key_flow, jax.random.normal(key_noise, x.shape, x.dtype), x)["params"]
+
+    def draw(self, params: Params, image: Images, keys: Key[Array, " b"]) -> Draw:
+        """y of noise of the flow."""
+        x = self._context(image)
+        u, log_q = self.flow.apply({"params": params}, gaussian(keys, x), x)
+        return self.encoding.draw_of_noise(image, u, log_q)
+
+    def _context(self, image: Images) -> Batched:
+        """k/(L − 1)."""
+        return image.astype(jnp.float32) / (self.encoding.levels - 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,13 +183,13 @@ def _parts_of_step(
     )
 
 
-def mean_loss(per_example: PerExampleLoss) -> LossFn:
+def mean_loss(per_example: Callable[..., tuple[PerExample, dict[str, PerExample]]]) -> LossFn:
     """Mean over the batch; the metrics are `loss` and the mean of every unweighted part."""
 
     def loss_fn(
-        params: Params, rng: Key[Array, ""], batch: Batch
+        params: Params, rng: Key[Array, ""], batch: Batch, *frozen: Params
     ) -> tuple[Float[Array, ""], Metrics]:
-        values, parts = per_example(params, rng, batch)
+        values, parts = per_example(params, rng, batch, *frozen)
         loss = masked_mean(values, batch["mask"])
         means = {name: masked_mean(part, batch["mask"]) for name, part in parts.items()}
         return loss, {"loss": loss, **means}

@@ -49,6 +49,11 @@ class Solver:
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: need at least 1")
 
+    @property
+    def details(self) -> dict[str, str | float]:
+        """What a result by this solver depends on, by name."""
+        return {"solver": self.name, "rtol": self.rtol, "atol": self.atol}
+
     def integrate(
         self, field: VectorField, t0: Time, t1: Time, state: State, args: Any
     ) -> tuple[State, Int[Array, " b"], Bool[Array, " b"]]:

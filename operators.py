@@ -53,7 +53,7 @@ def fold_in_each(key: Key[Array, ""], ids: Int[Array, " b"]) -> Key[Array, " b"]
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
 
-def fold_in_all(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
+def fold_in_all(keys: Key[Array, " b"], number: int | Int[Array, ""]) -> Key[Array, " b"]:
     """Fold one number into every key of a batch."""
     return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
 

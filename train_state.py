@@ -19,6 +19,9 @@ from jaxtyping import Array, Float, Int, Key
 from losses import Batch, LossFn, Metrics
 from parameterization import Params
 
+# (state, seed key, batch, *frozen) → (state, metrics), for one step or for several.
+Step = Callable[..., tuple["TrainState", Metrics]]
+
 SCHEDULES: dict[str, Callable[[int], optax.Schedule]] = {
     "constant": lambda num_steps: optax.constant_schedule(1.0),
     "cosine": lambda num_steps: optax.cosine_decay_schedule(1.0, num_steps),
@@ -109,17 +112,18 @@ def moving_average_rate(ema_rate: float, step: Int[Array, ""]) -> Float[Array, "
 
 def train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_rate: float, axis_name: str
-) -> Callable[[TrainState, Key[Array, ""], Batch], tuple[TrainState, Metrics]]:
-    """One step on one device: (state, seed key, its part of the batch) → (state, metrics).
+) -> Step:
+    """One step on one device: (state, seed key, its part of the batch, *frozen) → (state, metrics).
 
-    The key of step k is fold_in(seed key, k), and the loss finds k in the batch as `step`. Parts of
-    equal size: the mean over devices is the mean over the batch.
+    `frozen` is what the loss needs beside its parameters and its batch. The key of step k is
+    fold_in(seed key, k), and the loss finds k in the batch as `step`. Parts of equal size: the mean
+    over devices is the mean over the batch.
     """
 
-    def step_fn(state: TrainState, seed_key: Key[Array, ""], batch: Batch) -> tuple:
+    def step_fn(state: TrainState, seed_key: Key[Array, ""], batch: Batch, *frozen: Any) -> tuple:
         rng = jax.random.fold_in(seed_key, state.step)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, metrics), grads = grad_fn(state.params, rng, batch | {"step": state.step})
+        (_, metrics), grads = grad_fn(state.params, rng, batch | {"step": state.step}, *frozen)
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -133,30 +137,25 @@ def train_step(
     return step_fn
 
 
-Step = Callable[[TrainState, Key[Array, ""], Batch], tuple[TrainState, Metrics]]
-Steps = Callable[
-    [TrainState, Key[Array, ""], Batch], tuple[TrainState, dict[str, Float[Array, " n"]]]
-]
-
-
-def single_step(step_fn: Step) -> Steps:
+def single_step(step_fn: Step) -> Step:
     """One step per dispatch: batch leaves are [1, B, ...], metrics come back as [1].
 
     Not a scan of length one: on CPU, XLA computes the gradients of convolutions inside a scan about
     thirty times more slowly.
     """
 
-    def stepped(state: TrainState, seed_key: Key[Array, ""], batches: Batch) -> tuple:
-        state, metrics = step_fn(state, seed_key, jax.tree.map(lambda leaf: leaf[0], batches))
+    def stepped(state: TrainState, seed_key: Key[Array, ""], batches: Batch, *frozen: Any) -> tuple:
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        state, metrics = step_fn(state, seed_key, first, *frozen)
         return state, jax.tree.map(lambda metric: metric[None], metrics)
 
     return stepped
 
 
-def many_steps(step_fn: Step) -> Steps:
+def many_steps(step_fn: Step) -> Step:
     """Several steps in one dispatch: batch leaves are [n, B, ...], metrics come back as [n]."""
 
-    def scanned(state: TrainState, seed_key: Key[Array, ""], batches: Batch) -> tuple:
-        return jax.lax.scan(lambda s, batch: step_fn(s, seed_key, batch), state, batches)
+    def scanned(state: TrainState, seed_key: Key[Array, ""], batches: Batch, *frozen: Any) -> tuple:
+        return jax.lax.scan(lambda s, batch: step_fn(s, seed_key, batch, *frozen), state, batches)
 
     return scanned

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.model = _model()
     config.training = _training()
     config.optim = _optim()
+    config.deq = _deq()
     config.sampling = _sampling()
     config.eval = _eval()
     return config
@@ -150,6 +151,24 @@ def _optim() -> ConfigDict:
     )
 
 
+def _deq() -> ConfigDict:
+    return ConfigDict(
+        {
+            # --mode=train_deq: the Flow++ dequantiser; batch size and optimizer as in training
+            "n_iters": 300_001,
+            "ema_rate": 0.99,
+            "num_times": 1,  # times per example of the bound that is minimised
+            "filters": 96,
+            "components": 32,  # logistics per dimension
+            "blocks": 2,
+            "heads": 4,
+            "couplings": 4,
+            "processor": "shallow",  # shallow | deep
+            "init_from": "",  # a published DeqState to start from
+        }
+    )
+
+
 def _sampling() -> ConfigDict:
     return ConfigDict(
         {
@@ -178,8 +197,16 @@ def _eval() -> ConfigDict:
             "dataset": "test",  # train | test
             "num_examples": 0,  # the first so many of the split; 0: all
             "num_repeats": 1,  # draws of dequantisation, probe and times per example
+            "wait_s": 0.0,  # seconds to wait for a checkpoint that training has yet to write
+            "dequantization": "uniform",  # uniform | variational | tn, or several: uniform,tn
+            "dequantizer": False,  # published name of dequantization=variational
+            "tn_tau": 3.0,  # tn: half a cell in standard deviations of the noise at the start
             "enable_bpd": True,  # log-likelihood by the probability-flow ODE
+            "ode_start": "data",  # data, taken for x at t_min, as published | noised (a bound)
+            "num_importance": 1,  # ODE: draws of the noise that are averaged in p, not in log p
             "bound": True,  # variational bound
+            "dsm": True,  # of the bound: denoising form; False: with divergence
+            "offset": True,  # of the bound: with the way from x at t_min to x
             "elbo": False,  # ELBO of the plug-in reverse SDE on [0, T] (drift networks)
             "elbo_estimator": "low_variance",  # low_variance | published
             "enable_loss": False,  # training objective

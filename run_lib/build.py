@@ -2,20 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 import losses
-from dequantization import Encoding, Pixels, Reals
+from dequantization import Draw, Encoding, FlowDequantizer, Pixels, Reals
 from fokker_planck import FokkerPlanck
 from high_order import HighOrder
 from likelihood import Divergence
 from ode import Solver
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
-from run_lib.settings import Settings, choose
+from run_lib.settings import Settings, choose, require
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
+from sde_lib import time_of_noise
 from streams import Dataset
 from terms import Terms
 from time_sampling import Importance
@@ -62,6 +64,68 @@ def evaluation_encoding(settings: Settings, dataset: Dataset) -> Encoding:
     if isinstance(found, Pixels):
         return dataclasses.replace(found, dequantize_uniformly=True)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantization:
+    """How a likelihood starts: the law q(x | k) of x at time `start` (0: data), and its name."""
+
+    details: dict[str, str | float]
+    draw: Callable[[Any, jax.Array, Key[Array, " b"]], Draw]  # (parameters, images, keys)
+    start: float = 0.0
+
+
+def dequantization(
+    settings: Settings, dataset: Dataset, kind: str, trained: str = ""
+) -> Dequantization:
+    """The law of the noise by its name in `eval.dequantization`; `trained` names the dequantiser.
+
+    Raises:
+        ValueError: real-valued data need none; logit data have no truncated normal.
+    """
+    found = evaluation_encoding(settings, dataset)
+    if isinstance(found, Reals):
+        allowed = f"'uniform' for data.dataset={settings.data.dataset!r}, which has real values"
+        require(kind == "uniform", "eval.dequantization", kind, allowed)
+        return Dequantization({"data": "real-valued"}, lambda _, x, keys: found.draw(x, keys))
+    if kind == "uniform":
+        return Dequantization({"dequantisation": kind}, lambda _, x, keys: found.draw(x, keys))
+    if kind == "variational":
+        details = {"dequantisation": kind, "dequantiser": trained}
+        return Dequantization(details, dequantizer(settings, dataset).draw)
+    return _truncated_normal(settings, encoding(settings, dataset))
+
+
+def _truncated_normal(settings: Settings, pixels: Pixels) -> Dequantization:
+    """Starts where half a cell is τ standard deviations of the noise, at t_min the earliest."""
+    sde, tau = settings.sde, settings.eval.tn_tau
+    time = time_of_noise(sde, jnp.asarray((pixels.half_cell / tau) ** 2))
+    start = max(float(time), settings.training.smallest_time)
+    require(start < sde.T, "eval.tn_tau", tau, "a cell that the noise reaches before T")
+    alpha, sigma = (float(c(jnp.asarray(start))) for c in (sde.alpha, sde.sigma))
+    details = {"dequantisation": "tn", "tau": round(alpha * pixels.half_cell / sigma, 3)}
+    jax.eval_shape(  # logit data are refused here
+        lambda x, key: pixels.truncated_normal_draw(x, key[None], alpha, sigma),
+        jax.ShapeDtypeStruct((1, 1), jnp.uint8), jax.random.key(0),
+    )  # fmt: skip
+    return Dequantization(
+        details, lambda _, x, keys: pixels.truncated_normal_draw(x, keys, alpha, sigma), start
+    )
+
+
+def dequantizer(settings: Settings, dataset: Dataset) -> FlowDequantizer:
+    """The variational dequantiser of the `deq` section.
+
+    Raises:
+        ValueError: the data are not images of quantised values.
+    """
+    found = evaluation_encoding(settings, dataset)
+    if isinstance(found, Reals) or len(dataset.shape) != 3:
+        raise ValueError(
+            f"data.dataset={settings.data.dataset!r} has examples of shape {dataset.shape} and "
+            f"{found.unit}: a variational dequantiser needs images"
+        )
+    return FlowDequantizer(settings.deq.flow, found)
 
 
 def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> losses.PerExampleLoss:
@@ -214,7 +278,7 @@ def check_elbo(settings: Settings) -> None:
 def keys(settings: Settings) -> dict[str, Key[Array, ""]]:
     """The named keys of a run, all from `seed`."""
     names = ("init", "train", "held_out", "snapshot", "eval", "eval_loss", "samples",
-             "diagnose", "trajectories", "forward")  # fmt: skip
+             "diagnose", "trajectories", "forward", "dequantizer")  # fmt: skip
     return dict(
         zip(names, jax.random.split(jax.random.key(settings.seed), len(names)), strict=True)
     )

@@ -15,10 +15,12 @@ import elbo
 import models
 import sde_lib
 from datasets import DataConfig
+from models.flowpp import Flowpp
 from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from train_state import OptimizerConfig
 
 T = TypeVar("T")
+DEQUANTIZATIONS = ("uniform", "variational", "tn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,37 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeqConfig:
+    """The `deq` section: the variational dequantiser and its training."""
+
+    n_iters: int
+    ema_rate: float
+    num_times: int
+    filters: int
+    components: int
+    blocks: int
+    heads: int
+    couplings: int
+    processor: str
+    init_from: str
+
+    def __post_init__(self) -> None:
+        for field in ("n_iters", "num_times"):
+            require(getattr(self, field) >= 1, f"deq.{field}", getattr(self, field), "at least 1")
+        require(0.0 <= self.ema_rate < 1.0, "deq.ema_rate", self.ema_rate, "0 <= rate < 1")
+        try:
+            self.flow  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"deq.{error}") from None
+
+    @property
+    def flow(self) -> Flowpp:
+        """The network."""
+        names = ("filters", "components", "blocks", "heads", "couplings", "processor")
+        return Flowpp(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """The `sampling` section."""
 
@@ -122,8 +155,16 @@ class EvalConfig:
     dataset: str
     num_examples: int
     num_repeats: int
+    wait_s: float
+    dequantization: str
+    dequantizer: bool
+    tn_tau: float
     enable_bpd: bool
+    ode_start: str
+    num_importance: int
     bound: bool
+    dsm: bool
+    offset: bool
     elbo: bool
     elbo_estimator: str
     enable_loss: bool
@@ -142,12 +183,16 @@ class EvalConfig:
     def __post_init__(self) -> None:
         choose({"train": 0, "test": 0}, self.dataset, "eval.dataset")
         choose(elbo.ESTIMATORS, self.elbo_estimator, "eval.elbo_estimator")
+        choose({"data": 0, "noised": 0}, self.ode_start, "eval.ode_start")
+        for kind in self.dequantizations:
+            choose(dict.fromkeys(DEQUANTIZATIONS), kind, "eval.dequantization")
+        require(self.tn_tau > 0.0, "eval.tn_tau", self.tn_tau, "more than 0")
         positive = ("batch_size", "num_repeats", "num_samples", "num_times", "curve_times",
-                    "curve_examples")  # fmt: skip
+                    "curve_examples", "num_importance")  # fmt: skip
         for field in positive:
             value = getattr(self, field)
             require(value >= 1, f"eval.{field}", value, "at least 1")
-        for field in ("begin_ckpt", "end_ckpt", "num_examples"):
+        for field in ("begin_ckpt", "end_ckpt", "num_examples", "wait_s"):
             value = getattr(self, field)
             require(value >= 0, f"eval.{field}", value, "0 or more")
         for lmbd in self.trajectory_lmbds:
@@ -155,6 +200,11 @@ class EvalConfig:
         order = self.begin_ckpt <= self.end_ckpt
         allowed = f"at least eval.begin_ckpt={self.begin_ckpt}"
         require(order, "eval.end_ckpt", self.end_ckpt, allowed)
+
+    @property
+    def dequantizations(self) -> list[str]:
+        """The names in `dequantization`."""
+        return ["variational"] if self.dequantizer else self.dequantization.split(",")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +218,7 @@ class Settings:
     sde: sde_lib.SDE
     training: TrainingConfig
     optim: OptimizerConfig
+    deq: DeqConfig
     sampling: SamplingConfig
     eval: EvalConfig
 
@@ -180,7 +231,7 @@ class Settings:
         """
         sections = dict(config)
         sections.pop("name", None)
-        known = ("seed", "data", "model", "training", "optim", "sampling", "eval")
+        known = ("seed", "data", "model", "training", "optim", "deq", "sampling", "eval")
         for name in sections:
             choose(dict.fromkeys(known), name, "config section")
         training = section(TrainingConfig, sections["training"], "training")
@@ -199,6 +250,7 @@ class Settings:
             sde=sde,
             training=training,
             optim=section(OptimizerConfig, sections["optim"], "optim"),
+            deq=section(DeqConfig, sections["deq"], "deq"),
             sampling=section(SamplingConfig, sections["sampling"], "sampling"),
             eval=section(EvalConfig, sections["eval"], "eval"),
         )
@@ -212,6 +264,7 @@ class Settings:
             "model": model,
             "training": dataclasses.asdict(self.training),
             "optim": dataclasses.asdict(self.optim),
+            "deq": dataclasses.asdict(self.deq),
             "sampling": dataclasses.asdict(self.sampling),
             "eval": dataclasses.asdict(self.eval),
         }

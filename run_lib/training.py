@@ -1,17 +1,11 @@
-"""The training loop: data, steps, metrics, checkpoints, snapshots; resumes where it was."""
+"""Training of the score network: its objective, where it starts from, snapshots, imports."""
 
-import dataclasses
 import logging
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
 
 import datasets
 import importers
@@ -23,11 +17,11 @@ from operators import fold_in_each
 from run_lib import build, folder, parallel, report
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings, require
-from streams import Batch, Dataset
+from run_lib.trainer import HeldOut, Task, Trainer
+from streams import Dataset
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
-NumpyMetrics = dict[str, np.ndarray]
 
 
 def train(settings: Settings, workdir: Path) -> None:
@@ -40,8 +34,8 @@ def train(settings: Settings, workdir: Path) -> None:
     parallel.check_batch_size(settings.training.batch_size, "training.batch_size")
     dataset = datasets.load(settings.data)
     check(settings, dataset)
-    folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling"))
-    trainer = Trainer(settings, dataset, workdir)
+    folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq"))
+    trainer = score_trainer(settings, dataset, workdir)
     folder.write_json(workdir / "config.json", settings.resolved())
     folder.write_json(workdir / "versions.json", folder.versions())
     trainer.run()
@@ -75,109 +69,41 @@ def check(settings: Settings, dataset: Dataset) -> None:
     jax.eval_shape(jax.vmap(sample, axis_name=build.AXIS_NAME), jnp.zeros((1, 2), jnp.int32))
 
 
-class Trainer:
-    """One run: its state, and what happens at which step."""
+def score_trainer(settings: Settings, dataset: Dataset, workdir: Path) -> Trainer:
+    """The training of the score network in a run folder, from where it is."""
+    checkpoints = Checkpoints(workdir, keep_every=settings.training.snapshot_freq)
+    state = start(settings, dataset.shape, checkpoints, workdir)
+    return Trainer(settings, dataset, score_task(settings, dataset, workdir), state, checkpoints)
 
-    def __init__(self, settings: Settings, dataset: Dataset, workdir: Path) -> None:
-        self.settings, self.dataset, self.workdir = settings, dataset, workdir
-        self.keys = build.keys(settings)
-        self.checkpoints = Checkpoints(workdir, keep_every=settings.training.snapshot_freq)
-        optimizer = settings.optim.chain(settings.training.n_iters)
-        self.state = start(settings, dataset.shape, self.checkpoints, workdir)
-        self.step = int(self.state.step)
-        loss_fn = mean_loss(build.per_example_loss(settings, dataset, train=True))
-        step_fn = train_state.train_step(
-            loss_fn, optimizer, settings.model.ema_rate, build.AXIS_NAME
-        )
-        single = settings.training.n_jitted_steps == 1
-        dispatch = train_state.single_step if single else train_state.many_steps
-        self.step_fn = parallel.map_over_devices(
-            dispatch(step_fn),
-            in_axes=(None, None, 1),
-            out_axes=None,
-            donate_argnums=(0,),
-        )
-        self.held_out = HeldOutLoss(settings, dataset, self.keys["held_out"])
-        self.generate = Generator(
-            settings, dataset, self.keys["snapshot"], settings.training.batch_size
-        )
-        self.metrics = PendingMetrics()
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-        logger.info(
-            "%s: %s, %d parameters, %d device(s), from step %d to %d",
-            workdir, settings.model.name, num_params, jax.device_count(),
-            self.step, settings.training.n_iters,
-        )  # fmt: skip
 
-    def run(self) -> None:
-        """Take all remaining steps; everything is due at the last one."""
-        writer = folder.MetricsWriter(self.workdir, self.step)
-        progress = Progress(self.step, self.settings.training.n_iters)
-        try:
-            for first, batches in self.batches():
-                self.state, metrics = self.step_fn(self.state, self.keys["train"], batches)
-                self.step = first + len(batches["mask"])
-                self.metrics.add(first, metrics)
-                self.events(writer, progress)
-        finally:
-            progress.close()
-            writer.close()
-            self.checkpoints.close()
+def score_task(settings: Settings, dataset: Dataset, workdir: Path) -> Task:
+    """The training objective, the held-out loss and snapshots of samples."""
+    keys, batch_size = build.keys(settings), settings.training.batch_size
+    generate = Generator(settings, dataset, keys["snapshot"], batch_size)
 
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """(first step, batches [n, D, B/D, ...]), each up to a multiple of n_jitted_steps."""
-        training = self.settings.training
-        stream = self.dataset.train_batches(
-            batch_size=training.batch_size,
-            seed=self.settings.seed,
-            first_step=self.step,
-            host=parallel.host(),
-        )
-        noise_id = np.arange(training.batch_size, dtype=np.int32)
-        noise_id = noise_id[parallel.host().part(training.batch_size)]
-        first = self.step
-        while first < training.n_iters:
-            to_multiple = training.n_jitted_steps - first % training.n_jitted_steps
-            count = min(to_multiple, training.n_iters - first)
-            group = [next(stream) | {"noise_id": noise_id} for _ in range(count)]
-            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)
-            yield first, parallel.split(stacked, axis=1)
-            first += count
-
-    def events(self, writer: folder.MetricsWriter, progress: "Progress") -> None:
-        """Whatever is due at this step."""
-        training, last = self.settings.training, self.step == self.settings.training.n_iters
-
-        def due(every: int) -> bool:
-            return self.step % every == 0 or last
-
-        if due(training.log_freq):
-            means = self.metrics.flush()
-            writer.write(self.step, "train", means)
-            progress.update(self.step, means)
-        if due(training.eval_freq):
-            values = self.held_out(self.state.ema_params)
-            writer.write(self.step, "held_out", values)
-            progress.message(f"step {self.step}: held-out {_text(values)}")
-        if due(training.snapshot_freq_for_preemption) or due(training.snapshot_freq):
-            self.save()
-        if due(training.snapshot_freq) and training.snapshot_sampling:
-            self.snapshot()
-
-    def save(self) -> None:
-        """Checkpoint, but never a state that follows a value that was not finite."""
-        self.metrics.check()
-        self.checkpoints.save(self.state)
-
-    def snapshot(self) -> None:
-        """Samples of the moving average, as samples/step_<step>.png; training goes on without."""
-        try:
-            samples = self.generate(self.state.ema_params, 64)
-        except FloatingPointError as error:
-            logger.warning("no snapshot at step %d: %s", self.step, error)
+    def snapshot(ema_params: Any, step: int) -> None:
+        """Samples, as samples/step_<step>.png; training goes on without."""
+        if not settings.training.snapshot_sampling:
             return
-        path = self.workdir / "samples" / f"step_{self.step:07d}.png"
-        plotting.save_samples(path, samples, self.dataset.levels)
+        try:
+            samples = generate(ema_params, 64)
+        except FloatingPointError as error:
+            logger.warning("no snapshot at step %d: %s", step, error)
+            return
+        path = workdir / "samples" / f"step_{step:07d}.png"
+        plotting.save_samples(path, samples, dataset.levels)
+
+    return Task(
+        name=settings.model.name,
+        n_iters=settings.training.n_iters,
+        ema_rate=settings.model.ema_rate,
+        loss_fn=mean_loss(build.per_example_loss(settings, dataset, train=True)),
+        frozen=(),
+        held_out=HeldOut(
+            build.per_example_loss(settings, dataset, train=False), settings, dataset, ()
+        ),
+        snapshot=snapshot,
+    )
 
 
 def start(
@@ -217,7 +143,7 @@ def given_state(settings: Settings, shape: tuple[int, ...], source: Path) -> Tra
         ValueError: it cannot be read or does not fit the network.
     """
     if source.is_dir():
-        free = ("data", "seed", "eval", "sampling")
+        free = ("data", "seed", "eval", "sampling", "deq")
         folder.reconcile(source, settings.resolved(), ignore=free)
         state = _latest_of(source, fresh_state(settings, shape))
     else:
@@ -282,111 +208,3 @@ def import_checkpoint(settings: Settings, workdir: Path) -> None:
     checkpoints.save(state)
     checkpoints.close()
     logger.info("wrote %s", checkpoints.directory / str(int(state.step)))
-
-
-class PendingMetrics:
-    """Metrics still on the device; fetched and checked at the next log or checkpoint."""
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[int, Any]] = []
-        self._fetched: list[NumpyMetrics] = []
-
-    def add(self, first_step: int, metrics: Any) -> None:
-        """Metrics [n] of steps first_step, first_step + 1, ..."""
-        self._pending.append((first_step, metrics))
-
-    def check(self) -> None:
-        """Fetch all that is pending.
-
-        Raises:
-            FloatingPointError: one of them is not finite; names the step and the metric.
-        """
-        for first_step, metrics in self._pending:
-            fetched = jax.device_get(metrics)
-            for name, values in fetched.items():
-                bad = np.flatnonzero(~np.isfinite(values))
-                if bad.size:
-                    raise FloatingPointError(
-                        f"{name} = {values[bad[0]]} at step {first_step + bad[0]} (steps "
-                        f"{self._pending[0][0]} to {first_step + len(values) - 1} were in flight); "
-                        "training stops, the last checkpoint is from before it. Lower optim.lr, "
-                        "lengthen optim.warmup or lower optim.grad_clip"
-                    )
-            self._fetched.append(fetched)
-        self._pending.clear()
-
-    def flush(self) -> dict[str, float]:
-        """Means since the last flush."""
-        self.check()
-        names = self._fetched[0]
-        means = {
-            name: float(np.mean(np.concatenate([f[name] for f in self._fetched]))) for name in names
-        }
-        self._fetched.clear()
-        return means
-
-
-@dataclasses.dataclass
-class HeldOutLoss:
-    """The training objective without dropout on the first test examples, same noise every time."""
-
-    settings: Settings
-    dataset: Dataset
-    key: jax.Array
-
-    def __post_init__(self) -> None:
-        per_example = build.per_example_loss(self.settings, self.dataset, train=False)
-        self._mapped: Callable = parallel.map_over_devices(
-            per_example, in_axes=(None, None, 0), out_axes=0
-        )
-        batch_size = self.settings.training.batch_size
-        batches = self.dataset.eval_batches("test", batch_size=batch_size, host=parallel.host())
-        self._batch = next(batches)
-        noise_id = np.arange(batch_size, dtype=np.int32)[parallel.host().part(batch_size)]
-        self._split = parallel.split(self._batch | {"noise_id": noise_id})
-
-    def __call__(self, params: Any) -> dict[str, float]:
-        """Means over this host's examples."""
-        values, parts = parallel.join(self._mapped(params, self.key, self._split))
-        mask = self._batch["mask"]
-        return {name: float(v[mask].mean()) for name, v in {"loss": values, **parts}.items()}
-
-
-def _text(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-class Progress:
-    """A bar with rate and time left on a terminal, plain lines otherwise."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.step, self.last = first, last
-        self.bar = tqdm(total=last, initial=first, unit="step") if sys.stderr.isatty() else None
-        self.spoken = time.monotonic()
-
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """Show the step, its rate and the time left; without a terminal at most every 10 s."""
-        if self.bar is not None:
-            self.bar.set_postfix(values, refresh=False)
-            self.bar.update(step - self.bar.n)
-            return
-        now = time.monotonic()
-        if now - self.spoken < 10.0 and step < self.last:
-            return
-        rate = (step - self.step) / (now - self.spoken)  # of the steps since the last line
-        left = (self.last - step) / rate
-        self.step, self.spoken = step, now
-        logger.info(
-            "step %d/%d, %s, %.1f steps/s, %.0f s left", step, self.last, _text(values), rate, left
-        )
-
-    def message(self, text: str) -> None:
-        """A line of its own."""
-        if self.bar is not None:
-            self.bar.clear()
-        logger.info(text)
-
-    def close(self) -> None:
-        """Leave the terminal tidy."""
-        if self.bar is not None:
-            self.bar.close()

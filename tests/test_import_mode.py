@@ -48,7 +48,7 @@ def test_training_goes_on_from_a_published_checkpoint(tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     settings = Settings.from_config(c)
     run_lib.import_checkpoint(settings, whole)
-    trainer = training.Trainer(settings, datasets.load(settings.data), whole)
+    trainer = training.score_trainer(settings, datasets.load(settings.data), whole)
     predicted = trainer.held_out(trainer.state.ema_params)["loss"]
     trainer.checkpoints.close()
     run_lib.train(settings, whole)

@@ -24,7 +24,8 @@ from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from records import Records
 from run_lib import build, folder
 from run_lib.settings import Settings
-from run_lib.training import PendingMetrics, Trainer
+from run_lib.trainer import PendingMetrics
+from run_lib.training import score_trainer
 from sde_lib import SDES
 from tests import tiny
 
@@ -38,7 +39,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 def final_state(workdir: Path, config: ConfigDict) -> dict:
     """The leaves of the last checkpoint, as numpy."""
     settings = Settings.from_config(config)
-    trainer = Trainer(settings, datasets.load(settings.data), workdir)
+    trainer = score_trainer(settings, datasets.load(settings.data), workdir)
     trainer.checkpoints.close()
     return jax.device_get(trainer.state)
 
@@ -81,12 +82,12 @@ import sys, json, numpy as np, jax
 from pathlib import Path
 from tests import tiny
 from run_lib.settings import Settings
-from run_lib.training import Trainer
+from run_lib.training import score_trainer
 import datasets
 config = tiny.config()
 config.training.update(n_iters=10, n_jitted_steps=1, log_freq=1, stratified=True)
 settings = Settings.from_config(config)
-trainer = Trainer(settings, datasets.load(settings.data), Path(sys.argv[1]))
+trainer = score_trainer(settings, datasets.load(settings.data), Path(sys.argv[1]))
 losses = []
 for first, batches in trainer.batches():
     trainer.state, metrics = trainer.step_fn(trainer.state, trainer.keys["train"], batches)

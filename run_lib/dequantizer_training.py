@@ -1,0 +1,147 @@
+"""Training of the variational dequantiser of a trained score network, in a folder of its own.
+
+`<workdir>/<deq_folder>/` is a run folder like any other: config.json, checkpoints/, metrics.jsonl.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import datasets
+import importers
+import train_state
+from checkpoints import Checkpoints
+from likelihood import dequantizer_loss
+from losses import mean_loss
+from run_lib import build, folder, loading, parallel
+from run_lib.settings import Settings, require
+from run_lib.trainer import HeldOut, Task, Trainer
+from streams import Dataset
+from train_state import TrainState
+
+logger = logging.getLogger("fokker")
+INIT_IMAGES = 128  # of the batch that scales and biases start from
+
+
+def train_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> None:
+    """Train to `deq.n_iters` steps against the latest checkpoint of the score network, frozen.
+
+    Raises:
+        ValueError: there is no such checkpoint, or a config field or the data are not usable.
+        FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
+    """
+    parallel.check_batch_size(settings.training.batch_size, "training.batch_size")
+    target = _folder(workdir, deq_folder)
+    score_step = loading.checkpoint_steps(settings, workdir)[-1]
+    ignore = ("eval", "sampling", "optim", "deq", "training")
+    folder.reconcile(workdir, settings.resolved(), ignore=ignore)
+    dataset = datasets.load(settings.data)
+    build.dequantizer(settings, dataset)
+    folder.reconcile(target, settings.resolved(), ignore=("eval", "sampling", "training"))
+    score_params = loading.load_parameters(settings, dataset, workdir, score_step)
+    checkpoints = Checkpoints(target, keep_every=settings.training.snapshot_freq)
+    state = _start(settings, dataset, checkpoints)
+    trainer = Trainer(settings, dataset, _task(settings, dataset, score_params), state, checkpoints)
+    folder.write_json(target / "config.json", settings.resolved())
+    folder.write_json(target / "versions.json", folder.versions() | {"score_step": score_step})
+    trainer.run()
+
+
+def _folder(workdir: Path, deq_folder: str) -> Path:
+    if Path(deq_folder).name != deq_folder:
+        raise ValueError(f"--deq_folder={deq_folder!r}: need the plain name of a folder")
+    return workdir / deq_folder
+
+
+def _task(settings: Settings, dataset: Dataset, score_params: Any) -> Task:
+    """The bound in bits/dim under the noise of the flow."""
+    per_example = dequantizer_loss(
+        build.dequantizer(settings, dataset),
+        build.score_model(settings),
+        build.likelihood_tools(settings).proposal,
+        num_times=settings.deq.num_times,
+    )
+    return Task(
+        name="dequantiser",
+        n_iters=settings.deq.n_iters,
+        ema_rate=settings.deq.ema_rate,
+        loss_fn=mean_loss(per_example),
+        frozen=(score_params,),
+        held_out=HeldOut(per_example, settings, dataset, (score_params,)),
+        snapshot=lambda ema_params, step: None,
+    )
+
+
+def _start(settings: Settings, dataset: Dataset, checkpoints: Checkpoints) -> TrainState:
+    """The latest checkpoint, else `deq.init_from`, else a fresh state."""
+    steps = checkpoints.steps()
+    if steps:
+        return checkpoints.restore(steps[-1], _shapes(settings, dataset))
+    if settings.deq.init_from:
+        state = given_state(settings, dataset)
+        allowed = f"more than the {int(state.step)} steps of deq.init_from"
+        require(int(state.step) < settings.deq.n_iters, "deq.n_iters", settings.deq.n_iters, allowed)
+        return state
+    batches = dataset.train_batches(batch_size=INIT_IMAGES, seed=settings.seed)
+    image = jnp.asarray(next(batches)["image"])
+    params = build.dequantizer(settings, dataset).init(build.keys(settings)["dequantizer"], image)
+    return train_state.create(params, settings.optim.chain(settings.deq.n_iters))
+
+
+def _shapes(settings: Settings, dataset: Dataset) -> TrainState:
+    """Shapes of the state."""
+
+    def fresh() -> TrainState:
+        image = jnp.zeros((1, *dataset.shape), jnp.uint8)
+        params = build.dequantizer(settings, dataset).init(jax.random.key(0), image)
+        return train_state.create(params, settings.optim.chain(settings.deq.n_iters))
+
+    return jax.eval_shape(fresh)
+
+
+def given_state(settings: Settings, dataset: Dataset) -> TrainState:
+    """The state of a published dequantiser, `deq.init_from`."""
+    source = Path(settings.deq.init_from).expanduser()
+    state = importers.load_dequantizer(source, _shapes(settings, dataset))
+    logger.info("starting from %s, step %d", source, int(state.step))
+    return state
+
+
+def import_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> None:
+    """Write `deq.init_from` as a checkpoint of the dequantiser's folder.
+
+    Raises:
+        ValueError: it cannot be read or does not fit, or the folder has checkpoints.
+    """
+    target = _folder(workdir, deq_folder)
+    state = given_state(settings, datasets.load(settings.data))
+    folder.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)
+
+
+def load_dequantizer(
+    settings: Settings, dataset: Dataset, workdir: Path, deq_folder: str
+) -> tuple[Any, str]:
+    """(moving average of the latest checkpoint, its name for the protocol).
+
+    Raises:
+        ValueError: there is none.
+    """
+    target = _folder(workdir, deq_folder)
+    steps = loading.steps_in(target)
+    if not steps:
+        raise ValueError(
+            f"eval.dequantization='variational': no dequantiser in {target}: run --mode=train_deq "
+            "with this --workdir first"
+        )
+    folder.reconcile(
+        target, settings.resolved(), ignore=("eval", "sampling", "training", "optim", "data.num_train")
+    )
+    checkpoints = Checkpoints(target)
+    try:
+        found = checkpoints.restore(steps[-1], _shapes(settings, dataset))
+    finally:
+        checkpoints.close()
+    return found.ema_params, f"{deq_folder} step {steps[-1]}"

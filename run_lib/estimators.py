@@ -1,0 +1,223 @@
+"""What an evaluation estimates of every example: likelihoods under each dequantisation, the loss.
+
+An estimator is a function of (parameters, key, batch) with the protocol that defines it. The noise
+of an example depends on (seed, repeat, index) only, and all estimators of a dequantisation share
+its draw.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dequantization import Draw
+from elbo import ESTIMATORS
+from likelihood import (
+    Divergence,
+    importance_average,
+    noised_start,
+    ode_log_likelihood,
+    variational_bound,
+)
+from operators import fold_in_all, fold_in_each
+from run_lib import build
+from run_lib.settings import Settings
+from sde_lib import Restarted
+from streams import Dataset
+from time_sampling import Importance
+
+# Fields of `training` that the value of the objective depends on.
+OBJECTIVE_FIELDS = (
+    "objective", "continuous", "smallest_time", "reduce_mean", "likelihood_weighting",
+    "importance_weighting", "debias", "score_matching_order", "second_order_weight",
+    "trace_weight", "third_order_weight", "third_order_form", "derivative_estimator",
+    "num_probes", "alpha", "beta", "scalar_fp", "fp_wgt_type", "m", "fp_form", "fp_probes",
+)  # fmt: skip
+Details = dict[str, str | int | float]
+
+
+class Parameters(NamedTuple):
+    """Of the score network, and of the dequantiser where there is one."""
+
+    score: Any
+    dequantizer: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """A named value per example, with the protocol that defines it."""
+
+    name: str
+    details: Details  # of the protocol, by name
+    unit: str
+    key: str  # a name in build.keys; likelihoods share their dequantisation noise
+    # (parameters, key, batch with noise_id) → {"value": [B], "nfe": [B], "converged": [B]}
+    function: Callable[[Parameters, jax.Array, dict], dict[str, jax.Array]]
+
+    @property
+    def protocol(self) -> str:
+        """The details as one line, a part of the key of every row."""
+        return ", ".join(f"{name} {_text(value)}" for name, value in self.details.items())
+
+
+def _text(value: str | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def estimators(settings: Settings, dataset: Dataset, dequantizer: str = "") -> list[Estimator]:
+    """The enabled estimators.
+
+    Args:
+        settings: of the run.
+        dataset: its data.
+        dequantizer: what to call the trained dequantiser, where there is one.
+    """
+    config, table = settings.eval, []
+    for kind in config.dequantizations:
+        noise = build.dequantization(settings, dataset, kind, dequantizer)
+        if config.enable_bpd:
+            table.append(_ode(settings, dataset, noise))
+        if config.bound:
+            table.append(_bound(settings, dataset, noise))
+        if config.elbo:
+            table.append(_elbo(settings, dataset, noise))
+    if config.enable_bpd and dataset.law is not None:
+        table.append(_divergence_from_data(settings, dataset))
+    if config.enable_loss:
+        table.append(_loss(settings, dataset))
+    return table
+
+
+def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
+    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
+    tools, config = build.likelihood_tools(settings), settings.eval
+    t_min = noise.start or settings.training.smallest_time
+    noised, number = config.ode_start == "noised" and not noise.start, config.num_importance
+
+    def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        keys, score_fn = fold_in_each(key, batch["noise_id"]), model.score(params.score)
+
+        def log_weight(k: jax.Array) -> tuple[jax.Array, tuple]:
+            draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, k))
+            if noised:
+                draw = noised_start(score_fn, model.sde, draw, fold_in_all(keys, 4), t_min)
+            # The probes are those of k = 0 for all: their error is then common to all weights,
+            # and its exponential does not raise their mean.
+            found = ode_log_likelihood(
+                score_fn, model.sde, draw.x, fold_in_all(keys, 1),
+                t_min=t_min, solver=tools.solver, divergence=tools.divergence,
+            )  # fmt: skip
+            return found.log_p - draw.log_q, (found.nfe, found.converged)
+
+        value, (nfe, converged) = importance_average(log_weight, number)
+        bits = encoding.negative_log_likelihood(value, batch["image"])
+        return {"value": bits, "nfe": jnp.sum(nfe, axis=0), "converged": jnp.all(converged, axis=0)}
+
+    details = _ode_details(settings, t_min) | noise.details
+    details |= {"start": "noised"} if noised else {}
+    details |= {"draws": number} if number > 1 else {}
+    return Estimator("ODE", details, encoding.unit, "eval", function)
+
+
+def draw_keys(keys: jax.Array, k: jax.Array | int) -> jax.Array:
+    """Keys of the k-th draw of dequantisation noise."""
+    return fold_in_all(fold_in_all(keys, 0), k)
+
+
+def _divergence_from_data(settings: Settings, dataset: Dataset) -> Estimator:
+    """log q(x) − log p(x), whose mean is the divergence of the model from the known law."""
+    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
+    tools, law, t_min = build.likelihood_tools(settings), dataset.law, settings.training.smallest_time
+
+    def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        x, keys = batch["image"], fold_in_each(key, batch["noise_id"])
+        found = ode_log_likelihood(
+            model.score(params.score), model.sde, x, fold_in_all(keys, 1),
+            t_min=t_min, solver=tools.solver, divergence=tools.divergence,
+        )  # fmt: skip
+        return {
+            "value": law.log_data(x) - found.log_p, "nfe": found.nfe, "converged": found.converged,
+        }  # fmt: skip
+
+    details = _ode_details(settings, t_min)
+    return Estimator("KL(data ‖ ODE)", details, encoding.unit, "eval", function)
+
+
+def _ode_details(settings: Settings, t_min: float) -> Details:
+    tools = build.likelihood_tools(settings)
+    return tools.solver.details | {"trace": trace(tools.divergence), "t_min": t_min}
+
+
+def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
+    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
+    tools, config = build.likelihood_tools(settings), settings.eval
+    number, offset, t_min = config.num_times, config.offset, settings.training.smallest_time
+    divergence = None if config.dsm else tools.divergence
+    sde = Restarted(model.sde, noise.start) if noise.start else model.sde
+    proposal = Importance(sde, noise.start + t_min)
+
+    def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        keys = fold_in_each(key, batch["noise_id"])
+        draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, 0))
+        bound = variational_bound(
+            model.score(params.score), sde, draw.x, fold_in_all(keys, 2),
+            proposal=proposal, num_times=number, divergence=divergence, offset=offset,
+        )  # fmt: skip
+        value = encoding.negative_log_likelihood(-bound.nll - draw.log_q, batch["image"])
+        nfe = jnp.full(value.shape, number + offset)
+        return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
+
+    form = {} if divergence is None else {"trace": trace(divergence)}
+    details = {"stratified times": number, **form, "t_min": proposal.t_min, **noise.details}
+    details |= {} if offset else {"offset": "none"}
+    return Estimator("bound", details, encoding.unit, "eval", function)
+
+
+def _elbo(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
+    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
+    tools, number = build.likelihood_tools(settings), settings.eval.num_times
+    name, divergence = settings.eval.elbo_estimator, tools.divergence
+    build.check_elbo(settings)
+    if noise.start:
+        raise ValueError(
+            "eval.elbo=True with eval.dequantization='tn': the ELBO starts at t = 0; use eval.bound"
+        )
+
+    def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        keys = fold_in_each(key, batch["noise_id"])
+        draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, 0))
+        log_p = ESTIMATORS[name](
+            model.score(params.score), model.sde, draw.x, fold_in_all(keys, 3),
+            num_times=number, divergence=divergence,
+        )  # fmt: skip
+        value = encoding.negative_log_likelihood(log_p - draw.log_q, batch["image"])
+        nfe = jnp.full(value.shape, number)
+        return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
+
+    one = trace(dataclasses.replace(divergence, num_probes=1))
+    times = {
+        "published": {"uniform times": number, "trace": one, "x_T": "one each"},
+        "low_variance": {"stratified debiased times": number, "trace": trace(divergence)},
+    }[name]
+    start = float(model.sde.sigma(jnp.zeros(())))
+    details = {"estimator": name, **times, "sigma(0)": start, **noise.details}
+    return Estimator("-ELBO", details, encoding.unit, "eval", function)
+
+
+def _loss(settings: Settings, dataset: Dataset) -> Estimator:
+    per_example = build.per_example_loss(settings, dataset, train=False)
+
+    def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        value, _ = per_example(params.score, key, batch)
+        return {"value": value, "nfe": jnp.ones(value.shape), "converged": jnp.isfinite(value)}
+
+    fields = dataclasses.asdict(settings.training)
+    details = {name: fields[name] for name in OBJECTIVE_FIELDS}
+    return Estimator("loss", details, "", "eval_loss", function)
+
+
+def trace(divergence: Divergence) -> str:
+    """How the divergence is computed, in words."""
+    return "exact" if divergence.kind == "exact" else f"{divergence.num_probes} {divergence.kind}"

@@ -1,0 +1,110 @@
+"""Which checkpoints of a run folder are evaluated, and their parameters."""
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import datasets
+import train_state
+from checkpoints import Checkpoints
+from run_lib import build, folder, parallel
+from run_lib.settings import Settings
+from streams import Dataset
+
+logger = logging.getLogger("fokker")
+POLL_S = 5.0
+
+
+def checkpoints_of(
+    settings: Settings, workdir: Path, eval_folder: str
+) -> Iterator[tuple[int, Dataset, Any, Path]]:
+    """(step, data, moving average of the parameters, folder of results) of every checkpoint.
+
+    Raises:
+        ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
+    """
+    if Path(eval_folder).name != eval_folder:
+        raise ValueError(f"--eval_folder={eval_folder!r}: need the plain name of a folder")
+    steps = checkpoint_steps(settings, workdir)
+    ignore = ("eval", "sampling", "optim", "deq", "data.num_train")
+    folder.reconcile(workdir, settings.resolved(), ignore=ignore)
+    folder.same_examples(workdir / eval_folder, settings.resolved())
+    parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
+    dataset = datasets.load(settings.data)
+    target = workdir / eval_folder
+    folder.write_json(target / "config.json", settings.resolved())
+    for step in steps:
+        yield step, dataset, load_parameters(settings, dataset, workdir, step), target
+
+
+def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:
+    """Steps to evaluate: begin_ckpt..end_ckpt × snapshot_freq, or the latest.
+
+    Waits up to `eval.wait_s` seconds for those that training has yet to write.
+    """
+    deadline = time.monotonic() + settings.eval.wait_s
+    while True:
+        available = steps_in(workdir)
+        missing = _missing(settings, workdir, available)
+        left = deadline - time.monotonic()
+        if not missing or left <= 0.0:
+            break
+        logger.info("waiting up to %.0f s: %s", left, missing)
+        time.sleep(min(POLL_S, left))
+    if missing:
+        raise ValueError(missing)
+    return _wanted(settings) or available[-1:]
+
+
+def steps_in(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints of a folder; none where the folder does not exist."""
+    if not (workdir / "checkpoints").is_dir():
+        return []
+    checkpoints = Checkpoints(workdir)
+    try:
+        return checkpoints.steps()
+    finally:
+        checkpoints.close()
+
+
+def _wanted(settings: Settings) -> list[int]:
+    config = settings.eval
+    every = settings.training.snapshot_freq
+    return [k * every for k in range(max(config.begin_ckpt, 1), config.end_ckpt + 1)]
+
+
+def _missing(settings: Settings, workdir: Path, available: list[int]) -> str:
+    """What there is to complain of; empty when all that is wanted is there."""
+    if not available:
+        return (
+            f"no checkpoint in {(workdir / 'checkpoints').absolute()}: run --mode=train with this "
+            "--workdir first"
+        )
+    absent = sorted(set(_wanted(settings)) - set(available))
+    if not absent:
+        return ""
+    config, every = settings.eval, settings.training.snapshot_freq
+    return (
+        f"eval.begin_ckpt={config.begin_ckpt}, eval.end_ckpt={config.end_ckpt} times "
+        f"training.snapshot_freq={every}: no checkpoint of steps {absent}; there are {available}"
+    )
+
+
+def load_parameters(settings: Settings, dataset: Dataset, workdir: Path, step: int) -> Any:
+    """The moving average of the score network's parameters at a checkpoint."""
+    model = build.score_model(settings)
+    optimizer = settings.optim.chain(settings.training.n_iters)
+
+    def fresh() -> train_state.TrainState:
+        params = model.init(jax.random.key(0), dataset.shape)
+        return train_state.create(params, optimizer)
+
+    checkpoints = Checkpoints(workdir)
+    try:
+        return checkpoints.restore(step, jax.eval_shape(fresh)).ema_params
+    finally:
+        checkpoints.close()

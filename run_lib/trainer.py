@@ -1,0 +1,242 @@
+"""The loop of any training: data, steps, metrics, checkpoints; resumes where it was."""
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import train_state
+from checkpoints import Checkpoints
+from run_lib import build, folder, parallel
+from run_lib.settings import Settings
+from streams import Batch, Dataset
+from train_state import TrainState
+
+logger = logging.getLogger("fokker")
+NumpyMetrics = dict[str, np.ndarray]
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained, and what is due beside the steps."""
+
+    name: str
+    n_iters: int
+    ema_rate: float
+    # (parameters, key, part of the batch, *frozen) → (loss, metrics)
+    loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    frozen: tuple[PyTree, ...]  # what the loss needs beside its parameters
+    held_out: Callable[[PyTree], dict[str, float]]  # of the moving average
+    snapshot: Callable[[PyTree, int], None]  # (moving average, step)
+
+
+class Trainer:
+    """One run of a task: its state, and what happens at which step."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: Dataset,
+        task: Task,
+        state: TrainState,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.settings, self.dataset, self.task = settings, dataset, task
+        self.keys, self.checkpoints = build.keys(settings), checkpoints
+        self.state, self.step = state, int(state.step)
+        optimizer = settings.optim.chain(task.n_iters)
+        step_fn = train_state.train_step(task.loss_fn, optimizer, task.ema_rate, build.AXIS_NAME)
+        single = settings.training.n_jitted_steps == 1
+        dispatch = train_state.single_step if single else train_state.many_steps
+        self.step_fn = parallel.map_over_devices(
+            dispatch(step_fn),
+            in_axes=(None, None, 1, *(None for _ in task.frozen)),
+            out_axes=None,
+            donate_argnums=(0,),
+        )
+        self.metrics = PendingMetrics()
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        logger.info(
+            "%s: %s, %d parameters, %d device(s), from step %d to %d",
+            checkpoints.directory.parent, task.name, num_params, jax.device_count(),
+            self.step, task.n_iters,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Take all remaining steps; everything is due at the last one."""
+        workdir = self.checkpoints.directory.parent
+        writer = folder.MetricsWriter(workdir, self.step)
+        progress = Progress(self.step, self.task.n_iters, "step")
+        try:
+            for first, batches in self.batches():
+                arguments = (self.state, self.keys["train"], batches, *self.task.frozen)
+                self.state, metrics = self.step_fn(*arguments)
+                self.step = first + len(batches["mask"])
+                self.metrics.add(first, metrics)
+                self.events(writer, progress)
+        finally:
+            progress.close()
+            writer.close()
+            self.checkpoints.close()
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """(first step, batches [n, D, B/D, ...]), each up to a multiple of n_jitted_steps."""
+        training = self.settings.training
+        stream = self.dataset.train_batches(
+            batch_size=training.batch_size,
+            seed=self.settings.seed,
+            first_step=self.step,
+            host=parallel.host(),
+        )
+        noise_id = np.arange(training.batch_size, dtype=np.int32)
+        noise_id = noise_id[parallel.host().part(training.batch_size)]
+        first = self.step
+        while first < self.task.n_iters:
+            to_multiple = training.n_jitted_steps - first % training.n_jitted_steps
+            count = min(to_multiple, self.task.n_iters - first)
+            group = [next(stream) | {"noise_id": noise_id} for _ in range(count)]
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)
+            yield first, parallel.split(stacked, axis=1)
+            first += count
+
+    def events(self, writer: folder.MetricsWriter, progress: "Progress") -> None:
+        """Whatever is due at this step."""
+        training, last = self.settings.training, self.step == self.task.n_iters
+
+        def due(every: int) -> bool:
+            return self.step % every == 0 or last
+
+        if due(training.log_freq):
+            means = self.metrics.flush()
+            writer.write(self.step, "train", means)
+            progress.update(self.step, means)
+        if due(training.eval_freq):
+            values = self.task.held_out(self.state.ema_params)
+            writer.write(self.step, "held_out", values)
+            progress.message(f"step {self.step}: held-out {_text(values)}")
+        if due(training.snapshot_freq_for_preemption) or due(training.snapshot_freq):
+            self.save()
+        if due(training.snapshot_freq):
+            self.task.snapshot(self.state.ema_params, self.step)
+
+    def save(self) -> None:
+        """Checkpoint, but never a state that follows a value that was not finite."""
+        self.metrics.check()
+        self.checkpoints.save(self.state)
+
+
+class HeldOut:
+    """An objective without dropout on the first test examples, same noise every time."""
+
+    def __init__(
+        self,
+        per_example: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+        settings: Settings,
+        dataset: Dataset,
+        frozen: tuple[PyTree, ...],
+    ) -> None:
+        self.key, self.frozen = build.keys(settings)["held_out"], frozen
+        in_axes = (None, None, 0, *(None for _ in frozen))
+        self._mapped = parallel.map_over_devices(per_example, in_axes=in_axes, out_axes=0)
+        batch_size = settings.training.batch_size
+        batches = dataset.eval_batches("test", batch_size=batch_size, host=parallel.host())
+        self._batch = next(batches)
+        noise_id = np.arange(batch_size, dtype=np.int32)[parallel.host().part(batch_size)]
+        self._split = parallel.split(self._batch | {"noise_id": noise_id})
+
+    def __call__(self, params: PyTree) -> dict[str, float]:
+        """Means over this host's examples."""
+        found = self._mapped(params, self.key, self._split, *self.frozen)
+        values, parts = parallel.join(found)
+        mask = self._batch["mask"]
+        return {name: float(v[mask].mean()) for name, v in {"loss": values, **parts}.items()}
+
+
+class PendingMetrics:
+    """Metrics still on the device; fetched and checked at the next log or checkpoint."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, Any]] = []
+        self._fetched: list[NumpyMetrics] = []
+
+    def add(self, first_step: int, metrics: Any) -> None:
+        """Metrics [n] of steps first_step, first_step + 1, ..."""
+        self._pending.append((first_step, metrics))
+
+    def check(self) -> None:
+        """Fetch all that is pending.
+
+        Raises:
+            FloatingPointError: one of them is not finite; names the step and the metric.
+        """
+        for first_step, metrics in self._pending:
+            fetched = jax.device_get(metrics)
+            for name, values in fetched.items():
+                bad = np.flatnonzero(~np.isfinite(values))
+                if bad.size:
+                    raise FloatingPointError(
+                        f"{name} = {values[bad[0]]} at step {first_step + bad[0]} (steps "
+                        f"{self._pending[0][0]} to {first_step + len(values) - 1} were in flight); "
+                        "training stops, the last checkpoint is from before it. Lower optim.lr, "
+                        "lengthen optim.warmup or lower optim.grad_clip"
+                    )
+            self._fetched.append(fetched)
+        self._pending.clear()
+
+    def flush(self) -> dict[str, float]:
+        """Means since the last flush."""
+        self.check()
+        names = self._fetched[0]
+        means = {
+            name: float(np.mean(np.concatenate([f[name] for f in self._fetched]))) for name in names
+        }
+        self._fetched.clear()
+        return means
+
+
+def _text(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, plain lines otherwise."""
+
+    def __init__(self, first: int, last: int, unit: str) -> None:
+        self.step, self.last, self.unit = first, last, unit
+        self.bar = tqdm(total=last, initial=first, unit=unit) if sys.stderr.isatty() else None
+        self.spoken = time.monotonic()
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Show the step, its rate and the time left; without a terminal at most every 10 s."""
+        if self.bar is not None:
+            self.bar.set_postfix(values, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.spoken < 10.0 and step < self.last:
+            return
+        rate = (step - self.step) / (now - self.spoken)  # of the steps since the last line
+        left = (self.last - step) / rate
+        self.step, self.spoken = step, now
+        logger.info(
+            "%s %d/%d, %s, %.1f %ss/s, %.0f s left",
+            self.unit, step, self.last, _text(values), rate, self.unit, left,
+        )  # fmt: skip
+
+    def message(self, text: str) -> None:
+        """A line of its own."""
+        if self.bar is not None:
+            self.bar.clear()
+        logger.info(text)
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        if self.bar is not None:
+            self.bar.close()
