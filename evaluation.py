@@ -59,7 +59,7 @@ def inception_score(logits: np.ndarray) -> Measure:
     value = float(_tfgan().eval.classifier_score_from_logits(np.float64(logits)))
     log_p = np.float64(logits) - np.logaddexp.reduce(np.float64(logits), axis=1, keepdims=True)
     divergences = (np.exp(log_p) * (log_p - np.log(np.exp(log_p).mean(axis=0)))).sum(axis=1)
-    return Measure(value, value * divergences.std() / math.sqrt(len(logits)))
+    return Measure(value, float(value * divergences.std() / math.sqrt(len(logits))))
 
 
 def inception_score_of_splits(logits: np.ndarray, splits: int = SPLITS) -> Measure:
@@ -240,7 +240,7 @@ def _from_hub(local: Path) -> Path:
             f"eval.features='inception': the network is neither in {local} nor in the cache of "
             f"TF-Hub, and downloading it failed: {error!r}. Download "
             f"{INCEPTION}?tf-hub-format=compressed where there is a network and unpack it there, "
-            f"so that {local / 'saved_model.pb'} exists"
+            f"so that {local / 'saved_model.pb'} exists (eval.features='': no metrics)"
         ) from error
     finally:
         socket.setdefaulttimeout(before)

@@ -56,7 +56,7 @@ def scorer(settings: Settings, dataset: Dataset, target: Path, step: int) -> Sco
         raise ValueError(
             f"there are no statistics {path}: make them with --mode=fid_stats and the same "
             "--config.eval.features and --config.eval.stats (--config.eval.dataset is their split)"
-            f", or see {evaluation.ASSETS / 'stats' / 'README.md'}"
+            f", or see {evaluation.ASSETS / 'stats' / 'README.md'} (eval.features='': no metrics)"
         )
     reference = evaluation.read_statistics(path)
     _check(reference, path, extractor, dataset, settings)
