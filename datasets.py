@@ -121,7 +121,8 @@ def _image_set(config: DataConfig, shape: Shape, train: Finite, test: Finite) ->
 
     def first(field: str, n: int, split: Finite, flip: bool = False) -> Finite:
         require(0 <= n <= split.size, field, n, f"0 (all) to {split.size}")
-        return Finite(n or split.size, split.examples, flip)
+        n = n or split.size
+        return Finite(n, split.examples, flip, None if split.labels is None else split.labels[:n])
 
     train = first("data.num_train", config.num_train, train, config.random_flip)
     test = first("data.num_test", config.num_test, test)
@@ -141,12 +142,39 @@ def _check_array(key: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
     return array
 
 
-def _arrays(config: DataConfig, source: str, train: np.ndarray, test: np.ndarray) -> Dataset:
+def _check_labels(key: str, labels: np.ndarray | None, size: int) -> np.ndarray | None:
+    """The classes of a split, int [n], checked."""
+    if labels is None:
+        return None
+    fits = labels.shape == (size,) and np.issubdtype(labels.dtype, np.integer)
+    if not fits or labels.min() < 0:
+        raise ValueError(
+            f"{key} is {labels.dtype} {labels.shape}: expected integers 0, 1, … [{size}], one for "
+            "each image"
+        )
+    return labels.astype(np.int32)
+
+
+Labels = tuple[np.ndarray | None, np.ndarray | None]  # of train and test
+
+
+def _arrays(
+    config: DataConfig,
+    source: str,
+    train: np.ndarray,
+    test: np.ndarray,
+    labels: Labels = (None, None),
+) -> Dataset:
     train = _check_array(f"x_train of {source}", train, config)
     test = _check_array(f"x_test of {source}", test, config)
     shape, found = train.shape[1:], test.shape[1:]
     require(shape == found, f"x_test of {source}: shape", found, f"that of x_train, {shape}")
-    return _image_set(config, shape, *(Finite(len(x), x.__getitem__) for x in (train, test)))
+    keys = (f"y_train of {source}", f"y_test of {source}")
+    splits = [
+        Finite(len(x), x.__getitem__, labels=_check_labels(key, y, len(x)))
+        for key, x, y in zip(keys, (train, test), labels, strict=True)
+    ]
+    return _image_set(config, shape, *splits)
 
 
 def _digits(config: DataConfig) -> Dataset:
@@ -155,20 +183,26 @@ def _digits(config: DataConfig) -> Dataset:
 
     require(config.path == "", "data.path", config.path, "'' for digits")
     require(config.levels == 17, "data.levels", config.levels, "17 for digits")
-    images = load_digits().images.astype(np.uint8)
+    digits = load_digits()
+    images, classes = digits.images.astype(np.uint8), digits.target
     is_test = np.arange(len(images)) % 5 == 4
-    return _arrays(config, "digits", images[~is_test], images[is_test])
+    labels = classes[~is_test], classes[is_test]
+    return _arrays(config, "digits", images[~is_test], images[is_test], labels)
 
 
 def _npz(config: DataConfig) -> Dataset:
-    """The arrays x_train and x_test, uint8 [n, H, W] or [n, H, W, C], of an .npz file."""
+    """The arrays x_train and x_test, uint8 [n, H, W] or [n, H, W, C], of an .npz file.
+
+    Classes, y_train and y_test, may be there, too.
+    """
     is_npz = pathlib.Path(config.path).is_file() and zipfile.is_zipfile(config.path)
     require(is_npz, "data.path", config.path, "an existing .npz file")
     with np.load(config.path, allow_pickle=False) as file:
         for key in ("x_train", "x_test"):
             if key not in file.files:
                 raise ValueError(f"data.path={config.path!r} has no {key}, its keys: {file.files}")
-        return _arrays(config, config.path, file["x_train"], file["x_test"])
+        labels = [file[key] if key in file.files else None for key in ("y_train", "y_test")]
+        return _arrays(config, config.path, file["x_train"], file["x_test"], tuple(labels))
 
 
 def _tensorflow() -> types.ModuleType:
@@ -246,18 +280,20 @@ def _builder(config: DataConfig, name: str) -> "tfds.core.DatasetBuilder":
 
 
 def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) -> Dataset:
-    """Two splits of small images, in memory, in the order of the records."""
+    """Two splits of small labelled images, in memory, in the order of the records."""
     _check_shape(name, shape, config)
     builder = _builder(config, name)
     import tensorflow_datasets as tfds
 
-    def read(split: str) -> np.ndarray:
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
         in_order = tfds.ReadConfig(interleave_cycle_length=1)
         examples = builder.as_dataset(split=split, shuffle_files=False, read_config=in_order)
-        images = examples.map(lambda example: example["image"]).batch(1000)
-        return np.concatenate(list(images.as_numpy_iterator()))
+        pairs = examples.map(lambda example: (example["image"], example["label"])).batch(1000)
+        images, labels = zip(*pairs.as_numpy_iterator(), strict=True)
+        return np.concatenate(images), np.concatenate(labels)
 
-    return _arrays(config, name, *map(read, splits))
+    images, labels = zip(*map(read, splits), strict=True)
+    return _arrays(config, name, *images, labels)
 
 
 Prepare = Callable[["tf.Tensor", int], "tf.Tensor"]  # (uint8 image, size) → [size, size, 3]

@@ -25,18 +25,20 @@ FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
 config_flags.DEFINE_config_file("config", None, "Experiment: a file under configs/.")
 flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
-flags.DEFINE_string("mode", None, "train | eval | diagnose | import, or several: train,eval.")
+flags.DEFINE_string(
+    "mode", None, "train | eval | diagnose | import | fid_stats, or several: train,eval."
+)
 flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir.")
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
 LATER = {
     "train_deq": "training of a variational dequantiser",
-    "fid_stats": "Inception statistics of a data set",
 }
 MODES = {
     "train": run_lib.train,
     "eval": lambda settings, workdir: run_lib.evaluate(settings, workdir, FLAGS.eval_folder),
     "import": run_lib.import_checkpoint,
+    "fid_stats": lambda settings, workdir: run_lib.fid_stats(settings),
     "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
 }
 EXIT_USER_ERROR = 2

@@ -56,11 +56,15 @@ def _epoch(seed: int, epoch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Finite:
-    """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them."""
+    """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them.
+
+    `labels` are their classes 0, 1, …, int [size], where they are known; no model sees them.
+    """
 
     size: int
     examples: Examples
     flip: bool = False
+    labels: np.ndarray | None = None
 
     def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
         """Rows `part` of batch `step` of the shuffled, endless stream."""

@@ -212,6 +212,8 @@ def _eval() -> ConfigDict:
             "enable_loss": False,  # training objective
             "enable_sampling": True,
             "num_samples": 100,
+            "features": "",  # for FID, KID, IS: inception | classifier | a SavedModel folder
+            "stats": "",  # file of reference statistics; '': that of data and features
             "solver": "tsit5",  # tsit5 | dopri5 | dopri8 | bosh3 | heun
             "rtol": 1e-4,
             "atol": 1e-4,

@@ -21,6 +21,8 @@ def images(sde: str, dataset: str, image_size: int = 32, category: str = "") -> 
     config.training.update(snapshot_freq=50_000, snapshot_freq_for_preemption=10_000)
     config.sampling.update(smallest_time=SAMPLING_TIME[sde], rtol=1e-5, atol=1e-5)
     config.eval.update(rtol=1e-5, atol=1e-5)
+    published = dataset in ("cifar10", "celeba", "lsun", "imagenet")  # statistics; with sampling
+    config.eval.features = "inception" if published else ""
     config.model.ema_rate = 0.999 if ve else 0.9999
     if ve:
         config.model.update(parameterization="scaled_score", time_label="sigma")

@@ -17,15 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import datasets
-import plotting
 import train_state
 from checkpoints import Checkpoints
 from elbo import ESTIMATORS
 from likelihood import Divergence, ode_log_likelihood, variational_bound
 from operators import fold_in_all, fold_in_each
 from records import Records, Row
-from run_lib import build, figures, folder, parallel, report
-from run_lib.sampling_loop import Generator
+from run_lib import build, folder, parallel, quality, quality_loop, report
 from run_lib.settings import Settings
 from streams import Batch, Dataset
 
@@ -39,28 +37,29 @@ def evaluate(settings: Settings, workdir: Path, eval_folder: str) -> None:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
     for step, dataset, params, target in checkpoints_of(settings, workdir, eval_folder):
-        evaluate_checkpoint(settings, dataset, params, step, target)
+        scorer = quality_loop.scorer(settings, dataset, target, step)  # its errors come first
+        evaluate_checkpoint(settings, dataset, params, step, target, scorer)
     logger.info("\n%s", report.table_text(report.summaries(workdir / eval_folder)))
+    if rows := quality.read(workdir / eval_folder):
+        logger.info("\n%s", report.aligned(quality.HEADER, map(quality.cells, rows)))
     page = report.write(workdir)
     logger.info("open %s", page)
 
 
 def evaluate_checkpoint(
-    settings: Settings, dataset: Dataset, params: Any, step: int, target: Path
+    settings: Settings,
+    dataset: Dataset,
+    params: Any,
+    step: int,
+    target: Path,
+    scorer: quality_loop.Scorer | None,
 ) -> None:
     """All enabled estimates of one checkpoint."""
     records = Records(target / "rows.jsonl")
     for estimator in estimators(settings, dataset):
         fill_rows(settings, dataset, params, step, estimator, records)
     if settings.eval.enable_sampling:
-        generate = Generator(
-            settings, dataset, build.keys(settings)["samples"], settings.eval.batch_size
-        )
-        samples = generate(params, settings.eval.num_samples)
-        np.savez_compressed(target / f"samples_{step}.npz", samples=samples)
-        plotting.save_samples(target.parent / "samples.png", samples, dataset.levels)
-        if dataset.levels is None:
-            figures.save_toy(settings, dataset, params, samples, target.parent)
+        quality_loop.sample(settings, dataset, params, step, target, scorer)
 
 
 def fill_rows(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from run_lib.build import AXIS_NAME
 from streams import Host
@@ -27,6 +28,19 @@ def check_batch_size(batch_size: int, field: str) -> None:
         raise ValueError(
             f"{field}={batch_size}: must be a multiple of the {jax.device_count()} devices"
         )
+
+
+def wait_for_all(name: str) -> None:
+    """Return when every process has come to the point of this name; at once with one process."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def of_first_process(values: np.ndarray) -> np.ndarray:
+    """What the first process passes, an array of the same shape in all of them."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def split(batch: PyTree, axis: int = 0) -> PyTree:

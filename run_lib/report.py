@@ -3,12 +3,13 @@
 import base64
 import html
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import plotting
 from records import Records, Row, Summary, summarize
-from run_lib import folder
+from run_lib import folder, quality
 
 
 class Result(NamedTuple):
@@ -62,18 +63,27 @@ def _result(group: tuple, rows: list[Row]) -> Result:
 
 def table_text(results: list[Result]) -> str:
     """The table for a terminal."""
-    lines = [list(HEADER), *(result.cells() for result in results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return aligned(HEADER, (result.cells() for result in results))
+
+
+def aligned(header: Sequence[str], rows: Iterable[list[str]]) -> str:
+    """Columns of text."""
+    lines = [list(header), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(line.rstrip() for line in padded)
 
 
 def table_html(results: list[Result]) -> str:
     """The table for the report."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER)
+    return as_html(HEADER, (result.cells() for result in results))
+
+
+def as_html(header: Sequence[str], rows: Iterable[list[str]]) -> str:
+    """Columns in HTML."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in result.cells()) + "</tr>"
-        for result in results
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
 
@@ -125,6 +135,13 @@ def write(workdir: Path) -> Path:
             "averaged first. ODE: exact change of variables along the probability-flow ODE. bound: "
             "variational upper bound on the negative log-likelihood; -ELBO: that of the plug-in "
             "reverse SDE. Lower is better.</p>"
+        ]
+    for path in sorted(workdir.glob(f"*/{quality.FILE}")):
+        parts += [f"<h2>Sample quality: {html.escape(path.parent.name)}</h2>"]
+        parts += [as_html(quality.HEADER, map(quality.cells, quality.read(path.parent)))]
+        parts += [
+            "<p>FID and KID: lower is better; IS: higher. Only figures of the same features, "
+            "reference and n compare.</p>"
         ]
     snapshots = sorted((workdir / "samples").glob("*.png"))
     for title, image in (

@@ -1,16 +1,29 @@
-"""Any number of samples from a checkpoint, batch by batch over the devices."""
+"""Any number of samples from a checkpoint, batch by batch over the devices, kept in shards.
+
+A shard `<first>-<last>.npz` holds samples first, …, last (`samples`, and `nfe`, the evaluations of
+the network). It is written as a whole, by the one host that drew it, and sample i depends on
+(key, i) only: an interrupted run draws the samples that no shard holds, in batches of any size.
+"""
 
 import dataclasses
-from typing import Any
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import npz_files
 from operators import fold_in_each
-from run_lib import build, parallel
+from run_lib import build, folder, parallel
 from run_lib.settings import Settings
 from streams import Dataset
+
+logger = logging.getLogger("fokker")
+Samples = tuple[np.ndarray, np.ndarray]  # uint8 images or real points; evaluations of each
 
 
 @dataclasses.dataclass
@@ -32,34 +45,151 @@ class Generator:
             self.settings, on_levels=self.settings.sampling.method == "pc"
         )  # fmt: skip
 
-        def generate(params: Any, key: jax.Array, ids: jax.Array) -> jax.Array:
+        def generate(params: Any, key: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
             like = jnp.zeros((ids.shape[0], *self.dataset.shape), jnp.float32)
             samples = sampler(model.score(params), model.sde, fold_in_each(key, ids), like)
-            return samples.x
+            return samples.x, samples.nfe
 
         self._mapped = parallel.map_over_devices(generate, in_axes=(None, None, 0), out_axes=0)
         self._encoding = build.encoding(self.settings, self.dataset)
 
     def __call__(self, params: Any, number: int) -> np.ndarray:
-        """`number` samples.
+        """Samples 0, …, number − 1; raises as `batch` does."""
+        size = whole_batch(self.batch_size, number, jax.local_device_count())
+        batches = [
+            self.batch(params, np.arange(first, first + size), number)[0]
+            for first in range(0, number, size)
+        ]
+        return np.concatenate(batches)
+
+    def batch(self, params: Any, ids: np.ndarray, end: int) -> Samples:
+        """Samples of those consecutive ids that are below `end`; all are drawn.
 
         Raises:
             FloatingPointError: a sample is not finite (the solver ran out of steps, or the network
                 is not usable yet); names the samples.
         """
-        devices = jax.local_device_count()
-        size = min(self.batch_size, number)
-        size = -(-size // devices) * devices
-        batches = []
-        for first in range(0, number, size):
-            ids = np.arange(first, first + size, dtype=np.int32)
-            x = parallel.join(self._mapped(params, self.key, parallel.split(ids)))[: number - first]
-            bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
-            if bad.size:
-                raise FloatingPointError(
-                    f"{bad.size} of samples {first} to {first + len(x) - 1} are not finite (first: "
-                    f"{(first + bad[:5]).tolist()}); raise sampling.rtol and sampling.atol, or use "
-                    "sampling.method='pc'"
-                )
-            batches.append(np.asarray(self._encoding.decode(jnp.asarray(x))))
-        return np.concatenate(batches)
+        split = parallel.split(ids.astype(np.int32))
+        x, nfe = (y[ids < end] for y in parallel.join(self._mapped(params, self.key, split)))
+        bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), int(np.prod(x.shape[1:])))).all(axis=1))
+        if bad.size:
+            raise FloatingPointError(
+                f"{bad.size} of samples {ids[0]} to {ids[0] + len(x) - 1} are not finite (first: "
+                f"{(ids[0] + bad[:5]).tolist()}); raise sampling.rtol and sampling.atol, or use "
+                "sampling.method='pc'"
+            )
+        return np.asarray(self._encoding.decode(jnp.asarray(x))), nfe
+
+
+def whole_batch(batch_size: int, number: int, devices: int) -> int:
+    """The batch size, no larger than what all devices need for so many samples."""
+    return -(-min(batch_size, number) // devices) * devices
+
+
+class Shard(NamedTuple):
+    """A file with rows first, …, last."""
+
+    first: int
+    last: int
+    path: Path
+
+
+def shard_path(where: Path, first: int, last: int) -> Path:
+    """The name of a shard."""
+    return where / f"{first:08d}-{last:08d}.npz"
+
+
+def shards(where: Path) -> list[Shard]:
+    """The whole shards of a folder, in order."""
+    found = [Shard(*map(int, path.stem.split("-")), path) for path in where.glob("*-*.npz")]
+    return sorted(shard for shard in found if npz_files.is_whole(shard.path))
+
+
+def sampling_protocol(settings: Settings) -> str:
+    """What fixes the law of the samples, beside the network."""
+    fields = dataclasses.asdict(build.sampler(settings))
+    fields |= fields.pop("solver", {})
+    words = [settings.sampling.method, fields.pop("name", "")]
+    words += ["denoised" if fields.pop("noise_removal") else "not denoised"]
+    fields.pop("axis_name", None)
+    words += [f"{name} {value}" for name, value in fields.items()]
+    return ", ".join(filter(None, words))
+
+
+def check_samples(settings: Settings, where: Path) -> None:
+    """Refuse to add to samples of another sampler or seed.
+
+    Raises:
+        ValueError: the folder has such samples.
+    """
+    path, now = where / "protocol.json", _identity(settings)
+    if not shards(where) or not path.exists():
+        return
+    then = json.loads(path.read_text())
+    if then != now:
+        raise ValueError(
+            f"{where} has samples of another sampler or seed, {then}; now {now}. Use another "
+            "--eval_folder, or delete that folder"
+        )
+
+
+def _identity(settings: Settings) -> dict[str, Any]:
+    return {"sampler": sampling_protocol(settings), "seed": settings.seed}
+
+
+def draw(generate: Generator, params: Any, where: Path, number: int) -> None:
+    """Draw the samples among 0, …, number − 1 that no shard holds, each batch saved as it comes."""
+    check_samples(generate.settings, where)
+    host = parallel.host()
+    if host.index == 0:
+        folder.write_json(where / "protocol.json", _identity(generate.settings))
+    missing = parallel.of_first_process(_missing(where, number))
+    size = whole_batch(generate.batch_size, number, jax.device_count())
+    for first, end in _ranges(missing, size):
+        ids = (first + np.arange(size))[host.part(size)]
+        x, nfe = generate.batch(params, ids, end)
+        if len(x):
+            path = shard_path(where, ids[0], ids[0] + len(x) - 1)
+            npz_files.write(path, {"samples": x, "nfe": nfe})
+        logger.info("samples %d to %d of %d are in %s", first, end - 1, number, where)
+    parallel.wait_for_all(f"samples {where}")
+
+
+def _missing(where: Path, number: int) -> np.ndarray:
+    """Which of the first so many samples no shard holds; damaged shards go (first process)."""
+    missing = np.ones(number, bool)
+    for shard in shards(where):
+        missing[shard.first : shard.last + 1] = False
+    for path in where.glob("*-*.npz") if parallel.host().index == 0 else ():
+        if not npz_files.is_whole(path):
+            logger.info("%s is damaged and drawn again", path)
+            path.unlink()
+    return missing
+
+
+def _ranges(missing: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive missing ids as [first, end), at most `size` long."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], missing, [False]]).astype(np.int8)))
+    for start, stop in edges.reshape(-1, 2):
+        for first in range(start, stop, size):
+            yield int(first), int(min(first + size, stop))
+
+
+def read(where: Path, number: int) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of the shards in order, cut to rows 0, …, number − 1.
+
+    Raises:
+        ValueError: a shard is damaged, or rows are missing.
+    """
+    expected = 0
+    for shard in shards(where):
+        if shard.first >= number:
+            break
+        if shard.first != expected:
+            break
+        expected = shard.last + 1
+        yield {key: y[: number - shard.first] for key, y in npz_files.read(shard.path, ()).items()}
+    if expected < number:
+        raise ValueError(
+            f"{where} has no row {expected}: the same command with --mode=eval adds it"
+        )

@@ -170,6 +170,8 @@ class EvalConfig:
     enable_loss: bool
     enable_sampling: bool
     num_samples: int
+    features: str
+    stats: str
     solver: str
     rtol: float
     atol: float

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "taylor": -1, "operators": 0, "models": 0, "sde_lib": 1, "time_sampling": 2,
     "torch_files": 0, "tfrecords": 0, "importers": 7,
+    "npz_files": 0, "classifier": 6, "evaluation": 7,
     "parameterization": 2, "dequantization": 2, "toy_data": 2, "high_order": 3,
     "fokker_planck": 3, "ode": 3, "terms": 4, "losses": 5, "likelihood": 6, "elbo": 7,
     "sampling": 6, "train_state": 6, "records": 6, "diagnostics": 6, "checkpoints": 7,
@@ -22,6 +23,7 @@ LEVELS = {
 RUN_LIB = {
     "settings": 0, "folder": 0, "build": 1, "parallel": 2, "report": 2, "sampling_loop": 3,
     "figures": 3, "training": 4, "evaluation_loop": 5, "diagnosis_loop": 6, "__init__": 7,
+    "quality": 1, "quality_loop": 4,
 }  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def test_each_script_of_the_command_line_explains_itself() -> None:
 
     assert "--mode=train" in run("--help").stdout
     config = "--config=configs/digits/vp.py"
-    later = run(config, "--workdir=unused", "--mode=train,fid_stats")
+    later = run(config, "--workdir=unused", "--mode=train,train_deq")
     assert later.returncode == 2
     assert "does not exist yet" in later.stderr
     wrong = run(config, "--workdir=unused", "--mode=train", "--config.training.bach_size=3")

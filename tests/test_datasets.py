@@ -52,7 +52,8 @@ def tfds_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
 
     def labelled(n, seed):
-        return enumerate({"image": x, "label": 0} for x in images(n, 28, 28, 1, seed=seed))
+        pairs = enumerate(images(n, 28, 28, 1, seed=seed))
+        return enumerate({"image": x, "label": i % 10} for i, x in pairs)
 
     splits = {"train": labelled(NUM_TRAIN, 1), "test": labelled(NUM_TEST, 2)}
     with pytest.MonkeyPatch.context() as patch:
@@ -429,6 +430,27 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path):
     refused(r"data\.levels=15: expected more than .*, 15", "npz", path=path, levels=15)
     np.savez(path, x_train=good, y=good)
     refused(r"has no x_test, its keys: \['x_train', 'y'\]", "npz", path=path)
+
+
+def test_classes_belong_to_their_images_and_are_cut_with_them(make, tmp_path):
+    from sklearn.datasets import load_digits
+
+    digits = load(config("digits", num_train=100))
+    source = load_digits()
+    np.testing.assert_array_equal(digits.train.labels[:5], source.target[[0, 1, 2, 3, 5]])
+    assert len(digits.train.labels) == 100
+    np.testing.assert_array_equal(digits.test.labels, source.target[4::5])
+    np.testing.assert_array_equal(make("mnist").test.labels, np.arange(NUM_TEST))
+    assert make("npz").train.labels is None
+    x, y = images(4, 5, 5), np.array([0, 1, 2, 1])
+    np.savez(tmp_path / "some.npz", x_train=x, x_test=x, y_train=y)
+    some = load(config("npz", path=str(tmp_path / "some.npz")))
+    np.testing.assert_array_equal(some.train.labels, y)
+    assert some.test.labels is None
+    for wrong in (y[:3], y - 1, y.astype(float), np.stack([y, y], axis=1)):
+        np.savez(tmp_path / "wrong.npz", x_train=x, x_test=x, y_train=y, y_test=wrong)
+        with pytest.raises(ValueError, match=r"y_test of .*wrong\.npz is .*one for each image"):
+            load(config("npz", path=str(tmp_path / "wrong.npz")))
 
 
 def test_odd_images_of_a_folder_are_refused_by_file_name(tmp_path):

@@ -290,7 +290,7 @@ def test_evaluation_computes_only_the_missing_rows(
 
 def test_evaluation_writes_samples_and_report(trained: Path) -> None:
     evaluate(trained, "d", enable_bpd=False)
-    samples = np.load(trained / "d" / "samples_20.npz")["samples"]
+    samples = np.load(trained / "d" / "samples_20" / "00000000-00000008.npz")["samples"]
     assert samples.shape == (9, 8, 8, 1)
     assert samples.dtype == np.uint8
     assert samples.max() <= 16
