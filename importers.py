@@ -37,6 +37,8 @@ from parameterization import ScoreModel
 from train_state import TrainState
 
 Leaves = dict[str, np.ndarray]  # by path, as Conv_0/kernel
+Rename = Callable[[Leaves], Leaves]
+Hints = tuple[tuple[str, str], ...]
 
 RENAMED = (
     (r"^ResnetBlock(BigGAN|DDPM)pp_", r"ResnetBlock\1_"),
@@ -88,10 +90,15 @@ def load(path: Path, model: ScoreModel, shape: tuple[int, ...], fresh: TrainStat
         found = read_torch(path, modules_in_order(model, shape))
     else:
         found = read_flax(path)
+    return as_train_state(found, fresh, path, HINTS)
+
+
+def as_train_state(found: Published, fresh: TrainState, path: Path, hints: Hints) -> TrainState:
+    """What was found, checked and put into the tree of `fresh`."""
     expected = _flat(fresh.params)
     for name, value in found._asdict().items():
         if isinstance(value, dict):
-            _check(value, expected, f"{path}, {name}")
+            _check(value, expected, f"{path}, {name}", hints)
         elif not 0 <= value < 2**31:
             raise ValueError(f"{path}: {name} is {value}, no number of steps")
 
@@ -122,40 +129,56 @@ def modules_in_order(model: ScoreModel, shape: tuple[int, ...]) -> list[str]:
     return names
 
 
+STATE = {"step", "optimizer", "lr", "model_state", "ema_rate", "params_ema", "rng"}
+DEQ_STATE = STATE - {"model_state"} | {"ema_train_bpd", "ema_eval_bpd"}
+
+
 def read_flax(path: Path) -> Published:
     """A State of score_sde, score_flow or mle_score_ode.
 
     Raises:
         ValueError: the file is no such State.
     """
+    state = read_msgpack(path)
+    if state.keys() == DEQ_STATE:
+        raise ValueError(
+            f"{path} is the checkpoint of a dequantiser, not of a score model: use deq.init_from"
+        )
+    if state.keys() != STATE or state["model_state"]:
+        raise ValueError(
+            f"{path} is no State of score_sde, score_flow or mle_score_ode: it lacks "
+            f"{sorted(STATE - state.keys())} and has {sorted(state.keys() - STATE)} instead, or "
+            "its model_state is not empty"
+        )
+    return optimized_state(path, state, _renamed)
+
+
+def read_msgpack(path: Path) -> dict[str, Any]:
+    """The dict of a Flax file; ValueError if it is damaged."""
     try:
         state = serialization.msgpack_restore(path.read_bytes())
-        keys = set(state)
+        return {str(key): value for key, value in state.items()}
     except Exception as error:
         # What msgpack raises for damaged data is not documented; all of it means the same here.
         raise ValueError(f"{path} is no Flax checkpoint, or is truncated: {error}") from None
-    if "ema_train_bpd" in keys:
-        raise ValueError(f"{path} is the checkpoint of a dequantiser, not of a score model")
-    wanted = {"step", "optimizer", "lr", "model_state", "ema_rate", "params_ema", "rng"}
-    if keys != wanted:
-        raise ValueError(
-            f"{path} is no State of score_sde, score_flow or mle_score_ode: it lacks "
-            f"{sorted(wanted - keys)} and has {sorted(keys - wanted)} instead"
-        )
+
+
+def optimized_state(path: Path, state: dict[str, Any], renamed: Rename) -> Published:
+    """Parameters, average and moments of a published state, its leaves renamed."""
     try:
         optimizer = state["optimizer"]
         moments = _flat(optimizer["state"]["param_states"])
         strange = {key.rpartition("/")[2] for key in moments} ^ {"grad_ema", "grad_sq_ema"}
         strange |= optimizer.keys() ^ {"target", "state"}
         strange |= optimizer["state"].keys() ^ {"step", "param_states"}
-        if strange or state["model_state"]:
-            raise KeyError(*sorted(strange or {"an empty model_state"}))
+        if strange:
+            raise KeyError(*sorted(strange))
         return Published(
             step=int(state["step"]),
-            params=_renamed(_flat(optimizer["target"])),
-            ema=_renamed(_flat(state["params_ema"])),
-            first_moment=_renamed(_under(moments, "grad_ema")),
-            second_moment=_renamed(_under(moments, "grad_sq_ema")),
+            params=renamed(_flat(optimizer["target"])),
+            ema=renamed(_flat(state["params_ema"])),
+            first_moment=renamed(_under(moments, "grad_ema")),
+            second_moment=renamed(_under(moments, "grad_sq_ema")),
             adam_step=int(optimizer["state"]["step"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -280,7 +303,7 @@ def _renamed(leaves: Leaves) -> Leaves:
     return found
 
 
-def _check(found: Leaves, expected: Leaves, where: str) -> None:
+def _check(found: Leaves, expected: Leaves, where: str, hints: Hints) -> None:
     """Same keys and shapes, finite numbers; or an error that says what is not."""
     for key, leaf in found.items():
         real = isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"
@@ -298,7 +321,7 @@ def _check(found: Leaves, expected: Leaves, where: str) -> None:
     modules = {key.split("/")[0] for key in expected} ^ {key.split("/")[0] for key in found}
     attention_alone = shapes and all(key.startswith("AttnBlock") for key in shapes)
     strange = modules or {"AttnBlock" if attention_alone else ""}
-    hint = next(text for pattern, text in HINTS if any(re.search(pattern, m) for m in strange))
+    hint = next(text for pattern, text in hints if any(re.search(pattern, m) for m in strange))
     parts = [
         f"{len(names)} {text}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
         for text, names in (

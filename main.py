@@ -26,18 +26,23 @@ logger = logging.getLogger("fokker")
 config_flags.DEFINE_config_file("config", None, "Experiment: a file under configs/.")
 flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
 flags.DEFINE_string(
-    "mode", None, "train | eval | diagnose | import | fid_stats, or several: train,eval."
+    "mode",
+    None,
+    "train | train_deq | eval | diagnose | import | fid_stats, or several: train,eval.",
 )
 flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir.")
+flags.DEFINE_string("deq_folder", "flowpp_dequantizer", "Dequantiser's folder, in --workdir.")
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
-LATER = {
-    "train_deq": "training of a variational dequantiser",
-}
 MODES = {
     "train": run_lib.train,
-    "eval": lambda settings, workdir: run_lib.evaluate(settings, workdir, FLAGS.eval_folder),
-    "import": run_lib.import_checkpoint,
+    "train_deq": lambda settings, workdir: run_lib.train_dequantizer(
+        settings, workdir, FLAGS.deq_folder
+    ),
+    "eval": lambda settings, workdir: run_lib.evaluate(
+        settings, workdir, FLAGS.eval_folder, FLAGS.deq_folder
+    ),
+    "import": lambda settings, workdir: run_lib.import_given(settings, workdir, FLAGS.deq_folder),
     "fid_stats": lambda settings, workdir: run_lib.fid_stats(settings),
     "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
 }
@@ -49,10 +54,6 @@ def _modes() -> list[str]:
     """The modes to run, in turn."""
     modes = FLAGS.mode.split(",")
     for mode in modes:
-        if mode in LATER:
-            raise ValueError(
-                f"--mode={mode} ({LATER[mode]}) does not exist yet; allowed now: {sorted(MODES)}"
-            )
         choose(MODES, mode, "--mode")
     return modes
 
@@ -69,7 +70,7 @@ def _log_start(workdir: Path, modes: list[str]) -> None:
 def _run() -> None:
     modes, workdir = _modes(), Path(FLAGS.workdir).expanduser()
     settings = Settings.from_config(FLAGS.config)
-    if modes[0] in ("eval", "diagnose") and not workdir.is_dir():
+    if modes[0] in ("eval", "diagnose", "train_deq") and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
     _log_start(workdir, modes)
     for mode in modes:

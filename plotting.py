@@ -48,6 +48,24 @@ def save_images(path: Path, images: np.ndarray, levels: int) -> None:
     plt.imsave(path, np.repeat(grid, 3, axis=2) if grid.shape[2] == 1 else grid)
 
 
+def save_named_images(
+    path: Path, images: np.ndarray, levels: int, names: list[str], title: str
+) -> None:
+    """A PNG of images [2n, H, W, C] in two rows, each with its name above it."""
+    columns = len(images) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(1.3 * columns, 3.4), squeeze=False)
+    scaled = images.astype(np.float32) / (levels - 1)
+    for axis, image, name in zip(axes.flat, scaled, names, strict=True):
+        axis.imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1
+        )
+        axis.set_title(name, fontsize=9)
+        axis.axis("off")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def save_density(path: Path, points: np.ndarray, bins: int = 200) -> None:
     """A PNG of a 2-D histogram of points [n, 2], colour by square root of the count."""
     radius = 1.05 * np.quantile(np.abs(points), 0.999)

@@ -1,7 +1,8 @@
 """Per-example evaluation rows: append, know what is missing, mean ± standard error.
 
 A row is one JSON object on one line of `rows.jsonl`, identified by its key (estimator, protocol,
-step, split, index, repeat). Lines are appended and flushed to disk batch by batch, so a killed
+step, split, index, repeat). With several processes each has a file of its own, `rows-<h>.jsonl`;
+all are read. Lines are appended and flushed to disk batch by batch, so a killed
 evaluation loses at most the batch in flight; a half-written last line is dropped on reading. JSON
 lines need no library to read and survive a kill at any byte.
 """
@@ -26,24 +27,31 @@ class Summary(NamedTuple):
     examples: int
     repeats: int
 
+    def so_far(self, name: str) -> dict[str, float]:
+        """Mean and standard error for the log of what is under way."""
+        return {name: self.mean, "s.e.": self.standard_error}
+
 
 class Records:
-    """The rows of one evaluation folder."""
+    """The rows of one evaluation folder; process `host` appends to its own file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path, host: int = 0) -> None:
+        self.path = folder / (f"rows-{host}.jsonl" if host else "rows.jsonl")
         self.rows: dict[Key, Row] = {}
-        if path.exists():
-            self._read()
+        for path in sorted(folder.glob("rows*.jsonl")):
+            self._read(path)
 
-    def _read(self) -> None:
-        content = self.path.read_bytes()
+    def _read(self, path: Path) -> None:
+        content = path.read_bytes()
         complete, _, rest = content.rpartition(b"\n")
-        for line in complete.splitlines():
-            row = json.loads(line)
-            self.rows[key_of(row)] = row
-        if rest:  # cut the half-written line, so that the next append starts on a line of its own
-            with self.path.open("r+b") as file:
+        for number, line in enumerate(complete.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self.rows[key_of(row)] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is no row: {error!r}") from None
+        if rest and path == self.path:  # so that the next append starts on a line of its own
+            with path.open("r+b") as file:
                 file.truncate(len(content) - len(rest))
 
     def append(self, rows: Iterable[Row]) -> None:

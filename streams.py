@@ -140,6 +140,10 @@ class Dataset:
         """Number of examples; None for an endless stream."""
         return self._split(split).size
 
+    def examples(self, split: str, ids: np.ndarray) -> np.ndarray:
+        """Those examples of a finite split, unaugmented."""
+        return self._split(split).examples(ids)
+
     def train_batches(
         self, *, batch_size: int, seed: int, first_step: int, host: Host = Host()
     ) -> Iterator[Batch]:

@@ -15,13 +15,12 @@ import jax
 import numpy as np
 
 import datasets
-from checkpoints import Checkpoints
 from elbo import ESTIMATORS
 from experiments.compare import load
 from likelihood import Divergence
 from operators import fold_in_all, fold_in_each
 from run_lib import build
-from run_lib.evaluation_loop import load_parameters
+from run_lib.loading import load_parameters, steps_in
 from run_lib.settings import Settings
 
 
@@ -35,10 +34,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = Settings.from_config(load(options.config, [f"data.num_test={options.examples}"]))
     dataset = datasets.load(settings.data)
-    checkpoints = Checkpoints(options.workdir)
-    step = checkpoints.steps()[-1]
-    params = load_parameters(settings, dataset, checkpoints, step)
-    checkpoints.close()
+    step = steps_in(options.workdir)[-1]
+    params = load_parameters(settings, dataset, options.workdir, step)
     model, probe = build.score_model(settings), Divergence("rademacher")
     batch = next(dataset.eval_batches("test", batch_size=options.examples))
     keys = fold_in_each(jax.random.key(0), batch["index"])

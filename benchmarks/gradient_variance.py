@@ -21,11 +21,10 @@ import numpy as np
 
 import datasets
 import losses
-from checkpoints import Checkpoints
 from experiments.compare import load
 from losses import TimeLaw
 from run_lib import build
-from run_lib.evaluation_loop import load_parameters
+from run_lib.loading import load_parameters, steps_in
 from run_lib.settings import Settings
 from terms import Terms
 from time_sampling import Debias, Importance, Uniform
@@ -75,10 +74,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = Settings.from_config(load(options.config, []))
     dataset = datasets.load(settings.data)
-    checkpoints = Checkpoints(options.workdir)
-    step = checkpoints.steps()[-1]
-    params = load_parameters(settings, dataset, checkpoints, step)
-    checkpoints.close()
+    step = steps_in(options.workdir)[-1]
+    params = load_parameters(settings, dataset, options.workdir, step)
     model, encoding = build.score_model(settings), build.encoding(settings, dataset)
     terms = dataclasses.replace(Terms(), reduce_mean=settings.training.reduce_mean)
     stream = dataset.train_batches(batch_size=options.batch_size, seed=1, first_step=0)

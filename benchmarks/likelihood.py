@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import datasets
-from checkpoints import Checkpoints
 from configs.digits import vp
 from likelihood import Divergence, OdeLikelihood, ode_log_likelihood
 from ode import Solver
 from operators import fold_in_each
 from run_lib import build
-from run_lib.evaluation_loop import load_parameters
+from run_lib.loading import load_parameters, steps_in
 from run_lib.settings import Settings
 
 VARIANTS = [
@@ -39,10 +38,8 @@ class Problem:
     def __init__(self, workdir: Path, number: int) -> None:
         self.settings = Settings.from_config(vp.get_config())
         self.dataset = datasets.load(self.settings.data)
-        checkpoints = Checkpoints(workdir)
-        step = checkpoints.steps()[-1]
-        self.params = load_parameters(self.settings, self.dataset, checkpoints, step)
-        checkpoints.close()
+        step = steps_in(workdir)[-1]
+        self.params = load_parameters(self.settings, self.dataset, workdir, step)
         self.model = build.score_model(self.settings)
         self.encoding = build.encoding(self.settings, self.dataset)
         batch = next(self.dataset.eval_batches("test", batch_size=number))

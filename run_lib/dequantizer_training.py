@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 import datasets
-import importers
+import flow_importer
 import train_state
 from checkpoints import Checkpoints
 from likelihood import dequantizer_loss
 from losses import mean_loss
-from run_lib import build, folder, loading, parallel
+from run_lib import build, folder, loading, parallel, training
 from run_lib.settings import Settings, require
 from run_lib.trainer import HeldOut, Task, Trainer
 from streams import Dataset
@@ -67,6 +67,7 @@ def _task(settings: Settings, dataset: Dataset, score_params: Any) -> Task:
     return Task(
         name="dequantiser",
         n_iters=settings.deq.n_iters,
+        n_jitted_steps=1,  # a flow of convolutions gains nothing from more
         ema_rate=settings.deq.ema_rate,
         loss_fn=mean_loss(per_example),
         frozen=(score_params,),
@@ -83,9 +84,11 @@ def _start(settings: Settings, dataset: Dataset, checkpoints: Checkpoints) -> Tr
     if settings.deq.init_from:
         state = given_state(settings, dataset)
         allowed = f"more than the {int(state.step)} steps of deq.init_from"
-        require(int(state.step) < settings.deq.n_iters, "deq.n_iters", settings.deq.n_iters, allowed)
+        require(
+            int(state.step) < settings.deq.n_iters, "deq.n_iters", settings.deq.n_iters, allowed
+        )
         return state
-    batches = dataset.train_batches(batch_size=INIT_IMAGES, seed=settings.seed)
+    batches = dataset.train_batches(batch_size=INIT_IMAGES, seed=settings.seed, first_step=0)
     image = jnp.asarray(next(batches)["image"])
     params = build.dequantizer(settings, dataset).init(build.keys(settings)["dequantizer"], image)
     return train_state.create(params, settings.optim.chain(settings.deq.n_iters))
@@ -105,20 +108,23 @@ def _shapes(settings: Settings, dataset: Dataset) -> TrainState:
 def given_state(settings: Settings, dataset: Dataset) -> TrainState:
     """The state of a published dequantiser, `deq.init_from`."""
     source = Path(settings.deq.init_from).expanduser()
-    state = importers.load_dequantizer(source, _shapes(settings, dataset))
+    state = flow_importer.load(source, _shapes(settings, dataset))
     logger.info("starting from %s, step %d", source, int(state.step))
     return state
 
 
-def import_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> None:
-    """Write `deq.init_from` as a checkpoint of the dequantiser's folder.
+def import_given(settings: Settings, workdir: Path, deq_folder: str) -> None:
+    """Write `deq.init_from` and `training.init_from`, those that are given, as checkpoints here.
 
     Raises:
-        ValueError: it cannot be read or does not fit, or the folder has checkpoints.
+        ValueError: none is given, one cannot be read or does not fit, or a folder has checkpoints.
     """
     target = _folder(workdir, deq_folder)
-    state = given_state(settings, datasets.load(settings.data))
-    folder.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)
+    if settings.deq.init_from:
+        state = given_state(settings, datasets.load(settings.data))
+        folder.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)
+    if not settings.deq.init_from or training.given_checkpoint(settings, workdir):
+        training.import_checkpoint(settings, workdir)
 
 
 def load_dequantizer(
@@ -137,7 +143,9 @@ def load_dequantizer(
             "with this --workdir first"
         )
     folder.reconcile(
-        target, settings.resolved(), ignore=("eval", "sampling", "training", "optim", "data.num_train")
+        target,
+        settings.resolved(),
+        ignore=("eval", "sampling", "training", "optim", "data.num_train"),
     )
     checkpoints = Checkpoints(target)
     try:

@@ -16,7 +16,7 @@ import diagnostics
 import plotting
 from elbo import gap_factor
 from operators import fold_in_all, fold_in_each, gaussian
-from run_lib import build, evaluation_loop, parallel, report
+from run_lib import build, evaluation_loop, loading, parallel, report
 from run_lib.settings import Settings
 from streams import Dataset
 from terms import Point
@@ -55,9 +55,7 @@ def diagnose(settings: Settings, workdir: Path, eval_folder: str) -> None:
     Raises:
         ValueError: as `evaluate`.
     """
-    for step, dataset, params, target in evaluation_loop.checkpoints_of(
-        settings, workdir, eval_folder
-    ):
+    for step, dataset, params, target in loading.checkpoints_of(settings, workdir, eval_folder):
         found = diagnosis(settings, dataset, params)
         rows = list(_rows(settings, found, step))
         path = target / f"diagnosis_{step}.jsonl"

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dequantization import Draw
 from elbo import ESTIMATORS
 from likelihood import (
     Divergence,
@@ -129,7 +128,11 @@ def draw_keys(keys: jax.Array, k: jax.Array | int) -> jax.Array:
 def _divergence_from_data(settings: Settings, dataset: Dataset) -> Estimator:
     """log q(x) − log p(x), whose mean is the divergence of the model from the known law."""
     model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, law, t_min = build.likelihood_tools(settings), dataset.law, settings.training.smallest_time
+    tools, law, t_min = (
+        build.likelihood_tools(settings),
+        dataset.law,
+        settings.training.smallest_time,
+    )
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         x, keys = batch["image"], fold_in_each(key, batch["noise_id"])

@@ -5,7 +5,6 @@ repeat), so results of different tolerances or probes never mix. The noise of an
 (seed, repeat, index) only, not on the batch it is in.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -13,99 +12,159 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-import datasets
-import train_state
-from checkpoints import Checkpoints
-from elbo import ESTIMATORS
-from likelihood import Divergence, ode_log_likelihood, variational_bound
-from operators import fold_in_all, fold_in_each
-from records import Records, Row
-from run_lib import build, folder, parallel, quality, quality_loop, report
+import plotting
+from records import Records, Row, summarize
+from run_lib import build, folder, loading, parallel, quality, quality_loop, report
+from run_lib.dequantizer_training import load_dequantizer
+from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.settings import Settings
+from run_lib.trainer import Progress
 from streams import Batch, Dataset
 
 logger = logging.getLogger("fokker")
+EXTREMES = 8
 
 
-def evaluate(settings: Settings, workdir: Path, eval_folder: str) -> None:
+def evaluate(
+    settings: Settings,
+    workdir: Path,
+    eval_folder: str,
+    deq_folder: str = "flowpp_dequantizer",
+) -> None:
     """Evaluate checkpoints of a run folder; rows that are already there are not computed again.
 
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
-    for step, dataset, params, target in checkpoints_of(settings, workdir, eval_folder):
+    for step, dataset, params, target in loading.checkpoints_of(settings, workdir, eval_folder):
         scorer = quality_loop.scorer(settings, dataset, target, step)  # its errors come first
-        evaluate_checkpoint(settings, dataset, params, step, target, scorer)
-    logger.info("\n%s", report.table_text(report.summaries(workdir / eval_folder)))
-    if rows := quality.read(workdir / eval_folder):
+        found, name = Parameters(params), ""
+        if "variational" in settings.eval.dequantizations:
+            dequantizer, name = load_dequantizer(settings, dataset, workdir, deq_folder)
+            found = Parameters(params, dequantizer)
+        table = estimators(settings, dataset, name)
+        evaluate_checkpoint(settings, dataset, found, step, target, table)
+        if settings.eval.enable_sampling:
+            quality_loop.sample(settings, dataset, params, step, target, scorer)
+    parallel.wait_for_all(f"rows {eval_folder}")
+    if parallel.host().index == 0:
+        _tell(workdir, eval_folder)
+
+
+def _tell(workdir: Path, eval_folder: str) -> None:
+    """Tables in the folder of the results and on the terminal, and the report."""
+    target = workdir / eval_folder
+    results = report.summaries(target)
+    report.write_summaries(target, results)
+    logger.info("\n%s", report.table_text(results))
+    if rows := quality.read(target):
         logger.info("\n%s", report.aligned(quality.HEADER, map(quality.cells, rows)))
-    page = report.write(workdir)
-    logger.info("open %s", page)
+    logger.info("open %s", report.write(workdir))
 
 
 def evaluate_checkpoint(
     settings: Settings,
     dataset: Dataset,
-    params: Any,
+    params: Parameters,
     step: int,
     target: Path,
-    scorer: quality_loop.Scorer | None,
+    table: list[Estimator],
 ) -> None:
-    """All enabled estimates of one checkpoint."""
-    records = Records(target / "rows.jsonl")
-    for estimator in estimators(settings, dataset):
+    """All rows of one checkpoint."""
+    host = parallel.host()
+    records = Records(target, host.index)
+    if host.index == 0:
+        _write_protocols(target, table)
+    for estimator in table:
         fill_rows(settings, dataset, params, step, estimator, records)
-    if settings.eval.enable_sampling:
-        quality_loop.sample(settings, dataset, params, step, target, scorer)
+    parallel.wait_for_all(f"rows of {step}")
+    if host.index == 0 and dataset.levels is not None and table:
+        _save_extremes(settings, dataset, Records(target), step, table[0], target)
+
+
+def _write_protocols(target: Path, table: list[Estimator]) -> None:
+    """protocols.json: the details of every protocol by its text."""
+    path = target / report.PROTOCOLS
+    known = report.protocols(target)
+    folder.write_json(path, known | {e.protocol: e.details for e in table})
+
+
+def _save_extremes(
+    settings: Settings, dataset: Dataset, records: Records, step: int, estimator: Estimator,
+    target: Path,
+) -> None:  # fmt: skip
+    """extremes_<step>.png: the examples that are likeliest and least likely per dimension."""
+    rows = records.select(
+        estimator=estimator.name, protocol=estimator.protocol, step=step,
+        split=settings.eval.dataset,
+    )  # fmt: skip
+    means = {index: summarize(group).mean for index, group in report.by(rows, "index").items()}
+    order = sorted(means, key=means.get)
+    if len(order) < 2 * EXTREMES:
+        return
+    chosen = [*order[:EXTREMES], *order[-EXTREMES:]]
+    images = dataset.examples(settings.eval.dataset, np.asarray(chosen))
+    names = [f"{means[index]:.2f}" for index in chosen]
+    title = f"{estimator.name}, {estimator.unit}, likeliest and least likely examples"
+    path = target / f"extremes_{step}.png"
+    plotting.save_named_images(path, images, dataset.levels, names, title)
 
 
 def fill_rows(
     settings: Settings,
     dataset: Dataset,
-    params: Any,
+    params: Parameters,
     step: int,
     estimator: Estimator,
     records: Records,
 ) -> None:
     """Compute the rows that are missing, batch by batch, each batch saved as it comes."""
-    mapped = parallel.map_over_devices(estimator.function, in_axes=(None, None, 0), out_axes=0)
-    compiled = False
-    config = settings.eval
+    config, commit = settings.eval, folder.git_commit()
     identity = {
         "estimator": estimator.name,
         "protocol": estimator.protocol,
         "step": step,
         "split": config.dataset,
     }
+    timed = _timed(estimator.function)
+    total = config.num_repeats * _number(settings, dataset) // parallel.host().count
+    progress = Progress(len(records.select(**identity)), total, "image")
     for repeat in range(config.num_repeats):
         key = jax.random.fold_in(build.keys(settings)[estimator.key], repeat)
         for batch in evaluation_batches(settings, dataset):
-            rows = [
-                identity | {"index": int(index), "repeat": repeat}
-                for index in batch["index"][batch["mask"]]
-            ]
+            ids = batch["index"][batch["mask"]]
+            rows = [identity | {"index": int(index), "repeat": repeat} for index in ids]
             if not records.missing(rows):
                 continue
-            split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
-            if not compiled:  # so that the seconds are those of the solve
-                mapped.lower(params, key, split).compile()
-                compiled = True
-            started = time.monotonic()
-            results = parallel.join(mapped(params, key, split))
-            results = {name: v[batch["mask"]] for name, v in results.items()}
-            check_converged(estimator, rows, results["converged"])
-            seconds = (time.monotonic() - started) / len(rows)
+            seconds, results = timed(params, key, batch)
+            check_converged(estimator, rows, results.pop("converged"))
+            shared = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
             records.append(
-                row | {
-                    "value": float(value), "unit": estimator.unit,
-                    "nfe": int(nfe), "seconds": seconds,
-                }
-                for row, value, nfe in zip(rows, results["value"], results["nfe"], strict=True)
-            )  # fmt: skip
-            logger.info(report.partial_text(records, identity))
+                row | {name: values[i].item() for name, values in results.items()} | shared
+                for i, row in enumerate(rows)
+            )
+            found = records.select(**identity)
+            progress.update(len(found), summarize(found).so_far(estimator.name))
+    progress.close()
+
+
+def _timed(function: Callable) -> Callable[..., tuple[float, dict[str, np.ndarray]]]:
+    """(seconds without compilation, results of the real examples) of a batch."""
+    mapped = parallel.map_over_devices(function, in_axes=(None, None, 0), out_axes=0)
+    compiled = []
+
+    def call(params: Any, key: jax.Array, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+        split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
+        if not compiled:
+            compiled.append(mapped.lower(params, key, split).compile())
+        started = time.monotonic()
+        results = parallel.join(mapped(params, key, split))
+        seconds = time.monotonic() - started
+        return seconds, {name: values[batch["mask"]] for name, values in results.items()}
+
+    return call
 
 
 def check_converged(estimator: Estimator, rows: list[Row], converged: np.ndarray) -> None:
@@ -116,6 +175,12 @@ def check_converged(estimator: Estimator, rows: list[Row], converged: np.ndarray
             f"{estimator.name} ({estimator.protocol}): no value for examples {failed[:10]} of "
             f"{len(failed)}; raise eval.rtol and eval.atol, or check the checkpoint"
         )
+
+
+def _number(settings: Settings, dataset: Dataset) -> int:
+    """How many examples of the split are evaluated."""
+    size = dataset.size(settings.eval.dataset) or 0
+    return min(size, settings.eval.num_examples or size)
 
 
 def evaluation_batches(settings: Settings, dataset: Dataset) -> Iterator[Batch]:

@@ -17,13 +17,16 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from checkpoints import Checkpoints
+from train_state import TrainState
+
 logger = logging.getLogger("fokker")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 # Sections and fields that fix what the parameters mean; the rest may change between runs.
-FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer")
+FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer", "deq")
 FREE = (
     "model.ema_rate", "model.dropout", "model.num_scales", "model.dtype", "model.remat",
-    "data.num_test", "data.path",
+    "data.num_test", "data.path", "deq.n_iters", "deq.ema_rate", "deq.num_times", "deq.init_from",
 )  # fmt: skip
 
 
@@ -116,6 +119,28 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def write_import(
+    workdir: Path, config: dict[str, Any], state: TrainState, snapshot_freq: int
+) -> None:
+    """A state from elsewhere as the only checkpoint of a run folder.
+
+    Raises:
+        ValueError: the folder has other checkpoints.
+    """
+    there = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
+    if there == [str(int(state.step))]:
+        logger.info("%s holds step %s already", workdir, there[0])
+        return
+    if there:
+        raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
+    write_json(workdir / "config.json", config)
+    write_json(workdir / "versions.json", versions())
+    checkpoints = Checkpoints(workdir, keep_every=snapshot_freq)
+    checkpoints.save(state)
+    checkpoints.close()
+    logger.info("wrote %s", checkpoints.directory / str(int(state.step)))
 
 
 def versions() -> dict[str, str]:

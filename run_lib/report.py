@@ -24,6 +24,25 @@ class Result(NamedTuple):
     nfe: float
     max_nfe: int
     seconds: float
+    commits: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields by name."""
+        return {
+            "step": self.step,
+            "split": self.split,
+            "estimator": self.estimator,
+            "unit": self.unit,
+            "mean": self.value.mean,
+            "standard_error": self.value.standard_error,
+            "n": self.value.examples,
+            "repeats": self.value.repeats,
+            "nfe": self.nfe,
+            "max_nfe": self.max_nfe,
+            "seconds_per_example": self.seconds,
+            "git_commits": self.commits,
+            "protocol": self.protocol,
+        }
 
     def cells(self) -> list[str]:
         """The columns of `HEADER` as text."""
@@ -43,22 +62,50 @@ class Result(NamedTuple):
 
 HEADER = ("step", "split", "estimator", "mean ± s.e.", "n", "repeats", "evaluations",
           "s/example", "protocol")  # fmt: skip
+PROTOCOLS = "protocols.json"
 
 
 def summaries(eval_folder: Path) -> list[Result]:
     """One result per group of rows in an evaluation folder."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in Records(eval_folder / "rows.jsonl").rows.values():
-        group = (row["step"], row["split"], row["estimator"], row["protocol"])
-        groups.setdefault(group, []).append(row)
+    groups = by(Records(eval_folder).rows.values(), "step", "split", "estimator", "protocol")
     return [_result(group, groups[group]) for group in sorted(groups)]
+
+
+def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
+    """Rows in groups of equal fields; the key is the value of one field, or a tuple of several."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        key = tuple(row[field] for field in fields)
+        groups.setdefault(key if len(fields) > 1 else key[0], []).append(row)
+    return groups
+
+
+def protocols(eval_folder: Path) -> dict[str, dict[str, Any]]:
+    """The details of every protocol by its text."""
+    path = eval_folder / PROTOCOLS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_summaries(eval_folder: Path, results: list[Result]) -> None:
+    """summary.json, table.md and table.html."""
+    known = protocols(eval_folder)
+    summary = [result.as_json() | {"details": known.get(result.protocol)} for result in results]
+    folder.write_json(eval_folder / "summary.json", summary)
+    lines = [HEADER, ["---"] * len(HEADER), *(result.cells() for result in results)]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+    (eval_folder / "table.md").write_text(text)
+    page = f"<!doctype html><meta charset='utf-8'><style>{STYLE}</style>{table_html(results)}\n"
+    (eval_folder / "table.html").write_text(page)
 
 
 def _result(group: tuple, rows: list[Row]) -> Result:
     nfe = [row["nfe"] for row in rows]
     seconds = sum(row["seconds"] for row in rows) / len(rows)
     unit = rows[0]["unit"]
-    return Result(*group, unit, summarize(rows), sum(nfe) / len(nfe), max(nfe), seconds)
+    commits = sorted({row.get("commit", "unknown") for row in rows})
+    value, mean_nfe = summarize(rows), sum(nfe) / len(nfe)
+    return Result(*group, unit, value, mean_nfe, max(nfe), seconds, commits)
 
 
 def table_text(results: list[Result]) -> str:
@@ -86,16 +133,6 @@ def as_html(header: Sequence[str], rows: Iterable[list[str]]) -> str:
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def partial_text(records: Records, identity: dict[str, Any]) -> str:
-    """The mean so far, for the log of a running evaluation."""
-    rows = records.select(**identity)
-    value = summarize(rows)
-    return (
-        f"{identity['estimator']} of step {identity['step']}: {value.mean:.4f} ± "
-        f"{value.standard_error:.4f} {rows[0]['unit']} after {len(rows)} rows"
-    )
 
 
 def save_curves(workdir: Path) -> Path | None:
@@ -130,6 +167,8 @@ def write(workdir: Path) -> Path:
     for rows in sorted(workdir.glob("*/rows.jsonl")):
         parts += [f"<h2>Results: {html.escape(rows.parent.name)}</h2>"]
         parts += [table_html(summaries(rows.parent))]
+        for image in sorted(rows.parent.glob("extremes_*.png")):
+            parts += [_image(image)]
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
             "averaged first. ODE: exact change of variables along the probability-flow ODE. bound: "

@@ -29,6 +29,7 @@ class Task:
 
     name: str
     n_iters: int
+    n_jitted_steps: int
     ema_rate: float
     # (parameters, key, part of the batch, *frozen) → (loss, metrics)
     loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -53,8 +54,7 @@ class Trainer:
         self.state, self.step = state, int(state.step)
         optimizer = settings.optim.chain(task.n_iters)
         step_fn = train_state.train_step(task.loss_fn, optimizer, task.ema_rate, build.AXIS_NAME)
-        single = settings.training.n_jitted_steps == 1
-        dispatch = train_state.single_step if single else train_state.many_steps
+        dispatch = train_state.single_step if task.n_jitted_steps == 1 else train_state.many_steps
         self.step_fn = parallel.map_over_devices(
             dispatch(step_fn),
             in_axes=(None, None, 1, *(None for _ in task.frozen)),
@@ -99,7 +99,7 @@ class Trainer:
         noise_id = noise_id[parallel.host().part(training.batch_size)]
         first = self.step
         while first < self.task.n_iters:
-            to_multiple = training.n_jitted_steps - first % training.n_jitted_steps
+            to_multiple = self.task.n_jitted_steps - first % self.task.n_jitted_steps
             count = min(to_multiple, self.task.n_iters - first)
             group = [next(stream) | {"noise_id": noise_id} for _ in range(count)]
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)

@@ -96,6 +96,7 @@ def score_task(settings: Settings, dataset: Dataset, workdir: Path) -> Task:
     return Task(
         name=settings.model.name,
         n_iters=settings.training.n_iters,
+        n_jitted_steps=settings.training.n_jitted_steps,
         ema_rate=settings.model.ema_rate,
         loss_fn=mean_loss(build.per_example_loss(settings, dataset, train=True)),
         frozen=(),
@@ -196,15 +197,4 @@ def import_checkpoint(settings: Settings, workdir: Path) -> None:
     size = (data.image_size, data.image_size, data.num_channels)
     shape = size if data.image_size else datasets.load(data).shape
     state = given_state(settings, shape, source)
-    there = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
-    if there == [str(int(state.step))]:
-        logger.info("%s holds step %s already", workdir, there[0])
-        return
-    if there:
-        raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
-    folder.write_json(workdir / "config.json", settings.resolved())
-    folder.write_json(workdir / "versions.json", folder.versions())
-    checkpoints = Checkpoints(workdir, keep_every=settings.training.snapshot_freq)
-    checkpoints.save(state)
-    checkpoints.close()
-    logger.info("wrote %s", checkpoints.directory / str(int(state.step)))
+    folder.write_import(workdir, settings.resolved(), state, settings.training.snapshot_freq)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Level of every module; run_lib has levels of its own.
 LEVELS = {
     "taylor": -1, "operators": 0, "models": 0, "sde_lib": 1, "time_sampling": 2,
-    "torch_files": 0, "tfrecords": 0, "importers": 7,
+    "torch_files": 0, "tfrecords": 0, "importers": 7, "flow_importer": 7.5,
     "npz_files": 0, "classifier": 6, "evaluation": 7,
     "parameterization": 2, "dequantization": 2, "toy_data": 2, "high_order": 3,
     "fokker_planck": 3, "ode": 3, "terms": 4, "losses": 5, "likelihood": 6, "elbo": 7,
@@ -21,9 +21,10 @@ LEVELS = {
     "streams": 3, "datasets": 7, "plotting": 7, "run_lib": 8, "main": 9,
 }  # fmt: skip
 RUN_LIB = {
-    "settings": 0, "folder": 0, "build": 1, "parallel": 2, "report": 2, "sampling_loop": 3,
-    "figures": 3, "training": 4, "evaluation_loop": 5, "diagnosis_loop": 6, "__init__": 7,
-    "quality": 1, "quality_loop": 4,
+    "settings": 0, "folder": 0, "quality": 1, "build": 1, "parallel": 2, "report": 2,
+    "estimators": 2, "sampling_loop": 3, "figures": 3, "loading": 3, "trainer": 3, "training": 4,
+    "quality_loop": 4, "dequantizer_training": 5, "evaluation_loop": 6, "diagnosis_loop": 7,
+    "__init__": 8,
 }  # fmt: skip
 
 
@@ -112,9 +113,9 @@ def test_each_script_of_the_command_line_explains_itself() -> None:
 
     assert "--mode=train" in run("--help").stdout
     config = "--config=configs/digits/vp.py"
-    later = run(config, "--workdir=unused", "--mode=train,train_deq")
+    later = run(config, "--workdir=unused", "--mode=train,evaluate")
     assert later.returncode == 2
-    assert "does not exist yet" in later.stderr
+    assert "did you mean eval" in later.stderr
     wrong = run(config, "--workdir=unused", "--mode=train", "--config.training.bach_size=3")
     assert wrong.returncode != 0
     assert "batch_size" in wrong.stderr

@@ -19,5 +19,6 @@ def get_config() -> ConfigDict:
     config.training.update(log_freq=200, eval_freq=1000)
     config.training.update(snapshot_freq=5000, snapshot_freq_for_preemption=2000)
     config.optim.update(lr=1e-3, warmup=200, schedule="cosine")
+    config.deq.update(n_iters=2000, filters=32, components=8, blocks=1)
     config.eval.update(batch_size=360, num_repeats=1)
     return config
