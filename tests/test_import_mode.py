@@ -47,9 +47,9 @@ def test_training_goes_on_from_a_published_checkpoint(tmp_path):
     c.training.init_from = str(FIXTURES / "mle_ddpmpp_vp" / CASES["mle_ddpmpp_vp"])
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     settings = Settings.from_config(c)
-    run_lib.import_checkpoint(settings, whole)
+    training.import_checkpoint(settings, whole)
     trainer = training.score_trainer(settings, datasets.load(settings.data), whole)
-    predicted = trainer.held_out(trainer.state.ema_params)["loss"]
+    predicted = trainer.task.held_out(trainer.state.ema_params)["loss"]
     trainer.checkpoints.close()
     run_lib.train(settings, whole)
     losses = [row["loss"] for row in folder.read_metrics(whole) if row["split"] == "train"]
@@ -73,22 +73,22 @@ def test_a_published_file_in_checkpoints_meta_is_picked_up(tmp_path):
         (run / "checkpoints-meta" / name).write_bytes(data)
     settings = Settings.from_config(config(tmp_path))
     assert training.given_checkpoint(settings, run).name == "checkpoint_10"
-    run_lib.import_checkpoint(settings, run)
+    training.import_checkpoint(settings, run)
     assert Checkpoints(run).steps() == [350001]
-    run_lib.import_checkpoint(settings, run)  # again: there is nothing left to do
+    training.import_checkpoint(settings, run)  # again: there is nothing left to do
     (run / "checkpoints" / "7").mkdir()
     with pytest.raises(ValueError, match="is not empty: use another --workdir"):
-        run_lib.import_checkpoint(settings, run)
+        training.import_checkpoint(settings, run)
 
 
 @needs_fixtures
 def test_what_cannot_be_imported_is_refused_and_leaves_nothing(tmp_path):
     c, run = config(tmp_path), tmp_path / "run"
     with pytest.raises(ValueError, match="init_from='': say which checkpoint"):
-        run_lib.import_checkpoint(Settings.from_config(c), run)
+        training.import_checkpoint(Settings.from_config(c), run)
     c.training.init_from = str(FIXTURES / "mle_ncsnpp_ve" / "checkpoint_12")
     with pytest.raises(ValueError, match="does not fit the network"):
-        run_lib.import_checkpoint(Settings.from_config(c), run)
+        training.import_checkpoint(Settings.from_config(c), run)
     with pytest.raises(ValueError, match="does not fit the network"):
         run_lib.train(Settings.from_config(c), run)
     c.training.init_from = str(FIXTURES / "mle_ddpmpp_vp" / "checkpoint_7")
