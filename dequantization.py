@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from models.flowpp import Flowpp
 from models.layers import QUICK
@@ -136,7 +136,9 @@ class Pixels:
         cells = self.levels if self.dequantize_uniformly else self.levels - 1
         return (1.0 if self.centered else 0.5) / cells
 
-    def negative_log_likelihood(self, log_weight: PerExample, x: Batched) -> PerExample:
+    def negative_log_likelihood(
+        self, log_weight: PerExample, x: Shaped[Array, "b *d"]
+    ) -> PerExample:
         """bits/dim of the integers, from log p(x) − log q(x | k) in nats."""
         return -log_weight / (dimension(x) * math.log(2.0))
 
@@ -191,7 +193,9 @@ class Reals:
         """The data themselves, of which there is one each: log q = 0."""
         return Draw(self.encode(image, keys), jnp.zeros(image.shape[:1], image.dtype))
 
-    def negative_log_likelihood(self, log_weight: PerExample, x: Batched) -> PerExample:
+    def negative_log_likelihood(
+        self, log_weight: PerExample, x: Shaped[Array, "b *d"]
+    ) -> PerExample:
         """−log p in nats."""
         del x
         return -log_weight

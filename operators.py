@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from taylor import along_curve
 
@@ -40,7 +40,7 @@ def squared_norm(x: Batched) -> PerExample:
     return inner(x, x)
 
 
-def dimension(x: Batched) -> int:
+def dimension(x: Shaped[Array, "b *d"]) -> int:
     """Number of dimensions d of one example."""
     return x[0].size
 

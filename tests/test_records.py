@@ -72,31 +72,31 @@ def test_summary_of_nothing_is_refused():
 
 def test_rows_come_back_as_they_were_written(path):
     rows = grid_of_rows(unit="bits/dim", nfe=26, seconds=0.25)
-    first = Records(path)
+    first = Records(path.parent)
     first.append(rows[:4])
     first.append(iter(rows[4:]))
-    again = Records(path)
+    again = Records(path.parent)
     assert list(again.rows.values()) == list(first.rows.values()) == rows
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
 
 
 def test_missing_rows_are_those_that_were_not_written(path):
     rows = grid_of_rows()
-    records = Records(path)
+    records = Records(path.parent)
     assert records.missing(rows) == rows
     records.append(rows[3:7])
     expected = rows[:3] + rows[7:]
     wanted = [{k: v for k, v in r.items() if k != "value"} for r in rows]
     assert [key_of(r) for r in records.missing(wanted)] == [key_of(r) for r in expected]
-    assert Records(path).missing(rows) == expected
+    assert Records(path.parent).missing(rows) == expected
 
 
 def test_no_row_is_written_twice(path):
-    records = Records(path)
+    records = Records(path.parent)
     records.append([row(0, value=1.0), row(1, value=2.0)])
     records.append([row(1, value=9.0), row(2, value=3.0), row(2, value=3.0)])
-    Records(path).append([row(0, value=9.0)])
-    values = [r["value"] for r in Records(path).rows.values()]
+    Records(path.parent).append([row(0, value=9.0)])
+    values = [r["value"] for r in Records(path.parent).rows.values()]
     assert values == [1.0, 2.0, 3.0]
     assert len(path.read_text().splitlines()) == 3
 
@@ -104,9 +104,9 @@ def test_no_row_is_written_twice(path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_value_that_is_not_finite_is_refused_with_nothing_written(path, value):
     with pytest.raises(ValueError, match=r"'ODE'.*not finite"):
-        Records(path).append([row(0), row(1, value=value)])
+        Records(path.parent).append([row(0), row(1, value=value)])
     assert not path.exists()
-    records = Records(path)
+    records = Records(path.parent)
     records.append([row(0)])
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"not finite"):
@@ -121,12 +121,12 @@ def test_value_that_is_not_finite_is_refused_with_nothing_written(path, value):
     ids=lambda other: next(iter(other)),
 )
 def test_rows_of_different_settings_never_mix(path, other):
-    records = Records(path)
+    records = Records(path.parent)
     records.append(grid_of_rows())
     others = grid_of_rows(VALUES + 100.0, **other)
     assert records.missing(others) == others
     records.append(others[:5])
-    again = Records(path)
+    again = Records(path.parent)
     assert again.select(**other) == others[:5]
     mine = {field: row()[field] for field in other}
     assert again.select(**mine) == grid_of_rows()
@@ -146,25 +146,25 @@ def test_every_field_of_the_key_identifies(path):
 
 
 def test_half_written_line_is_cut_and_the_next_append_is_readable(path):
-    Records(path).append([row(0), row(1)])
+    Records(path.parent).append([row(0), row(1)])
     whole = path.read_bytes()
     path.write_bytes(whole + json.dumps(row(2)).encode()[:-5])
-    records = Records(path)
+    records = Records(path.parent)
     assert path.read_bytes() == whole
     assert records.missing([row(0), row(1), row(2)]) == [row(2)]
     records.append([row(2)])
-    assert list(Records(path).rows.values()) == [row(0), row(1), row(2)]
+    assert list(Records(path.parent).rows.values()) == [row(0), row(1), row(2)]
 
 
 def test_every_truncation_loses_only_the_rows_it_touches(path):
     """At each byte of the last two lines: the untouched rows stay, the others can be redone."""
     rows = [row(i, value=float(v), unit="bits/dim") for i, v in enumerate(VALUES[:, 0])]
-    Records(path).append(rows)
+    Records(path.parent).append(rows)
     whole = path.read_bytes()
     ends = np.cumsum([len(line) for line in whole.splitlines(keepends=True)])
     for length in range(ends[-3], len(whole) + 1):
         path.write_bytes(whole[:length])
-        records = Records(path)
+        records = Records(path.parent)
         complete = int(np.sum(ends <= length))
         assert list(records.rows.values()) == rows[:complete]
         records.append(records.missing(rows))
@@ -189,16 +189,33 @@ def test_any_history_with_a_kill_is_a_prefix_of_the_rows(batches, fraction):
         expected = {}
         for batch in batches:
             rows = [row(i, r, value, note=note) for i, r, value, note in batch]
-            Records(path).append(rows)
+            Records(path.parent).append(rows)
             expected = {key_of(new): new for new in rows} | expected
         whole = path.read_bytes() if path.exists() else b""
         path.write_bytes(whole[: round(fraction * len(whole))])
-        kept = Records(path).rows
+        kept = Records(path.parent).rows
         lines = path.read_bytes().splitlines()
         assert len(lines) == len(kept)
         assert path.read_bytes() == whole[: len(path.read_bytes())]
         assert all(expected[key] == value for key, value in kept.items())
         if fraction == 1.0:
             assert kept == expected
-        Records(path).append([row(6, 0)])
-        assert list(Records(path).rows.values()) == [*kept.values(), row(6, 0)]
+        Records(path.parent).append([row(6, 0)])
+        assert list(Records(path.parent).rows.values()) == [*kept.values(), row(6, 0)]
+
+
+def test_each_process_appends_to_a_file_of_its_own_and_reads_all(path: Path) -> None:
+    first, second = Records(path.parent), Records(path.parent, host=1)
+    first.append([row(0)])
+    second.append([row(1)])
+    assert [p.name for p in sorted(path.parent.iterdir())] == ["rows-1.jsonl", "rows.jsonl"]
+    assert list(Records(path.parent, host=1).rows) == list(Records(path.parent).rows)
+    assert Records(path.parent).missing([row(0), row(1), row(2)]) == [row(2)]
+
+
+def test_a_damaged_line_is_named(path: Path) -> None:
+    Records(path.parent).append([row(0)])
+    with path.open("a") as file:
+        file.write("not a row\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is no row"):
+        Records(path.parent)

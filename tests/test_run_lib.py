@@ -1,7 +1,6 @@
 """Whole runs at tiny size: resume, devices, non-finite values, evaluation, the run folder."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from ode import Solver
 from operators import fold_in_all, fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from records import Records
-from run_lib import build, folder
+from run_lib import build, evaluation_loop, folder
+from run_lib.estimators import draw_keys
 from run_lib.settings import Settings
 from run_lib.trainer import PendingMetrics
 from run_lib.training import score_trainer
@@ -168,7 +168,7 @@ def evaluate(workdir: Path, eval_folder: str, **changes: object) -> dict[tuple, 
     config = tiny.config()
     config.eval.update(changes)
     run_lib.evaluate(Settings.from_config(config), workdir, eval_folder)
-    return Records(workdir / eval_folder / "rows.jsonl").rows
+    return Records(workdir / eval_folder).rows
 
 
 def test_evaluation_is_complete_and_does_not_depend_on_the_batch_size(trained: Path) -> None:
@@ -189,7 +189,7 @@ def test_rows_are_the_ode_likelihood_of_the_moving_average(trained: Path, split:
     batch = next(dataset.eval_batches(split, batch_size=4))
     repeat_key = jax.random.fold_in(build.keys(settings)["eval"], 0)
     keys = fold_in_each(repeat_key, jnp.asarray(batch["index"]))
-    u = jax.vmap(lambda k: jax.random.uniform(k, (8, 8, 1)))(fold_in_all(keys, 0))
+    u = jax.vmap(lambda k: jax.random.uniform(k, (8, 8, 1)))(draw_keys(keys, 0))
     x = 2 * (batch["image"] + u) / 17 - 1
     state = final_state(trained, tiny.config())
     result = ode_log_likelihood(
@@ -213,7 +213,7 @@ def test_likelihoods_dequantise_even_if_training_does_not(tmp_path: Path) -> Non
     saved["data"]["uniform_dequantization"] = True
     (tmp_path / "config.json").write_text(json.dumps(saved))
     run_lib.evaluate(Settings.from_config(config), tmp_path, "dequantised")
-    one, other = (Records(tmp_path / f / "rows.jsonl").rows for f in ("plain", "dequantised"))
+    one, other = (Records(tmp_path / f).rows for f in ("plain", "dequantised"))
     assert {k: r["value"] for k, r in one.items()} == {k: r["value"] for k, r in other.items()}
 
 
@@ -273,17 +273,18 @@ def test_exact_second_order_trains_in_the_plane(tmp_path: Path) -> None:
 
 
 def test_evaluation_computes_only_the_missing_rows(
-    trained: Path, caplog: pytest.LogCaptureFixture
+    trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = evaluate(trained, "c", enable_sampling=False)
     path = trained / "c" / "rows.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:30]) + lines[30][:20])
-    logging.getLogger("fokker").setLevel(logging.INFO)
-    with caplog.at_level(logging.INFO, logger="fokker"):
-        second = evaluate(trained, "c", enable_sampling=False)
+    batches, check = [], evaluation_loop.check_converged
+    monkeypatch.setattr(
+        evaluation_loop, "check_converged", lambda *a: (batches.append(a), check(*a))
+    )
+    second = evaluate(trained, "c", enable_sampling=False)
     assert {k: r["value"] for k, r in second.items()} == {k: r["value"] for k, r in first.items()}
-    batches = [r for r in caplog.messages if "after" in r]
     assert len(batches) == 2  # rows 0–29 were there: the rest is the bound of both batches
     assert len(path.read_text().splitlines()) == len(first)
 
@@ -311,7 +312,7 @@ def test_real_valued_data_train_and_evaluate_in_nats(tmp_path: Path) -> None:
     config.eval.update(divergence="exact")
     train(config, tmp_path)
     run_lib.evaluate(Settings.from_config(config), tmp_path, "eval")
-    rows = Records(tmp_path / "eval" / "rows.jsonl").rows.values()
+    rows = Records(tmp_path / "eval").rows.values()
     assert {row["unit"] for row in rows} == {"nats"}
     assert len(rows) == 2 * 24
     assert (tmp_path / "samples.png").exists()
