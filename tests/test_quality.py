@@ -124,6 +124,13 @@ def test_an_interrupted_evaluation_draws_only_what_is_missing(trained, monkeypat
     assert drawn == [(20, 30)]
     assert len(more) == 2 * len(first)  # figures of another number of samples are other rows
     np.testing.assert_array_equal(all_samples(trained, "d", 30)[:20], samples)
+    drawn.clear()
+    damaged = where / "00000008-00000015.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    evaluate(trained, "d", batch_size=4)
+    assert drawn == [(8, 12), (12, 16)]
+    assert not damaged.exists()
+    assert np.mean(all_samples(trained, "d") != samples) < 0.01
 
 
 def test_a_shard_that_is_whole_but_wrong_is_named(trained):
