@@ -50,15 +50,16 @@ def scorer(settings: Settings, dataset: Dataset, target: Path, step: int) -> Sco
     sampling_loop.check_samples(settings, _folder(target, step))
     if not config.features:
         return None
+    evaluation.check_features(config.features, dataset)
     require(config.num_samples >= 2, "eval.num_samples", config.num_samples, "2 for a covariance")
-    extractor, path = _extractor(settings, dataset), _path(settings, dataset)
+    path = _path(settings, dataset)
     if not path.exists():
         raise ValueError(
             f"there are no statistics {path}: make them with --mode=fid_stats and the same "
             "--config.eval.features and --config.eval.stats (--config.eval.dataset is their split)"
             f", or see {evaluation.ASSETS / 'stats' / 'README.md'} (eval.features='': no metrics)"
         )
-    reference = evaluation.read_statistics(path)
+    reference, extractor = evaluation.read_statistics(path), _extractor(settings, dataset)
     _check(reference, path, extractor, dataset, settings)
     return Scorer(extractor, reference, path)
 
@@ -129,8 +130,7 @@ def sample(
     sampling_loop.draw(Generator(settings, dataset, key, size), params, where, number)
     if scorer is not None:
         extract_all(scorer.extractor, where, number)
-    if parallel.host().index == 0:
-        _show(settings, dataset, params, where, target.parent)
+    _show(settings, dataset, params, where, target.parent)
     if parallel.host().index == 0 and scorer is not None:
         _measure(settings, dataset, step, target, scorer)
     parallel.wait_for_all(f"quality {where}")
@@ -154,8 +154,9 @@ def _show(settings: Settings, dataset: Dataset, params: Any, where: Path, workdi
     number = settings.eval.num_samples
     shown = number if dataset.levels is None else min(number, 100)
     samples = np.concatenate([rows["samples"] for rows in sampling_loop.read(where, shown)])
-    plotting.save_samples(workdir / "samples.png", samples, dataset.levels)
-    if dataset.levels is None:
+    if parallel.host().index == 0:
+        plotting.save_samples(workdir / "samples.png", samples, dataset.levels)
+    if dataset.levels is None:  # densities are computed by all devices
         figures.save_toy(settings, dataset, params, samples, workdir)
 
 
@@ -163,7 +164,7 @@ def _measure(settings: Settings, dataset: Dataset, step: int, target: Path, scor
     """Write the rows of this checkpoint into quality.json."""
     where, number = _folder(target, step), settings.eval.num_samples
     extractor, reference = scorer.extractor, scorer.reference
-    parts = list(sampling_loop.read(where / extractor.identity, number))
+    parts = list(sampling_loop.read(where, number, extractor.identity))
     features = Features(*(np.concatenate([p[key] for p in parts]) for key in Features._fields))
     nfe = np.concatenate([rows["nfe"] for rows in sampling_loop.read(where, number)])
     shared = {

@@ -175,20 +175,21 @@ def _ranges(missing: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
             yield int(first), int(min(first + size, stop))
 
 
-def read(where: Path, number: int) -> Iterator[dict[str, np.ndarray]]:
+def read(where: Path, number: int, within: str = "") -> Iterator[dict[str, np.ndarray]]:
     """The arrays of the shards in order, cut to rows 0, …, number − 1.
 
+    `within`: a folder beside the shards whose files of the same names are read instead.
+
     Raises:
-        ValueError: a shard is damaged, or rows are missing.
+        ValueError: a file is damaged, or rows are missing.
     """
     expected = 0
     for shard in shards(where):
-        if shard.first >= number:
-            break
-        if shard.first != expected:
+        if shard.first != expected or shard.first >= number:
             break
         expected = shard.last + 1
-        yield {key: y[: number - shard.first] for key, y in npz_files.read(shard.path, ()).items()}
+        arrays = npz_files.read(where / within / shard.path.name, ())
+        yield {key: y[: number - shard.first] for key, y in arrays.items()}
     if expected < number:
         raise ValueError(
             f"{where} has no row {expected}: the same command with --mode=eval adds it"

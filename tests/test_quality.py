@@ -124,6 +124,13 @@ def test_an_interrupted_evaluation_draws_only_what_is_missing(trained, monkeypat
     assert drawn == [(20, 30)]
     assert len(more) == 2 * len(first)  # figures of another number of samples are other rows
     np.testing.assert_array_equal(all_samples(trained, "d", 30)[:20], samples)
+    drawn.clear()
+    damaged = where / "00000008-00000015.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    evaluate(trained, "d", batch_size=4)
+    assert drawn == [(8, 12), (12, 16)]
+    assert not damaged.exists()
+    assert np.mean(all_samples(trained, "d") != samples) < 0.01
 
 
 def test_a_shard_that_is_whole_but_wrong_is_named(trained):
@@ -172,6 +179,8 @@ def test_what_is_missing_is_said_before_any_work(trained, monkeypatch, tmp_path)
     (tmp_path / "run" / "stats.npz").unlink()
     with pytest.raises(ValueError, match=r"no statistics .*stats\.npz: make them with --mode=fid"):
         evaluate(tmp_path / "run", "g", enable_bpd=True)
+    with pytest.raises(ValueError, match=r"eval\.features='classifer': allowed are"):
+        evaluate(trained, "g", features="classifer", stats="")
     with pytest.raises(ValueError, match=r"eval\.num_samples=1: need 2"):
         evaluate(trained, "g", num_samples=1)
     np.savez(tmp_path / "run" / "stats.npz", pool_3=np.eye(5))
