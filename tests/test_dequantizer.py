@@ -97,7 +97,7 @@ def test_the_loss_trains_the_flow_towards_the_density_of_the_score() -> None:
     per_example = dequantizer_loss(
         dequantizer,
         Pull(model.network, model.sde),
-        build.likelihood_tools(found).proposal,
+        proposal,
         num_times=1,
     )
     loss_fn = mean_loss(per_example)
