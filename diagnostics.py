@@ -113,11 +113,12 @@ def ode_score(
     identity = jnp.eye(d, dtype=x.dtype).reshape(1, d, *x.shape[1:])
     columns = jnp.broadcast_to(identity, (batch_size, *identity.shape[1:]))
     start = (x, zero, columns, jnp.zeros((batch_size, d), x.dtype))
-    (end, log_det, columns, slopes), _, converged = solver.integrate(field, t, sde.T, start, None)
+    found = solver.integrate(field, t, sde.T, start, None)
+    end, log_det, columns, slopes = found.state
     axes = tuple(range(2, columns.ndim))
     pulled = jnp.sum(columns * end[:, None], axis=axes) / sde.prior_std**2
     score = (slopes - pulled).reshape(x.shape)
-    return OdeScore(sde.prior_logp(end) + log_det, score, converged)
+    return OdeScore(sde.prior_logp(end) + log_det, score, found.converged)
 
 
 def truth_curves(score_fn: ScoreFn, sde: SDE, point: Point, law: Law, own: OdeScore) -> Curves:

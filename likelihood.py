@@ -29,6 +29,7 @@ from operators import (
     fold_in_all,
     fold_in_each,
     gaussian,
+    inner,
     squared_norm,
     value_and_divergence,
     value_and_probed_divergence,
@@ -69,12 +70,21 @@ class Divergence:
 
 
 class OdeLikelihood(NamedTuple):
-    """Result of `ode_log_likelihood`, one entry per example."""
+    """Result of `ode_log_likelihood`, one entry per example.
+
+    Attributes:
+        log_p: in nats.
+        latent: x_T.
+        nfe: evaluations of s and div s.
+        converged: whether T was reached.
+        error: estimate of |error| of log_p in nats, to first order; NaN where steps are adaptive.
+    """
 
     log_p: PerExample
     latent: Batched
     nfe: Int[Array, " b"]
     converged: Bool[Array, " b"]
+    error: PerExample
 
 
 def ode_log_likelihood(
@@ -98,12 +108,17 @@ def ode_log_likelihood(
         x_t, _ = state
         score, div_score = divergence(lambda y: score_fn(y, t), x_t, probes)
         div_drift = d * sde.drift_coefficient(t) - 0.5 * sde.g2(t) * div_score
-        return sde.ode_drift(score, x_t, t), div_drift
+        return sde.ode_drift(score, x_t, t), div_drift / d
 
+    # The log-determinant per dimension: its error then counts in the unit of one coordinate.
     start = (x, jnp.zeros(x.shape[:1], x.dtype))
     probes = divergence.draw(keys, x)
-    (latent, log_det), nfe, converged = solver.integrate(field, t_min, sde.T, start, probes)
-    return OdeLikelihood(sde.prior_logp(latent) + log_det, latent, nfe, converged)
+    end = solver.integrate(field, t_min, sde.T, start, probes)
+    latent, log_det = end.state
+    log_p = sde.prior_logp(latent) + d * log_det
+    error_x, error_log_det = end.error
+    error = jnp.abs(d * error_log_det - inner(latent, error_x) / sde.prior_std**2)
+    return OdeLikelihood(log_p, latent, end.nfe, end.converged, error)
 
 
 def noised_start(

@@ -305,11 +305,11 @@ class OdeSampler:
             return sde.ode_drift(score_fn(x, t), x, t)
 
         latent = sde.prior_sample(keys, like)
-        x, nfe, reached = self.solver.integrate(field, sde.T, self.t_min, latent, None)
-        x = scale(jnp.where(reached, 1.0, jnp.nan).astype(x.dtype), x)
+        found = self.solver.integrate(field, sde.T, self.t_min, latent, None)
+        x = scale(jnp.where(found.converged, 1.0, jnp.nan).astype(latent.dtype), found.state)
         if self.noise_removal:
             x = denoise(score_fn, sde, x, _times(self.t_min, x))
-        return Samples(x, nfe + int(self.noise_removal))
+        return Samples(x, found.nfe + int(self.noise_removal))
 
 
 Sampler = PredictorCorrector | ReverseSDE | OdeSampler

@@ -257,7 +257,7 @@ def likelihood_tools(settings: Settings) -> LikelihoodTools:
     """What the `eval` section asks for; the bound's times follow p(t) ∝ g²/σ²."""
     config = settings.eval
     return LikelihoodTools(
-        Solver(config.solver, config.rtol, config.atol),
+        Solver(config.solver, config.rtol, config.atol, num_steps=config.num_steps),
         Divergence(config.divergence, config.num_probes),
         Importance(settings.sde, settings.training.smallest_time),
     )

@@ -52,7 +52,7 @@ class Estimator:
     details: Details  # of the protocol, by name
     unit: str
     key: str  # a name in build.keys; likelihoods share their dequantisation noise
-    # (parameters, key, batch with noise_id) → {"value": [B], "nfe": [B], "converged": [B]}
+    # (parameters, key, batch with noise_id) → {value, nfe, converged, …}, each [B]
     function: Callable[[Parameters, jax.Array, dict], dict[str, jax.Array]]
 
     @property
@@ -108,11 +108,18 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
                 score_fn, model.sde, draw.x, fold_in_all(keys, 1),
                 t_min=t_min, solver=tools.solver, divergence=tools.divergence,
             )  # fmt: skip
-            return found.log_p - draw.log_q, (found.nfe, found.converged)
+            return found.log_p - draw.log_q, (found.nfe, found.converged, found.error)
 
-        value, (nfe, converged) = importance_average(log_weight, number)
-        bits = encoding.negative_log_likelihood(value, batch["image"])
-        return {"value": bits, "nfe": jnp.sum(nfe, axis=0), "converged": jnp.all(converged, axis=0)}
+        value, (nfe, converged, error) = importance_average(log_weight, number)
+        result = {
+            "value": encoding.negative_log_likelihood(value, batch["image"]),
+            "nfe": jnp.sum(nfe, axis=0),
+            "converged": jnp.all(converged, axis=0) & jnp.isfinite(value),
+        }
+        if tools.solver.num_steps:
+            worst = jnp.max(error, axis=0)
+            result["error"] = encoding.negative_log_likelihood(-worst, batch["image"])
+        return result
 
     details = _ode_details(settings, t_min) | noise.details
     details |= {"start": "noised"} if noised else {}

@@ -25,6 +25,10 @@ class Result(NamedTuple):
     max_nfe: int
     seconds: float
     commits: list[str]
+    solver_error: float | None  # mean estimate; None where steps are adaptive
+
+    def _solver_error(self) -> str:
+        return "" if self.solver_error is None else f" (solver {self.solver_error:.1g})"
 
     def as_json(self) -> dict[str, Any]:
         """All fields by name."""
@@ -41,6 +45,7 @@ class Result(NamedTuple):
             "max_nfe": self.max_nfe,
             "seconds_per_example": self.seconds,
             "git_commits": self.commits,
+            "solver_error": self.solver_error,
             "protocol": self.protocol,
         }
 
@@ -51,7 +56,7 @@ class Result(NamedTuple):
             str(self.step),
             self.split,
             self.estimator,
-            f"{value.mean:.4f} ± {value.standard_error:.4f} {self.unit}",
+            f"{value.mean:.4f} ± {value.standard_error:.4f} {self.unit}{self._solver_error()}",
             str(value.examples),
             str(value.repeats),
             f"{self.nfe:.0f} (max {self.max_nfe})",
@@ -105,7 +110,9 @@ def _result(group: tuple, rows: list[Row]) -> Result:
     unit = rows[0]["unit"]
     commits = sorted({row.get("commit", "unknown") for row in rows})
     value, mean_nfe = summarize(rows), sum(nfe) / len(nfe)
-    return Result(*group, unit, value, mean_nfe, max(nfe), seconds, commits)
+    errors = [row["error"] for row in rows if "error" in row]
+    solver_error = sum(errors) / len(errors) if errors else None
+    return Result(*group, unit, value, mean_nfe, max(nfe), seconds, commits, solver_error)
 
 
 def table_text(results: list[Result]) -> str:

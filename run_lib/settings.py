@@ -175,6 +175,7 @@ class EvalConfig:
     solver: str
     rtol: float
     atol: float
+    num_steps: int
     divergence: str
     num_probes: int
     num_times: int
