@@ -217,7 +217,7 @@ def _eval() -> ConfigDict:
             "solver": "tsit5",  # tsit5 | dopri5 | dopri8 | bosh3 | heun
             "rtol": 1e-4,
             "atol": 1e-4,
-            "num_steps": 0,  # of the likelihood: equal steps, with an estimate of their error; 0: adaptive
+            "num_steps": 0,  # equal steps, with an estimate of their error; 0: by the tolerances
             "divergence": "rademacher",  # rademacher | gaussian | exact
             "num_probes": 1,
             "num_times": 64,  # times per example of bound and ELBO
