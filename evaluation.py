@@ -262,11 +262,6 @@ def _classifier(dataset: Dataset, folder: Path) -> TrainedClassifier:
 
 
 def _folder(path: Path, dataset: Dataset) -> SavedModel:
-    if not (path / "saved_model.pb").is_file():
-        raise ValueError(
-            f"eval.features={str(path)!r}: allowed are {sorted(EXTRACTORS)} and the folder of a "
-            "SavedModel (saved_model.pb, variables/)"
-        )
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
@@ -297,7 +292,7 @@ def extractor(features: str, dataset: Dataset, folder: Path) -> Extractor:
     Raises:
         ValueError: the data are no images, or the network is absent or of another kind.
     """
-    require_images(features, dataset)
+    check_features(features, dataset)
     if features in EXTRACTORS:
         found = EXTRACTORS[features](dataset, folder)
     else:
@@ -312,8 +307,16 @@ def extractor(features: str, dataset: Dataset, folder: Path) -> Extractor:
     return found
 
 
-def require_images(features: str, dataset: Dataset) -> None:
-    """Raise a ValueError where the data are points."""
+def check_features(features: str, dataset: Dataset) -> None:
+    """Raise a ValueError where the name is none, or the data are points; quick."""
+    if (
+        features not in EXTRACTORS
+        and not (Path(features).expanduser() / "saved_model.pb").is_file()
+    ):
+        raise ValueError(
+            f"eval.features={features!r}: allowed are {sorted(EXTRACTORS)} and the folder of a "
+            "SavedModel (saved_model.pb, variables/)"
+        )
     if dataset.levels is None:
         raise ValueError(
             f"eval.features={features!r}: {dataset.name} are points, features are those of images; "

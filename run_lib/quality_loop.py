@@ -50,7 +50,7 @@ def scorer(settings: Settings, dataset: Dataset, target: Path, step: int) -> Sco
     sampling_loop.check_samples(settings, _folder(target, step))
     if not config.features:
         return None
-    evaluation.require_images(config.features, dataset)
+    evaluation.check_features(config.features, dataset)
     require(config.num_samples >= 2, "eval.num_samples", config.num_samples, "2 for a covariance")
     path = _path(settings, dataset)
     if not path.exists():
