@@ -180,7 +180,7 @@ def test_what_is_missing_is_said_before_any_work(trained, monkeypatch, tmp_path)
     with pytest.raises(ValueError, match=r"no statistics .*stats\.npz: make them with --mode=fid"):
         evaluate(tmp_path / "run", "g", enable_bpd=True)
     with pytest.raises(ValueError, match=r"eval\.features='classifer': allowed are"):
-        evaluate(trained, "g", features="classifer", stats="")
+        evaluate(tmp_path / "run", "g", features="classifer")  # whose statistics are gone
     with pytest.raises(ValueError, match=r"eval\.num_samples=1: need 2"):
         evaluate(trained, "g", num_samples=1)
     np.savez(tmp_path / "run" / "stats.npz", pool_3=np.eye(5))

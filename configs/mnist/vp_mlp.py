@@ -2,6 +2,7 @@
 
 Command: python main.py --config=configs/mnist/vp_mlp.py --workdir=runs/mnist_mlp --mode=train,eval
          --config.data.path=mnist.npz
+Expected: the table of dequantisations in the README.
 """
 
 from ml_collections import ConfigDict
