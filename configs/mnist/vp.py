@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     config.training.update(likelihood_weighting=True, importance_weighting=True, stratified=True)
     config.training.update(snapshot_freq=10_000, snapshot_freq_for_preemption=1000)
     config.optim.update(lr=2e-4, warmup=500)
-    config.deq.update(n_iters=2000, filters=32, components=8, blocks=1)
+    config.deq.update(n_iters=1000, filters=16, components=8, blocks=1, couplings=2)
     config.eval.update(batch_size=128, num_times=32)
     return config
