@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train_state import TrainState
 
@@ -58,7 +60,11 @@ class Checkpoints:
                 f"{self.directory / str(step)} does not fit, {len(wrong)} leaves differ: "
                 + "; ".join(wrong[:8])
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # On all devices there are now, which may be others than those that wrote it.
+        everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), "all"), PartitionSpec())
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like
+        )
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:

@@ -24,6 +24,8 @@ def images(sde: str, dataset: str, image_size: int = 32, category: str = "") -> 
     published = dataset in ("cifar10", "celeba", "lsun", "imagenet")  # statistics; with sampling
     config.eval.features = "inception" if published else ""
     config.model.ema_rate = 0.999 if ve else 0.9999
+    if dataset == "imagenet":  # the dequantiser of ImageNet 32; that of CIFAR-10 is the default
+        config.deq.update(filters=128, blocks=8, couplings=8, processor="deep")
     if ve:
         config.model.update(parameterization="scaled_score", time_label="sigma")
         config.model.update(sigma_min=0.01, sigma_max=50.0)

@@ -40,6 +40,6 @@ def test_every_config_field_in_the_readme_exists() -> None:
     for section, field in re.findall(r"`?--config\.(\w+)\.(\w+)=", README):
         assert field in config[section], f"{section}.{field}"
     for section, field in re.findall(
-        r"`(data|model|training|optim|sampling|eval)\.(?!py`)(\w+)", README
+        r"`(data|model|training|optim|deq|sampling|eval)\.(?!py`)(\w+)", README
     ):
         assert field in config[section], f"{section}.{field}"

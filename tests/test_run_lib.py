@@ -21,7 +21,7 @@ from ode import Solver
 from operators import fold_in_all, fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from records import Records
-from run_lib import build, evaluation_loop, folder
+from run_lib import build, evaluation_loop, folder, loading
 from run_lib.estimators import draw_keys
 from run_lib.settings import Settings
 from run_lib.trainer import PendingMetrics
@@ -94,24 +94,40 @@ for first, batches in trainer.batches():
     losses.append(float(metrics["loss"][0]))
     trainer.step += 1
 trainer.checkpoints.close()
-print(json.dumps([jax.device_count(), losses]))
+import run_lib
+from records import Records
+config.eval.update(batch_size=16, num_examples=14, enable_sampling=False)
+settings = Settings.from_config(config)
+shared, name = Path(sys.argv[2]), f"eval_{jax.device_count()}"
+run_lib.evaluate(settings, shared, name)
+rows = [[*map(str, key), row["value"]] for key, row in Records(shared / name).rows.items()]
+print(json.dumps([jax.device_count(), losses, rows]))
 """
 
 
-def test_losses_do_not_depend_on_the_number_of_devices(tmp_path: Path) -> None:
-    losses = {}
+def test_losses_and_rows_do_not_depend_on_the_number_of_devices(tmp_path: Path) -> None:
+    config = tiny.config()
+    config.training.update(n_iters=10, n_jitted_steps=1, log_freq=1, stratified=True)
+    train(config, tmp_path / "shared")
+    losses, rows = {}, {}
     for devices in (1, 2, 4):
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
         output = subprocess.run(
-            [sys.executable, "-c", DEVICES_SCRIPT, str(tmp_path / str(devices))],
+            [sys.executable, "-c", DEVICES_SCRIPT, tmp_path / str(devices), tmp_path / "shared"],
             env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        count, values = json.loads(output.splitlines()[-1])
+        count, values, found = json.loads(output.splitlines()[-1])
+        rows[devices] = {tuple(key): value for *key, value in found}
         assert count == devices
         losses[devices] = np.array(values)
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)
     np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
     assert np.ptp(losses[1]) > 1e-3  # the losses move, so equality says something
+    assert len(rows[1]) == 2 * 14
+    for other in (2, 4):
+        assert rows[other].keys() == rows[1].keys()
+        for key, value in rows[1].items():
+            assert rows[other][key] == pytest.approx(value, rel=2e-4), key
 
 
 def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
@@ -438,6 +454,72 @@ def test_batch_size_must_fit_the_devices(tmp_path: Path) -> None:
     config.training.batch_size = 18
     with pytest.raises(ValueError, match=r"training.batch_size=18: .* 4 devices"):
         train(config, tmp_path)
+
+
+def test_a_network_that_is_not_finite_is_named_and_earlier_rows_stay(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(trained, "n", enable_sampling=False, num_examples=4)
+    whole = evaluation_loop.Parameters
+    monkeypatch.setattr(
+        evaluation_loop, "Parameters",
+        lambda score: whole(jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), score)),
+    )  # fmt: skip
+    with pytest.raises(
+        FloatingPointError, match=r"ODE .*no value for examples \[0, 1, .*checkpoint"
+    ):
+        evaluate(trained, "n", enable_sampling=False)
+    assert len(Records(trained / "n").rows) == 2 * 4
+
+
+def test_evaluation_waits_for_a_checkpoint_but_not_for_ever(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, slept = [0.0], []
+
+    class Clock:
+        """Time passes only while somebody sleeps."""
+
+        @staticmethod
+        def monotonic() -> float:
+            return now[0]
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            now[0] += seconds
+
+    monkeypatch.setattr(loading, "time", Clock)
+    with pytest.raises(ValueError, match=r"no checkpoint of steps \[30\]"):
+        evaluate(trained, "w", enable_sampling=False, begin_ckpt=3, end_ckpt=3, wait_s=7.0)
+    assert slept == [5.0, 2.0]
+
+
+def test_equal_steps_report_the_error_of_the_solver(trained: Path) -> None:
+    rows = evaluate(
+        trained, "s", enable_sampling=False, bound=False, num_examples=4,
+        solver="dopri5", num_steps=8,
+    )  # fmt: skip
+    assert {row["nfe"] for row in rows.values()} == {8 * 6 + 4 * 6}
+    assert all(0.0 < row["error"] < 0.1 for row in rows.values())
+    (summary,) = json.loads((trained / "s" / "summary.json").read_text())
+    assert summary["details"]["equal steps"] == 8
+    assert summary["solver_error"] > 0.0
+
+
+def test_summaries_say_all_of_the_protocol(trained: Path) -> None:
+    evaluate(trained, "p", enable_sampling=False, num_repeats=2)
+    ode, bound = json.loads((trained / "p" / "summary.json").read_text())
+    assert (ode["estimator"], bound["estimator"]) == ("ODE", "bound")
+    assert (ode["n"], ode["repeats"], ode["step"], ode["unit"]) == (24, 2, 20, "bits/dim")
+    wanted = {"solver": "tsit5", "rtol": 1e-2, "t_min": 1e-5, "dequantisation": "uniform"}
+    assert wanted.items() <= ode["details"].items()
+    assert ode["git_commits"] == [folder.git_commit()]
+    assert ode["standard_error"] > 0.0 < ode["seconds_per_example"]
+    for name in ("table.md", "table.html"):
+        text = (trained / "p" / name).read_text()
+        assert f"{ode['mean']:.4f} ± {ode['standard_error']:.4f} bits/dim" in text
+    assert (trained / "p" / "extremes_20.png").stat().st_size > 0
 
 
 def test_eval_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
