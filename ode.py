@@ -10,8 +10,8 @@ network call is 1.5 times slower than a batched one.
 Fixed: every example takes the same N steps of equal size in r; y_{N/2} − y_N estimates the error,
 undivided. Richardson's divisor 2^p − 1 holds where a step resolves the field; trained networks are
 rough on that scale, pairs of order 5 converge there with order 1 to 2, and the divided difference
-and the embedded errors are 3 to 60 times too small. Where the field is smooth, the estimate is
-2^p − 1 times too large.
+and the embedded errors are several to tens of times too small. Where the field is smooth, the
+estimate is 2^p − 1 times too large.
 """
 
 import dataclasses
