@@ -36,20 +36,19 @@ VARIANTS = {
         f"{name} {tolerance:.0e}": Solver(name, tolerance, tolerance)
         for name, tolerances in {
             "tsit5": (3e-4, 1e-4),
-            "dopri5": (3e-4, 1e-4, 3e-5),
-            "dopri8": (1e-4,),
+            "dopri5": (1e-4, 3e-5),
             "bosh3": (1e-4,),
         }.items()
         for tolerance in tolerances
     },
     **{
         f"{name} {number} steps": Solver(name, num_steps=number, estimate_error=False)
-        for name, numbers in {"dopri5": (8, 10, 12, 16), "tsit5": (10,)}.items()
+        for name, numbers in {"dopri5": (10, 13, 14, 16, 20), "tsit5": (16,)}.items()
         for number in numbers
     },
     **{
         f"dopri5 {number} steps, estimate": Solver("dopri5", num_steps=number)
-        for number in (10, 12)
+        for number in (10, 16)
     },
 }
 

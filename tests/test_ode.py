@@ -257,7 +257,7 @@ def test_equal_steps_of_an_example_do_not_depend_on_its_neighbours():
 
 @pytest.mark.usefixtures("x64")
 def test_equal_steps_go_backwards_in_time():
-    solver = Solver("dopri5", num_steps=40)
+    solver = Solver("dopri5", num_steps=60)
     end = solve_fixed(solver).state
     y, q = solve_fixed(solver, 1.5, 0.0, end).state
     np.testing.assert_allclose(y, start(3)[0], rtol=0, atol=1e-6)
