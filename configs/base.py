@@ -214,10 +214,11 @@ def _eval() -> ConfigDict:
             "num_samples": 100,
             "features": "",  # for FID, KID, IS: inception | classifier | a SavedModel folder
             "stats": "",  # file of reference statistics; '': that of data and features
-            "solver": "tsit5",  # tsit5 | dopri5 | dopri8 | bosh3 | heun
-            "rtol": 1e-4,
-            "atol": 1e-4,
-            "num_steps": 0,  # equal steps, with an estimate of their error; 0: by the tolerances
+            "solver": "dopri5",  # tsit5 | dopri5 | dopri8 | bosh3 | heun
+            "rtol": 3e-5,
+            "atol": 3e-5,
+            "num_steps": 0,  # equal steps, the same for all examples; 0: by the tolerances
+            "estimate_error": True,  # of equal steps, for half as many evaluations again
             "divergence": "rademacher",  # rademacher | gaussian | exact
             "num_probes": 1,
             "num_times": 64,  # times per example of bound and ELBO

@@ -256,8 +256,15 @@ class LikelihoodTools:
 def likelihood_tools(settings: Settings) -> LikelihoodTools:
     """What the `eval` section asks for; the bound's times follow p(t) ∝ g²/σ²."""
     config = settings.eval
+    solver = Solver(
+        config.solver,
+        config.rtol,
+        config.atol,
+        num_steps=config.num_steps,
+        estimate_error=config.estimate_error,
+    )
     return LikelihoodTools(
-        Solver(config.solver, config.rtol, config.atol, num_steps=config.num_steps),
+        solver,
         Divergence(config.divergence, config.num_probes),
         Importance(settings.sde, settings.training.smallest_time),
     )

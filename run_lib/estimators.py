@@ -116,7 +116,7 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
             "nfe": jnp.sum(nfe, axis=0),
             "converged": jnp.all(converged, axis=0) & jnp.isfinite(value),
         }
-        if tools.solver.num_steps:
+        if tools.solver.num_steps and tools.solver.estimate_error:
             worst = jnp.max(error, axis=0)
             result["error"] = encoding.negative_log_likelihood(-worst, batch["image"])
         return result

@@ -176,6 +176,7 @@ class EvalConfig:
     rtol: float
     atol: float
     num_steps: int
+    estimate_error: bool
     divergence: str
     num_probes: int
     num_times: int
