@@ -13,12 +13,17 @@ import scipy.special
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+import datasets
 import flow_importer
+import run_lib
 import train_state
 from dequantization import FlowDequantizer, Pixels
 from models.flowpp import Flowpp
+from run_lib.dequantizer_training import load_dequantizer
+from run_lib.settings import Settings
+from tests import tiny
 
-SHAPE = (4, 6, 3)
+SHAPE = (6, 6, 3)
 FLOWS = {
     "shallow": Flowpp(filters=8, components=3, blocks=2, couplings=4),
     "deep": Flowpp(filters=8, components=3, blocks=2, couplings=4, processor="deep"),
@@ -267,3 +272,20 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content[:offset])
         with pytest.raises(ValueError, match=r"checkpoint_6"):
             flow_importer.load(path, state)
+
+
+def test_import_mode_writes_a_dequantiser_that_evaluation_finds(tmp_path: Path) -> None:
+    state, leaves, *_ = case("shallow")
+    images = np.random.default_rng(0).integers(0, 256, (20, *SHAPE), np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=images, x_test=images[:4])
+    config = tiny.config("npz")
+    config.data.update(path=str(tmp_path / "data.npz"), num_channels=3, levels=256, num_test=0)
+    config.deq.update(filters=8, components=3, blocks=2)
+    config.deq.init_from = str(written(state, tmp_path))
+    settings, run = Settings.from_config(config), tmp_path / "run"
+    run_lib.import_given(settings, run, "deq")
+    run_lib.import_given(settings, run, "deq")  # again: there is nothing left to do
+    assert not (run / "checkpoints").exists()
+    params, name = load_dequantizer(settings, datasets.load(settings.data), run, "deq")
+    assert name == "deq step 300001"
+    np.testing.assert_array_equal(params["mixing_1"]["weight_0"], leaves["ema"]["Pointwise_1/W0"])
