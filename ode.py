@@ -92,10 +92,16 @@ class Solver:
             )
 
     @property
+    def estimates_error(self) -> bool:
+        """Whether a solution comes with an estimate of its error."""
+        return self.num_steps > 0 and self.estimate_error
+
+    @property
     def details(self) -> dict[str, str | float]:
         """What a result by this solver depends on, by name."""
         if self.num_steps:
-            return {"solver": self.name, "equal steps": self.num_steps}
+            estimate = "yes" if self.estimate_error else "no"
+            return {"solver": self.name, "equal steps": self.num_steps, "estimate": estimate}
         return {"solver": self.name, "rtol": self.rtol, "atol": self.atol}
 
     def integrate(

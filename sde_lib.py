@@ -428,6 +428,11 @@ class Restarted(SDE):
     start: float
 
     @property
+    def T(self) -> float:
+        """Of `base`."""
+        return self.base.T
+
+    @property
     def prior_std(self) -> float:
         """Of `base`."""
         return self.base.prior_std

@@ -86,10 +86,7 @@ class Affine(nn.Module):
         shape, axes = (self.side, self.side, x.shape[-1], self.features), (0, 1, 2)
 
         def linear(kernel: Array) -> Image:
-            numbers = ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), "SAME", dimension_numbers=numbers
-            )
+            return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
 
         def draw(key: Key[Array, ""]) -> Array:
             return 0.05 * jax.random.normal(key, shape, x.dtype)

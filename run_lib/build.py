@@ -1,6 +1,7 @@
 """Settings to objects: the score model, losses, samplers and estimators of a run."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from terms import Terms
 from time_sampling import Importance
 
 AXIS_NAME = "batch"
+logger = logging.getLogger("fokker")
 
 
 def score_model(settings: Settings, *, on_levels: bool = False) -> ScoreModel:
@@ -100,7 +102,10 @@ def _truncated_normal(settings: Settings, pixels: Pixels) -> Dequantization:
     """Starts where half a cell is τ standard deviations of the noise, at t_min the earliest."""
     sde, tau = settings.sde, settings.eval.tn_tau
     time = time_of_noise(sde, jnp.asarray((pixels.half_cell / tau) ** 2))
-    start = max(float(time), settings.training.smallest_time)
+    earliest = settings.training.smallest_time
+    start = max(float(f"{float(time):.5g}"), earliest)  # the last digits depend on the machine
+    if start == earliest:
+        logger.info("eval.tn_tau=%g would start before t_min=%g: it starts there", tau, earliest)
     require(start < sde.T, "eval.tn_tau", tau, "a cell that the noise reaches before T")
     alpha, sigma = (float(c(jnp.asarray(start))) for c in (sde.alpha, sde.sigma))
     details = {"dequantisation": "tn", "tau": round(alpha * pixels.half_cell / sigma, 3)}

@@ -3,6 +3,8 @@
 `<workdir>/<deq_folder>/` is a run folder like any other: config.json, checkpoints/, metrics.jsonl.
 """
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -29,15 +31,17 @@ INIT_IMAGES = 128  # of the batch that scales and biases start from
 def train_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> None:
     """Train to `deq.n_iters` steps against the latest checkpoint of the score network, frozen.
 
+    A training that goes on keeps the checkpoint that it began with.
+
     Raises:
         ValueError: there is no such checkpoint, or a config field or the data are not usable.
         FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
     """
     parallel.check_batch_size(settings.training.batch_size, "training.batch_size")
     target = _folder(workdir, deq_folder)
-    score_step = loading.checkpoint_steps(settings, workdir)[-1]
-    ignore = ("eval", "sampling", "optim", "deq", "training")
+    ignore = ("eval", "sampling", "optim", "deq")
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
+    score_step = _score_step(workdir, target)
     dataset = datasets.load(settings.data)
     build.dequantizer(settings, dataset)
     folder.reconcile(target, settings.resolved(), ignore=("eval", "sampling", "training"))
@@ -50,10 +54,26 @@ def train_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> Non
     trainer.run()
 
 
+def _score_step(workdir: Path, target: Path) -> int:
+    """Step of the score network: the one that training began with, else the latest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps, path = loading.steps_in(workdir), target / "versions.json"
+    if not steps:
+        raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}: run --mode=train first")
+    before = json.loads(path.read_text()).get("score_step") if path.exists() else None
+    if before not in (None, *steps):
+        logger.warning(
+            "the dequantiser in %s began with step %d of the score network, which is gone; it goes "
+            "on with step %d", target, before, steps[-1],
+        )  # fmt: skip
+    return before if before in steps else steps[-1]
+
+
 def _folder(workdir: Path, deq_folder: str) -> Path:
-    if Path(deq_folder).name != deq_folder:
-        raise ValueError(f"--deq_folder={deq_folder!r}: need the plain name of a folder")
-    return workdir / deq_folder
+    return workdir / folder.plain_name(deq_folder, "--deq_folder", taken=("eval",))
 
 
 def _task(settings: Settings, dataset: Dataset, score_params: Any) -> Task:
@@ -80,9 +100,9 @@ def _start(settings: Settings, dataset: Dataset, checkpoints: Checkpoints) -> Tr
     """The latest checkpoint, else `deq.init_from`, else a fresh state."""
     steps = checkpoints.steps()
     if steps:
-        return checkpoints.restore(steps[-1], _shapes(settings, dataset))
+        return checkpoints.restore(steps[-1], _shapes(settings, dataset.shape))
     if settings.deq.init_from:
-        state = given_state(settings, dataset)
+        state = given_state(settings, dataset.shape)
         allowed = f"more than the {int(state.step)} steps of deq.init_from"
         require(
             int(state.step) < settings.deq.n_iters, "deq.n_iters", settings.deq.n_iters, allowed
@@ -94,21 +114,21 @@ def _start(settings: Settings, dataset: Dataset, checkpoints: Checkpoints) -> Tr
     return train_state.create(params, settings.optim.chain(settings.deq.n_iters))
 
 
-def _shapes(settings: Settings, dataset: Dataset) -> TrainState:
+def _shapes(settings: Settings, shape: tuple[int, ...]) -> TrainState:
     """Shapes of the state."""
 
     def fresh() -> TrainState:
-        image = jnp.zeros((1, *dataset.shape), jnp.uint8)
-        params = build.dequantizer(settings, dataset).init(jax.random.key(0), image)
+        image = jnp.zeros((1, *shape), jnp.float32)
+        params = settings.deq.flow.init(jax.random.key(0), image, image)["params"]
         return train_state.create(params, settings.optim.chain(settings.deq.n_iters))
 
     return jax.eval_shape(fresh)
 
 
-def given_state(settings: Settings, dataset: Dataset) -> TrainState:
+def given_state(settings: Settings, shape: tuple[int, ...]) -> TrainState:
     """The state of a published dequantiser, `deq.init_from`."""
     source = Path(settings.deq.init_from).expanduser()
-    state = flow_importer.load(source, _shapes(settings, dataset))
+    state = flow_importer.load(source, _shapes(settings, shape))
     logger.info("starting from %s, step %d", source, int(state.step))
     return state
 
@@ -121,9 +141,9 @@ def import_given(settings: Settings, workdir: Path, deq_folder: str) -> None:
     """
     target = _folder(workdir, deq_folder)
     if settings.deq.init_from:
-        state = given_state(settings, datasets.load(settings.data))
+        state = given_state(settings, training.shape_of(settings))
         folder.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)
-    if not settings.deq.init_from or training.given_checkpoint(settings, workdir):
+    if settings.training.init_from or not settings.deq.init_from:
         training.import_checkpoint(settings, workdir)
 
 
@@ -149,7 +169,13 @@ def load_dequantizer(
     )
     checkpoints = Checkpoints(target)
     try:
-        found = checkpoints.restore(steps[-1], _shapes(settings, dataset))
+        found = checkpoints.restore(steps[-1], _shapes(settings, dataset.shape)).ema_params
     finally:
         checkpoints.close()
-    return found.ema_params, f"{deq_folder} step {steps[-1]}"
+    return found, f"{deq_folder} step {steps[-1]} {_fingerprint(found)}"
+
+
+def _fingerprint(params: Any) -> str:
+    """Six hexadecimal digits of the numbers: another training with as many steps shows."""
+    leaves = jax.device_get(jax.tree.leaves(params))
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()[:6]

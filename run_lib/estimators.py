@@ -94,6 +94,11 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
     tools, config = build.likelihood_tools(settings), settings.eval
     t_min = noise.start or settings.training.smallest_time
     noised, number = config.ode_start == "noised" and not noise.start, config.num_importance
+    if number > 1 and dataset.levels is None and not noised:
+        raise ValueError(
+            f"eval.num_importance={number} with real-valued data: there is no noise to draw; "
+            "allowed: 1, or eval.ode_start='noised'"
+        )
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys, score_fn = fold_in_each(key, batch["noise_id"]), model.score(params.score)
@@ -101,7 +106,8 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
         def log_weight(k: jax.Array) -> tuple[jax.Array, tuple]:
             draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, k))
             if noised:
-                draw = noised_start(score_fn, model.sde, draw, fold_in_all(keys, 4), t_min)
+                keys_start = fold_in_all(fold_in_all(keys, 4), k)
+                draw = noised_start(score_fn, model.sde, draw, keys_start, t_min)
             # The probes are those of k = 0 for all: their error is then common to all weights,
             # and its exponential does not raise their mean.
             found = ode_log_likelihood(
@@ -116,9 +122,10 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
             "nfe": jnp.sum(nfe, axis=0),
             "converged": jnp.all(converged, axis=0) & jnp.isfinite(value),
         }
-        if tools.solver.num_steps and tools.solver.estimate_error:
+        if tools.solver.estimates_error:
             worst = jnp.max(error, axis=0)
             result["error"] = encoding.negative_log_likelihood(-worst, batch["image"])
+            result["converged"] &= jnp.isfinite(worst)
         return result
 
     details = _ode_details(settings, t_min) | noise.details
@@ -181,8 +188,8 @@ def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) ->
 
     form = {} if divergence is None else {"trace": trace(divergence)}
     details = {"stratified times": number, **form, "t_min": proposal.t_min, **noise.details}
-    details |= {} if offset else {"offset": "none"}
-    return Estimator("bound", details, encoding.unit, "eval", function)
+    name = "bound" if offset else "bound at t_min"
+    return Estimator(name, details, encoding.unit, "eval", function)
 
 
 def _elbo(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:

@@ -41,6 +41,7 @@ def evaluate(
     for step, dataset, params, target in loading.checkpoints_of(settings, workdir, eval_folder):
         scorer = quality_loop.scorer(settings, dataset, target, step)  # its errors come first
         found, name = Parameters(params), ""
+        estimators(settings, dataset)  # what cannot be estimated is said first
         if "variational" in settings.eval.dequantizations:
             dequantizer, name = load_dequantizer(settings, dataset, workdir, deq_folder)
             found = Parameters(params, dequantizer)
@@ -129,8 +130,14 @@ def fill_rows(
         "split": config.dataset,
     }
     timed = _timed(estimator.function)
-    total = config.num_repeats * _number(settings, dataset) // parallel.host().count
-    progress = Progress(len(records.select(**identity)), total, "image")
+    number = _number(settings, dataset)
+    total = config.num_repeats * number // parallel.host().count
+
+    def there() -> list[Row]:
+        rows = records.select(**identity)
+        return [r for r in rows if r["index"] < number and r["repeat"] < config.num_repeats]
+
+    progress = Progress(len(there()), total, "image")
     for repeat in range(config.num_repeats):
         key = jax.random.fold_in(build.keys(settings)[estimator.key], repeat)
         for batch in evaluation_batches(settings, dataset):
@@ -145,7 +152,7 @@ def fill_rows(
                 row | {name: values[i].item() for name, values in results.items()} | shared
                 for i, row in enumerate(rows)
             )
-            found = records.select(**identity)
+            found = there()
             progress.update(len(found), summarize(found).so_far(estimator.name))
     progress.close()
 
@@ -173,7 +180,8 @@ def check_converged(estimator: Estimator, rows: list[Row], converged: np.ndarray
     if failed:
         raise FloatingPointError(
             f"{estimator.name} ({estimator.protocol}): no value for examples {failed[:10]} of "
-            f"{len(failed)}; raise eval.rtol and eval.atol, or check the checkpoint"
+            f"{len(failed)}: check the checkpoint; of an ODE, raise eval.rtol and eval.atol, or "
+            "set eval.num_steps"
         )
 
 

@@ -113,6 +113,18 @@ def same_examples(eval_folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def plain_name(name: str, flag: str, taken: tuple[str, ...] = ()) -> str:
+    """The name of a folder in the run folder that is none of the run folder's own.
+
+    Raises:
+        ValueError: it is a path, or taken.
+    """
+    own = ("checkpoints", "checkpoints-meta", "samples", "tensorboard", *taken)
+    if Path(name).name != name or name in ("", "..", *own):
+        raise ValueError(f"{flag}={name!r}: need the plain name of a folder, other than {own}")
+    return name
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old or the new file, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)

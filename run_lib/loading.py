@@ -27,8 +27,7 @@ def checkpoints_of(
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
-    if Path(eval_folder).name != eval_folder:
-        raise ValueError(f"--eval_folder={eval_folder!r}: need the plain name of a folder")
+    folder.plain_name(eval_folder, "--eval_folder")
     steps = checkpoint_steps(settings, workdir)
     ignore = ("eval", "sampling", "optim", "deq", "data.num_train")
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)

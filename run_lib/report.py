@@ -178,9 +178,10 @@ def write(workdir: Path) -> Path:
             parts += [_image(image)]
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
-            "averaged first. ODE: exact change of variables along the probability-flow ODE. bound: "
-            "variational upper bound on the negative log-likelihood; -ELBO: that of the plug-in "
-            "reverse SDE. Lower is better.</p>"
+            "averaged first. ODE: change of variables along the probability-flow ODE, over the "
+            "noise of the protocol. bound: variational upper bound on the negative log-likelihood; "
+            "bound at t_min: the same of the noised data; -ELBO: that of the plug-in reverse SDE. "
+            "Lower is better.</p>"
         ]
     for path in sorted(workdir.glob(f"*/{quality.FILE}")):
         parts += [f"<h2>Sample quality: {html.escape(path.parent.name)}</h2>"]

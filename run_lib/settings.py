@@ -190,6 +190,9 @@ class EvalConfig:
         choose({"data": 0, "noised": 0}, self.ode_start, "eval.ode_start")
         for kind in self.dequantizations:
             choose(dict.fromkeys(DEQUANTIZATIONS), kind, "eval.dequantization")
+        both = self.dequantizer and self.dequantization not in ("uniform", "variational")
+        allowed = "'variational', which eval.dequantizer=True stands for, or leave that False"
+        require(not both, "eval.dequantization", self.dequantization, allowed)
         require(self.tn_tau > 0.0, "eval.tn_tau", self.tn_tau, "more than 0")
         positive = ("batch_size", "num_repeats", "num_samples", "num_times", "curve_times",
                     "curve_examples", "num_importance")  # fmt: skip

@@ -181,6 +181,13 @@ def _latest_of(run: Path, like: TrainState) -> TrainState:
         others.close()
 
 
+def shape_of(settings: Settings) -> tuple[int, ...]:
+    """Of one example; the data are read only where the config leaves it to them."""
+    data = settings.data
+    size = (data.image_size, data.image_size, data.num_channels)
+    return size if data.image_size else datasets.load(data).shape
+
+
 def import_checkpoint(settings: Settings, workdir: Path) -> None:
     """Write the checkpoint that training would start from as one of this run folder.
 
@@ -193,8 +200,5 @@ def import_checkpoint(settings: Settings, workdir: Path) -> None:
             "training.init_from='': say which checkpoint to import, a Flax file, a .pth or a run "
             f"folder (or put it into {workdir / 'checkpoints-meta'})"
         )
-    data = settings.data
-    size = (data.image_size, data.image_size, data.num_channels)
-    shape = size if data.image_size else datasets.load(data).shape
-    state = given_state(settings, shape, source)
+    state = given_state(settings, shape_of(settings), source)
     folder.write_import(workdir, settings.resolved(), state, settings.training.snapshot_freq)

@@ -287,5 +287,5 @@ def test_import_mode_writes_a_dequantiser_that_evaluation_finds(tmp_path: Path) 
     run_lib.import_given(settings, run, "deq")  # again: there is nothing left to do
     assert not (run / "checkpoints").exists()
     params, name = load_dequantizer(settings, datasets.load(settings.data), run, "deq")
-    assert name == "deq step 300001"
+    assert name.startswith("deq step 300001 ")
     np.testing.assert_array_equal(params["mixing_1"]["weight_0"], leaves["ema"]["Pointwise_1/W0"])

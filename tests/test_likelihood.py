@@ -218,6 +218,19 @@ def test_bound_is_unbiased_for_right_and_wrong_scores(sde, t_min, kind):
 
 @pytest.mark.usefixtures("x64")
 @every_sde
+def test_error_of_equal_steps_is_that_of_log_p(sde, t_min):
+    """To first order what half the steps would change, in nats; by the latent and by the volume."""
+    x, divergence = mixture().sample(jax.random.key(2), 5), Divergence("exact")
+    fine, coarse = (
+        ode(mixture(), sde, x, t_min, divergence, Solver("dopri5", num_steps=n)) for n in (48, 24)
+    )
+    expected = np.abs(np.asarray(coarse.log_p - fine.log_p))
+    np.testing.assert_allclose(fine.error, expected, rtol=0.05, atol=1e-9)
+    assert expected.max() > 1e-8
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
 @pytest.mark.parametrize("divergence", [Divergence("exact"), Divergence("gaussian")])
 def test_implicit_form_has_the_same_mean(sde, t_min, divergence):
     """Right and wrong scores; what is right for the exact score only fails at κ ≠ 1."""

@@ -504,6 +504,7 @@ def test_equal_steps_report_the_error_of_the_solver(trained: Path) -> None:
     assert all(0.0 < row["error"] < 0.1 for row in rows.values())
     (summary,) = json.loads((trained / "s" / "summary.json").read_text())
     assert summary["details"]["equal steps"] == 8
+    assert summary["details"]["estimate"] == "yes"
     assert summary["solver_error"] > 0.0
 
 
