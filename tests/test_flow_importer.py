@@ -26,7 +26,7 @@ from tests import tiny
 SHAPE = (6, 6, 3)
 FLOWS = {
     "shallow": Flowpp(filters=8, components=3, blocks=2, couplings=4),
-    "deep": Flowpp(filters=8, components=3, blocks=2, couplings=4, processor="deep"),
+    "deep": Flowpp(filters=8, components=3, blocks=1, couplings=4, processor="deep"),
 }
 Leaves = dict[str, np.ndarray]
 
