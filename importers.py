@@ -140,16 +140,17 @@ def read_flax(path: Path) -> Published:
         ValueError: the file is no such State.
     """
     state = read_msgpack(path)
-    if state.keys() == DEQ_STATE:
+    if "ema_train_bpd" in state:
         raise ValueError(
             f"{path} is the checkpoint of a dequantiser, not of a score model: use deq.init_from"
         )
-    if state.keys() != STATE or state["model_state"]:
+    if state.keys() != STATE:
         raise ValueError(
             f"{path} is no State of score_sde, score_flow or mle_score_ode: it lacks "
-            f"{sorted(STATE - state.keys())} and has {sorted(state.keys() - STATE)} instead, or "
-            "its model_state is not empty"
+            f"{sorted(STATE - state.keys())} and has {sorted(state.keys() - STATE)} instead"
         )
+    if state["model_state"]:
+        raise ValueError(f"{path}: its State lacks an empty model_state")
     return optimized_state(path, state, _renamed)
 
 

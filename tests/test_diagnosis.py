@@ -115,7 +115,7 @@ def test_elbo_of_a_drift_network(tmp_path: Path, estimator: str) -> None:
     rows = [json.loads(line) for line in (tmp_path / "eval/rows.jsonl").open()]
     assert {row["estimator"] for row in rows} == {"-ELBO"}
     assert len(rows) == 24
-    assert rows[0]["protocol"].startswith(f"{estimator}: 4 ")
+    assert rows[0]["protocol"].startswith(f"estimator {estimator}, ")
 
 
 def test_elbo_of_a_network_that_divides_by_sigma_is_refused(tmp_path: Path) -> None:
