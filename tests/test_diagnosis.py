@@ -16,6 +16,12 @@ from run_lib.settings import Settings
 from tests import tiny
 
 
+@pytest.fixture(autouse=True)
+def few_trajectories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of toy runs are drawn from fewer points."""
+    monkeypatch.setattr(figures, "POINTS", 200)
+
+
 def small(dataset: str) -> ConfigDict:
     config = tiny.config(dataset)
     config.training.update(n_iters=5, eval_freq=5, snapshot_freq=5)
