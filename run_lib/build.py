@@ -16,9 +16,9 @@ from high_order import HighOrder
 from likelihood import Divergence
 from ode import Solver
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
+from restarted import time_of_noise
 from run_lib.settings import Settings, choose, require
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
-from sde_lib import time_of_noise
 from streams import Dataset
 from terms import Terms
 from time_sampling import Importance

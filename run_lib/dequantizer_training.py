@@ -155,6 +155,7 @@ def load_dequantizer(
     Raises:
         ValueError: there is none.
     """
+    build.dequantizer(settings, dataset)  # data that can have none are refused first
     target = _folder(workdir, deq_folder)
     steps = loading.steps_in(target)
     if not steps:

@@ -21,9 +21,9 @@ from likelihood import (
     variational_bound,
 )
 from operators import fold_in_all, fold_in_each
+from restarted import Restarted
 from run_lib import build
 from run_lib.settings import Settings
-from sde_lib import Restarted
 from streams import Dataset
 from time_sampling import Importance
 

@@ -41,7 +41,6 @@ def evaluate(
     for step, dataset, params, target in loading.checkpoints_of(settings, workdir, eval_folder):
         scorer = quality_loop.scorer(settings, dataset, target, step)  # its errors come first
         found, name = Parameters(params), ""
-        estimators(settings, dataset)  # what cannot be estimated is said first
         if "variational" in settings.eval.dequantizations:
             dequantizer, name = load_dequantizer(settings, dataset, workdir, deq_folder)
             found = Parameters(params, dequantizer)

@@ -19,10 +19,10 @@ from losses import mean_loss
 from operators import fold_in_all, fold_in_each, gaussian
 from parameterization import ScoreModel
 from records import Records
+from restarted import Restarted
 from run_lib import build, folder, loading
 from run_lib.dequantizer_training import load_dequantizer
 from run_lib.settings import Settings
-from sde_lib import Restarted
 from tests import tiny
 from time_sampling import Importance
 

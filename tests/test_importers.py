@@ -27,7 +27,7 @@ from operators import (
     value_and_probed_divergence,
 )
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
-from sde_lib import VESDE, VPSDE
+from sde_lib import VESDE, VPSDE, SubVPSDE
 from time_sampling import Importance
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -110,6 +110,19 @@ def test_outputs_are_those_of_the_published_networks(name, which):
         # The published VE network divides by σ itself: its output is the score.
         factor = 1.0 if name == "mle_ncsnpp_ve" else -model.sde.sigma(t)[:, None, None, None]
         assert worst(factor * score, found[f"net_{which}_f64"]) < 1e-10
+
+
+@needs_fixtures
+def test_a_network_of_the_sub_vp_sde_is_divided_by_its_sigma():
+    """The same file and label: score = −net/(1 − e^{−B})."""
+    state, found = imported("mle_ddpmpp_vp"), arrays("mle_ddpmpp_vp")
+    model = ScoreModel(NCSNpp(**SMALL), SubVPSDE())
+    with jax.enable_x64(True):
+        x, t = (jnp.asarray(found[key], jnp.float64) for key in ("x", "t"))
+        score = np.asarray(jax.jit(model.score(in_double(state.ema_params)))(x, t))
+    t = found["t"].astype(np.float64)
+    sigma = -np.expm1(-(0.1 * t + 0.5 * 19.9 * t**2))
+    assert worst(score, -found["net_ema_f64"] / sigma[:, None, None, None]) < 1e-10
 
 
 @needs_fixtures

@@ -20,14 +20,12 @@ from likelihood import (
     variational_bound,
 )
 from ode import Solver
+from restarted import Restarted, noise_to_signal, time_of_noise
 from sde_lib import (
     VESDE,
     VPSDE,
     LinearVESDE,
-    Restarted,
     SubVPSDE,
-    noise_to_signal,
-    time_of_noise,
 )
 from time_sampling import Importance, Uniform
 from toy_data import Mixture, gaussian
