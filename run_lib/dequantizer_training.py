@@ -63,7 +63,8 @@ def _score_step(workdir: Path, target: Path) -> int:
     steps, path = loading.steps_in(workdir), target / "versions.json"
     if not steps:
         raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}: run --mode=train first")
-    before = json.loads(path.read_text()).get("score_step") if path.exists() else None
+    begun = path.exists() and loading.steps_in(target)
+    before = json.loads(path.read_text()).get("score_step") if begun else None
     if before not in (None, *steps):
         logger.warning(
             "the dequantiser in %s began with step %d of the score network, which is gone; it goes "

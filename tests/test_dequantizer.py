@@ -256,9 +256,11 @@ def test_another_sde_or_folder_is_refused_and_the_score_step_stays(
     for name in ("", "..", "checkpoints", "eval", "samples", "a/b"):
         with pytest.raises(ValueError, match="plain name of a folder"):
             run_lib.train_dequantizer(settings(), trained, name)
+    (tmp_path / FOLDER).mkdir()  # of a training that was killed before its first checkpoint
+    (tmp_path / FOLDER / "versions.json").write_text('{"score_step": 5}')
     for last in (10, 20):
         c = config()
-        c.training.update(n_iters=last, snapshot_freq=10)
+        c.training.update(n_iters=last, snapshot_freq=5)
         run_lib.train(Settings.from_config(c), tmp_path)
         c.deq.n_iters = last // 5
         run_lib.train_dequantizer(Settings.from_config(c), tmp_path, FOLDER)
