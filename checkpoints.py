@@ -1,9 +1,12 @@
 """Checkpoints of a run folder: asynchronous, atomic, resumed automatically (Orbax).
 
 `checkpoints/<step>/` holds one TrainState. Kept: the two latest, and every multiple of
-`training.snapshot_freq` for ever.
+`training.snapshot_freq` for ever. A checkpoint that cannot be read moves to `checkpoints-damaged/`
+when training goes on from the one before it.
 """
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +17,76 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train_state import TrainState
 
+logger = logging.getLogger("fokker")
+
+
+class DamagedError(ValueError):
+    """A checkpoint cannot be read back."""
+
 
 class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, workdir: Path, *, keep_every: int | None = None) -> None:
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
             keep_period=keep_every,
             enable_async_checkpointing=True,
         )
         self.directory = (workdir / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.directory, options=self._options, item_handlers=ocp.StandardCheckpointHandler()
         )
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending; waits for a write under way."""
-        self._manager.wait_until_finished()
+        self._wait()
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
-        """Start writing `state` under its own step; returns before the write has finished."""
+        """Start writing `state` under its own step; returns before the write has finished.
+
+        Raises:
+            OSError: this write, or the one before, failed; the earlier checkpoints are whole.
+        """
         step = int(state.step)
-        if step not in self._manager.all_steps():
+        if step in self._manager.all_steps():
+            return
+        self._wait()
+        try:
             self._manager.save(step, args=ocp.args.StandardSave(state))
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def _wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> OSError:
+        """Orbax and TensorStore have no common class of errors for a disk that refuses."""
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        whole = sorted(int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdecimal())
+        return OSError(
+            f"a checkpoint could not be written to {self.directory} (disk full?): {reason[:300]}. "
+            f"Whole checkpoints: {whole}; the same command continues from the last of them"
+        )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`, with the structure, shapes and dtypes of `like`.
 
         Raises:
             ValueError: there is no such checkpoint, or it does not fit `like`; names the leaves.
+            DamagedError: its files cannot be read.
         """
         steps = self.steps()
         if step not in steps:
             raise ValueError(f"no checkpoint of step {step} in {self.directory}: there are {steps}")
-        saved, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(like)
+        saved, wanted = self._saved_shapes(step), _shapes(like)
         wrong = [
             f"{leaf}: saved {saved.get(leaf, 'nothing')}, wanted {wanted.get(leaf, 'nothing')}"
             for leaf in sorted(saved.keys() | wanted.keys())
@@ -65,11 +102,63 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like
         )
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
+            raise
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        try:
+            return _shapes(self._manager.item_metadata(step).tree)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> DamagedError:
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        return DamagedError(f"{self.directory / str(step)} cannot be read: {reason[:300]}")
+
+    def read_latest(self, like: TrainState) -> TrainState:
+        """The newest state that can be read; those that cannot are told of.
+
+        Raises:
+            ValueError: it does not fit `like`, or none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self.restore(step, like)
+            except DamagedError as error:
+                logger.error("%s. The one before it is used", error)
+        raise ValueError(
+            f"no checkpoint of {steps} in {self.directory} can be read: use another --workdir"
+        )
+
+    def restore_latest(self, like: TrainState) -> TrainState:
+        """`read_latest`, to go on from: newer ones, all unreadable, move aside, none is deleted."""
+        state = self.read_latest(like)
+        newer = [step for step in self.steps() if step > int(state.step)]
+        for step in newer:
+            self._move_aside(step)
+        if newer:
+            self._manager.close()
+            self._manager = self._open()
+        return state
+
+    def _move_aside(self, step: int) -> None:
+        """Out of the way, so that training can write this step again."""
+        folder = self.directory.with_name("checkpoints-damaged")
+        folder.mkdir(exist_ok=True)
+        number = sum(1 for _ in folder.glob(f"{step}*"))
+        target = folder / (f"{step}.{number}" if number else str(step))
+        if jax.process_index() == 0:
+            os.replace(self.directory / str(step), target)
+            logger.error("moved %s to %s", self.directory / str(step), target)
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until everything is on disk; OSError as `save`."""
+        self._wait()
         self._manager.close()
 
 

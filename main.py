@@ -7,9 +7,13 @@
 Every field of the config can be changed on the command line, e.g. --config.training.batch_size=64
 --config.training.likelihood_weighting=True --config.eval.num_repeats=5; configs/base.py lists all
 fields. A run continues where it was when it is started again with the same --workdir.
+
+Exit codes: 0 done; 2 a mistake in command, config or data; 3 another process of the run is gone;
+75 stopped by SIGTERM or SIGINT, everything saved, to be started again.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import run_lib
-from run_lib import folder
+from run_lib import distributed, folder, interruption, memory, parallel
 from run_lib.settings import Settings, choose
 
 FLAGS = flags.FLAGS
@@ -32,6 +36,17 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir.")
 flags.DEFINE_string("deq_folder", "flowpp_dequantizer", "Dequantiser's folder, in --workdir.")
+flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, for several processes without Slurm, MPI or TPU."
+)
+flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are.")
+flags.DEFINE_integer("process_id", None, "With --coordinator: which this one is, from 0.")
+flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "Compiled programs, used again by later starts; default .compilation_cache beside --workdir, "
+    "'' for none.",
+)
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
 MODES = {
@@ -47,7 +62,7 @@ MODES = {
     "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
 }
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_PEER_GONE = 3
 
 
 def _modes() -> list[str]:
@@ -58,10 +73,22 @@ def _modes() -> list[str]:
     return modes
 
 
+def _keep_compiled(workdir: Path) -> None:
+    """Where compiled programs are kept between starts."""
+    chosen = FLAGS.compilation_cache_dir
+    if chosen is None and not jax.config.jax_compilation_cache_dir:
+        chosen = str(workdir.absolute().parent / ".compilation_cache")
+    if chosen is not None:
+        jax.config.update("jax_compilation_cache_dir", chosen or None)
+
+
 def _log_start(workdir: Path, modes: list[str]) -> None:
-    folder.log_to(workdir)
-    kind, number = jax.devices()[0].device_kind, jax.device_count()
-    logger.info("mode %s, workdir %s, %d device(s): %s", ",".join(modes), workdir, number, kind)
+    """The first process tells everything, the others what they are and what goes wrong."""
+    if parallel.is_first():
+        folder.log_to(workdir)
+    logger.info("mode %s, workdir %s, %s", ",".join(modes), workdir, distributed.describe())
+    if not parallel.is_first():
+        logger.setLevel(logging.WARNING)
     overrides = config_flags.get_override_values(FLAGS["config"])
     for name, value in sorted(overrides.items()):
         logger.info("config.%s = %r (command line)", name, value)
@@ -69,6 +96,9 @@ def _log_start(workdir: Path, modes: list[str]) -> None:
 
 def _run() -> None:
     modes, workdir = _modes(), Path(FLAGS.workdir).expanduser()
+    distributed.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    interruption.watch()  # again: connecting takes the handlers
+    _keep_compiled(workdir)
     settings = Settings.from_config(FLAGS.config)
     if modes[0] in ("eval", "diagnose", "train_deq") and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
@@ -83,14 +113,30 @@ def main(argv: list[str]) -> None:
         app.usage(shorthelp=True, detailed_error=f"unexpected arguments: {argv[1:]}", exitcode=2)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
+    interruption.watch()
     try:
         _run()
-    except (ValueError, FloatingPointError) as error:
-        logger.error("error: %s", error)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        logger.error("interrupted; the same command continues from the last checkpoint or row")
-        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, FloatingPointError, OSError) as error:
+        _fail(str(error), EXIT_USER_ERROR)
+    except interruption.Interrupted as stop:
+        logger.warning("%s", stop)
+        sys.exit(interruption.EXIT_INTERRUPTED)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            first_line = str(error).splitlines()[0]
+            _fail(f"{first_line}. What saves memory: {memory.LEVERS}", EXIT_USER_ERROR)
+        if jax.process_count() == 1:
+            raise
+        _fail(f"another process of this run is gone: {error}", EXIT_PEER_GONE)
+
+
+def _fail(message: str, code: int) -> None:
+    """The end. Of several processes without waiting for the others, who hear of it by silence."""
+    logger.error("error: %s", message)
+    if jax.process_count() > 1:
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse(argv: list[str]) -> list[str]:

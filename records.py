@@ -62,7 +62,7 @@ class Records:
             if not math.isfinite(row["value"]):
                 raise ValueError(f"row {key} of {self.path}: value={row['value']} is not finite")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in new.values())
             file.flush()
             os.fsync(file.fileno())

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from toy_data import Law
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
 Shape = tuple[int, ...]
+T = TypeVar("T")
 Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, *shape]
 
 
@@ -103,14 +105,13 @@ class Fresh:
         return {"image": image, "index": index, "mask": np.ones(len(index), bool)}
 
 
-def _prefetch(batch: Callable[[int], Batch], steps: Iterator[int]) -> Iterator[Batch]:
-    """batch(step) for every step, computed two ahead in a thread that ends with this generator."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, computed two ahead in a thread that ends with this generator."""
+    pool, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead"), object()
     try:
-        waiting = collections.deque(pool.submit(batch, k) for k in itertools.islice(steps, 2))
-        while waiting:
-            ready = waiting.popleft().result()
-            waiting.extend(pool.submit(batch, k) for k in itertools.islice(steps, 1))
+        waiting = collections.deque(pool.submit(next, items, end) for _ in range(2))
+        while (ready := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, items, end))
             yield ready
     finally:
         pool.shutdown(cancel_futures=True)
@@ -152,7 +153,7 @@ class Dataset:
         require(first_step >= 0, "first_step", first_step, "at least 0")
         part, draw = host.part(batch_size), self.train.training_batch
         draw = partial(draw, seed=seed, batch_size=batch_size, part=part)
-        return _prefetch(draw, itertools.count(first_step))
+        return ahead(map(draw, itertools.count(first_step)))
 
     def eval_batches(self, split: str, *, batch_size: int, host: Host = Host()) -> Iterator[Batch]:
         """This host's rows of the split, once, in order, unaugmented; ValueError if endless."""
@@ -160,4 +161,4 @@ class Dataset:
         if not isinstance(data, Finite):
             raise ValueError(f"split={split!r} of {self.name} is endless: set data.num_train > 0")
         draw = partial(data.ordered_batch, batch_size=batch_size, part=part)
-        return _prefetch(draw, iter(range(math.ceil(data.size / batch_size))))
+        return ahead(map(draw, range(math.ceil(data.size / batch_size))))

@@ -99,7 +99,9 @@ def _training() -> ConfigDict:
             "continuous": True,  # False: times are model.num_scales levels (DDPM, SMLD; VP, VE)
             "n_iters": 1_300_001,
             "batch_size": 128,  # over all devices and hosts
+            "microbatch": 0,  # examples at a time, over all devices and hosts; 0: the whole batch
             "n_jitted_steps": 1,  # steps per dispatch
+            "profile_steps": 0,  # steps to trace into <workdir>/profile, after compilation
             "reduce_mean": True,  # mean over dimensions; False: half the sum
             "likelihood_weighting": False,  # weight g²
             "importance_weighting": False,  # and times from p(t) ∝ g²/σ²

@@ -94,7 +94,7 @@ def _same_training(settings: Settings, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text())["training"]
+    before = json.loads(path.read_text(encoding="utf-8"))["training"]
     now = json.loads(json.dumps(settings.resolved()["training"]))
     free = ("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
     changed = [name for name in now if name not in free and before.get(name) != now[name]]
@@ -130,7 +130,7 @@ def diagnosed(path: Path) -> dict[str, float]:
         raise ValueError(f"{path} is missing: the run has not reached training.n_iters")
     found: dict[str, float] = {}
     curves: dict[str, list[tuple[float, float]]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if "total" in row:
             found[row["total"]] = row["mean"]
@@ -178,14 +178,16 @@ def _quantities(results: dict[str, Results]) -> list[str]:
 def write(results: dict[str, Results], workdir: Path) -> str:
     """compare.txt, compare.jsonl and compare.png; the text of the first."""
     text = table(results)
-    (workdir / "compare.txt").write_text(text + "\n")
+    (workdir / "compare.txt").write_text(text + "\n", encoding="utf-8")
     rows = [
         {"config": name, "quantity": quantity, "seed": seed, "value": value}
         for name, found in results.items()
         for quantity, by_seed in found.items()
         for seed, value in by_seed.items()
     ]
-    (workdir / "compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workdir / "compare.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     panels = {
         quantity: {name: list(r[quantity].values()) for name, r in results.items() if quantity in r}
         for quantity in _quantities(results)

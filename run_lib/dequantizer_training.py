@@ -37,7 +37,7 @@ def train_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> Non
         ValueError: there is no such checkpoint, or a config field or the data are not usable.
         FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
     """
-    parallel.check_batch_size(settings.training.batch_size, "training.batch_size")
+    parallel.check_training_batch(settings.training)
     target = _folder(workdir, deq_folder)
     ignore = ("eval", "sampling", "optim", "deq")
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
@@ -46,12 +46,13 @@ def train_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> Non
     build.dequantizer(settings, dataset)
     folder.reconcile(target, settings.resolved(), ignore=("eval", "sampling", "training"))
     score_params = loading.load_parameters(settings, dataset, workdir, score_step)
-    checkpoints = Checkpoints(target, keep_every=settings.training.snapshot_freq)
-    state = _start(settings, dataset, checkpoints)
-    trainer = Trainer(settings, dataset, _task(settings, dataset, score_params), state, checkpoints)
-    folder.write_json(target / "config.json", settings.resolved())
-    folder.write_json(target / "versions.json", folder.versions() | {"score_step": score_step})
-    trainer.run()
+    with folder.alone(target):
+        checkpoints = Checkpoints(target, keep_every=settings.training.snapshot_freq)
+        state, task = _start(settings, dataset, checkpoints), _task(settings, dataset, score_params)
+        trainer = Trainer(settings, dataset, task, state, checkpoints)
+        folder.write_json(target / "config.json", settings.resolved())
+        folder.write_json(target / "versions.json", folder.versions() | {"score_step": score_step})
+        trainer.run()
 
 
 def _score_step(workdir: Path, target: Path) -> int:
@@ -64,7 +65,7 @@ def _score_step(workdir: Path, target: Path) -> int:
     if not steps:
         raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}: run --mode=train first")
     begun = path.exists() and loading.steps_in(target)
-    before = json.loads(path.read_text()).get("score_step") if begun else None
+    before = json.loads(path.read_text(encoding="utf-8")).get("score_step") if begun else None
     if before not in (None, *steps):
         logger.warning(
             "the dequantiser in %s began with step %d of the score network, which is gone; it goes "
@@ -101,7 +102,7 @@ def _start(settings: Settings, dataset: Dataset, checkpoints: Checkpoints) -> Tr
     """The latest checkpoint, else `deq.init_from`, else a fresh state."""
     steps = checkpoints.steps()
     if steps:
-        return checkpoints.restore(steps[-1], _shapes(settings, dataset.shape))
+        return checkpoints.restore_latest(_shapes(settings, dataset.shape))
     if settings.deq.init_from:
         state = given_state(settings, dataset.shape)
         allowed = f"more than the {int(state.step)} steps of deq.init_from"

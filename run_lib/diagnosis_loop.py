@@ -59,10 +59,10 @@ def diagnose(settings: Settings, workdir: Path, eval_folder: str) -> None:
         found = diagnosis(settings, dataset, params)
         rows = list(_rows(settings, found, step))
         path = target / f"diagnosis_{step}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         plotting.save_error_curves(workdir / "diagnosis.png", found.t, panels(found))
         logger.info("\n%s\n%s", path, table(found))
-        (target / f"diagnosis_{step}.txt").write_text(table(found) + "\n")
+        (target / f"diagnosis_{step}.txt").write_text(table(found) + "\n", encoding="utf-8")
     logger.info("open %s", report.write(workdir))
 
 

@@ -49,7 +49,7 @@ def evaluate(
         if settings.eval.enable_sampling:
             quality_loop.sample(settings, dataset, params, step, target, scorer)
     parallel.wait_for_all(f"rows {eval_folder}")
-    if parallel.host().index == 0:
+    if parallel.is_first():
         _tell(workdir, eval_folder)
 
 
@@ -75,12 +75,12 @@ def evaluate_checkpoint(
     """All rows of one checkpoint."""
     host = parallel.host()
     records = Records(target, host.index)
-    if host.index == 0:
+    if parallel.is_first():
         _write_protocols(target, table)
     for estimator in table:
         fill_rows(settings, dataset, params, step, estimator, records)
     parallel.wait_for_all(f"rows of {step}")
-    if host.index == 0 and dataset.levels is not None and table:
+    if parallel.is_first() and dataset.levels is not None and table:
         _save_extremes(settings, dataset, Records(target), step, table[0], target)
 
 

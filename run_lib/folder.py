@@ -1,26 +1,33 @@
 """What a run folder holds: config.json, versions.json, log.txt, metrics.jsonl, tensorboard/.
 
 Nothing in it is overwritten by a restart except config.json, and that only when every changed field
-may change between runs.
+may change between runs. With several processes the first one writes.
 """
 
+import errno
+import fcntl
 import importlib.metadata
 import json
 import logging
+import logging.handlers
 import os
 import platform
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from checkpoints import Checkpoints
+from run_lib import parallel
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
+LOG_BYTES = 10_000_000
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 # Sections and fields that fix what the parameters mean; the rest may change between runs.
 FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer", "deq")
@@ -67,7 +74,7 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
     path = workdir / "config.json"
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
         return
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text(encoding="utf-8"))
     changed = differences(before, json.loads(json.dumps(config)))
     changed = {k: v for k, v in changed.items() if not {k, k.split(".")[0]} & set(ignore)}
     lines = [f"{name}: {old!r} in {path}, now {new!r}" for name, (old, new) in changed.items()]
@@ -98,7 +105,7 @@ def same_examples(eval_folder: Path, config: dict[str, Any]) -> None:
     path = eval_folder / "config.json"
     if not path.exists() or not (eval_folder / "rows.jsonl").exists():
         return
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text(encoding="utf-8"))
     known = dict(flatten(before))
     lines = [
         f"{name}: {old!r} then, now {new!r}"
@@ -125,11 +132,43 @@ def plain_name(name: str, flag: str, taken: tuple[str, ...] = ()) -> str:
     return name
 
 
+@contextmanager
+def alone(where: Path) -> Iterator[None]:
+    """A block that only one run executes at a time in a folder; the lock goes with its process.
+
+    Raises:
+        ValueError: another process is at it; names it.
+    """
+    if not parallel.is_first():
+        yield
+        return
+    where.mkdir(parents=True, exist_ok=True)
+    with (where / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(
+                f"{where} is in use by {owner}: wait for it, stop it, or use another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s: this file system has no locks; start one run here at a time", where)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old or the new file, never half of one."""
+    if not parallel.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -171,17 +210,32 @@ def git_commit() -> str:
 
 
 def log_to(workdir: Path) -> None:
-    """Append the project's log records to log.txt of this folder alone, beside the terminal."""
+    """Append the project's log records to log.txt of this folder alone, beside the terminal.
+
+    From 10 MB on the text goes to log.txt.1, and so on to log.txt.4.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
         logger.removeHandler(old)
         old.close()
-    handler = logging.FileHandler(workdir / "log.txt", mode="a", encoding="utf-8")
+    handler = logging.handlers.RotatingFileHandler(
+        workdir / "log.txt", maxBytes=LOG_BYTES, backupCount=4, encoding="utf-8"
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
 
 
-class MetricsWriter:
+class NoMetrics:
+    """Where another process writes them."""
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class MetricsWriter(NoMetrics):
     """Scalars by step, to metrics.jsonl and TensorBoard.
 
     A resumed run starts at the step of its checkpoint: later lines of a killed run are dropped
@@ -192,9 +246,9 @@ class MetricsWriter:
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, self.path)
-        self._file = self.path.open("a")
+        self._file = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
@@ -216,5 +270,5 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
-    complete = path.read_text().rpartition("\n")[0]
+    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
     return [json.loads(line) for line in complete.splitlines()]

@@ -36,12 +36,13 @@ def checkpoints_of(
     dataset = datasets.load(settings.data)
     target = workdir / eval_folder
     folder.write_json(target / "config.json", settings.resolved())
-    for step in steps:
-        yield step, dataset, load_parameters(settings, dataset, workdir, step), target
+    for wanted in steps or [None]:
+        state = load_state(settings, dataset, workdir, wanted)
+        yield int(state.step), dataset, state.ema_params, target
 
 
 def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:
-    """Steps to evaluate: begin_ckpt..end_ckpt × snapshot_freq, or the latest.
+    """Steps to evaluate, begin_ckpt..end_ckpt × snapshot_freq; none said: the latest.
 
     Waits up to `eval.wait_s` seconds for those that training has yet to write.
     """
@@ -56,7 +57,7 @@ def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:
         time.sleep(min(POLL_S, left))
     if missing:
         raise ValueError(missing)
-    return _wanted(settings) or available[-1:]
+    return _wanted(settings)
 
 
 def steps_in(workdir: Path) -> list[int]:
@@ -93,8 +94,10 @@ def _missing(settings: Settings, workdir: Path, available: list[int]) -> str:
     )
 
 
-def load_parameters(settings: Settings, dataset: Dataset, workdir: Path, step: int) -> Any:
-    """The moving average of the score network's parameters at a checkpoint."""
+def load_state(
+    settings: Settings, dataset: Dataset, workdir: Path, step: int | None
+) -> train_state.TrainState:
+    """The score network at a checkpoint; None: at the latest that can be read."""
     model = build.score_model(settings)
     optimizer = settings.optim.chain(settings.training.n_iters)
 
@@ -104,6 +107,12 @@ def load_parameters(settings: Settings, dataset: Dataset, workdir: Path, step: i
 
     checkpoints = Checkpoints(workdir)
     try:
-        return checkpoints.restore(step, jax.eval_shape(fresh)).ema_params
+        like = jax.eval_shape(fresh)
+        return checkpoints.read_latest(like) if step is None else checkpoints.restore(step, like)
     finally:
         checkpoints.close()
+
+
+def load_parameters(settings: Settings, dataset: Dataset, workdir: Path, step: int) -> Any:
+    """The moving average of the score network's parameters at a checkpoint."""
+    return load_state(settings, dataset, workdir, step).ema_params

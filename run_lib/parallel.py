@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from run_lib.build import AXIS_NAME
+from run_lib.settings import TrainingConfig
 from streams import Host
 
 PyTree = Any
@@ -22,12 +24,28 @@ def host() -> Host:
     return Host(jax.process_index(), jax.process_count())
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
 def check_batch_size(batch_size: int, field: str) -> None:
     """Every device gets the same number of examples."""
     if batch_size % jax.device_count():
         raise ValueError(
             f"{field}={batch_size}: must be a multiple of the {jax.device_count()} devices"
         )
+
+
+def check_training_batch(training: TrainingConfig) -> None:
+    """Every device gets the same number of examples, in whole microbatches.
+
+    Raises:
+        ValueError: it cannot; names the field.
+    """
+    check_batch_size(training.batch_size, "training.batch_size")
+    if training.microbatch:
+        check_batch_size(training.microbatch, "training.microbatch")
 
 
 def wait_for_all(name: str) -> None:
@@ -43,6 +61,14 @@ def of_first_process(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
+def to_global(tree: PyTree) -> PyTree:
+    """Values that every process holds, as arrays over the devices of all, which Orbax can write."""
+    if jax.process_count() == 1:
+        return tree
+    mesh = Mesh(np.asarray(jax.devices()), AXIS_NAME)
+    return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
+
+
 def split(batch: PyTree, axis: int = 0) -> PyTree:
     """Spread the batch axis over the local devices: [..., B, ...] → [..., D, B/D, ...]."""
     devices = jax.local_device_count()
@@ -52,6 +78,21 @@ def split(batch: PyTree, axis: int = 0) -> PyTree:
         return leaf.reshape(*shape[:axis], devices, shape[axis] // devices, *shape[axis + 1 :])
 
     return jax.tree.map(split_leaf, batch)
+
+
+def put(batch: PyTree, axis: int = 0) -> PyTree:
+    """`split`, and the transfer to the devices begun."""
+    mesh = Mesh(np.asarray(jax.local_devices()), AXIS_NAME)
+    places = NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXIS_NAME))
+    return jax.device_put(split(batch, axis), places)
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """The same values on every local device; what is on the devices of all processes stays so."""
+    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return tree
+    mesh = Mesh(np.asarray(jax.local_devices()), AXIS_NAME)
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def join(tree: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 def read(eval_folder: Path) -> list[Row]:
     """All rows, in order."""
     path = eval_folder / FILE
-    return json.loads(path.read_text()) if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def add(eval_folder: Path, rows: list[Row]) -> None:

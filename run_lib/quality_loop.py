@@ -97,10 +97,10 @@ def _extractor(settings: Settings, dataset: Dataset) -> Extractor:
     """The extractor; what it must make or download first, the first process makes for all."""
     named = dataclasses.replace(dataset, name=_name(settings))
     folder, features = _path(settings, dataset).parent, settings.eval.features
-    if parallel.host().index == 0:
+    if parallel.is_first():
         found = evaluation.extractor(features, named, folder)
     parallel.wait_for_all("extractor")
-    return found if parallel.host().index == 0 else evaluation.extractor(features, named, folder)
+    return found if parallel.is_first() else evaluation.extractor(features, named, folder)
 
 
 def _check(
@@ -131,7 +131,7 @@ def sample(
     if scorer is not None:
         extract_all(scorer.extractor, where, number)
     _show(settings, dataset, params, where, target.parent)
-    if parallel.host().index == 0 and scorer is not None:
+    if parallel.is_first() and scorer is not None:
         _measure(settings, dataset, step, target, scorer)
     parallel.wait_for_all(f"quality {where}")
 
@@ -154,7 +154,7 @@ def _show(settings: Settings, dataset: Dataset, params: Any, where: Path, workdi
     number = settings.eval.num_samples
     shown = number if dataset.levels is None else min(number, 100)
     samples = np.concatenate([rows["samples"] for rows in sampling_loop.read(where, shown)])
-    if parallel.host().index == 0:
+    if parallel.is_first():
         plotting.save_samples(workdir / "samples.png", samples, dataset.levels)
     if dataset.levels is None:  # densities are computed by all devices
         figures.save_toy(settings, dataset, params, samples, workdir)
@@ -202,7 +202,7 @@ def fid_stats(settings: Settings) -> None:
         )
     dataset = datasets.load(settings.data)
     extractor, path = _extractor(settings, dataset), _path(settings, dataset)
-    if parallel.host().index == 0:
+    if parallel.is_first():
         _write_statistics(settings, dataset, extractor, path)
     parallel.wait_for_all("statistics")
 

@@ -88,7 +88,7 @@ def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
 def protocols(eval_folder: Path) -> dict[str, dict[str, Any]]:
     """The details of every protocol by its text."""
     path = eval_folder / PROTOCOLS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_summaries(eval_folder: Path, results: list[Result]) -> None:
@@ -99,9 +99,9 @@ def write_summaries(eval_folder: Path, results: list[Result]) -> None:
     lines = [HEADER, ["---"] * len(HEADER), *(result.cells() for result in results)]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     text = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
-    (eval_folder / "table.md").write_text(text)
+    (eval_folder / "table.md").write_text(text, encoding="utf-8")
     page = f"<!doctype html><meta charset='utf-8'><style>{STYLE}</style>{table_html(results)}\n"
-    (eval_folder / "table.html").write_text(page)
+    (eval_folder / "table.html").write_text(page, encoding="utf-8")
 
 
 def _result(group: tuple, rows: list[Row]) -> Result:
@@ -204,12 +204,13 @@ def write(workdir: Path) -> Path:
             parts += [f"<h2>{title}</h2>", _image(image)]
     for title, path in (("Config", "config.json"), ("Versions", "versions.json")):
         if (workdir / path).exists():
-            text = json.dumps(json.loads((workdir / path).read_text()), indent=2)
+            text = json.dumps(json.loads((workdir / path).read_text(encoding="utf-8")), indent=2)
             parts += [f"<h2>{title}</h2><pre>{html.escape(text)}</pre>"]
     page = workdir / "report.html"
     page.write_text(
         f"<!doctype html><html><head><meta charset='utf-8'><title>{html.escape(workdir.name)}"
-        f"</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n",
+        encoding="utf-8",
     )
     return page
 

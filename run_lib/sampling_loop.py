@@ -125,7 +125,7 @@ def check_samples(settings: Settings, where: Path) -> None:
     path, now = where / "protocol.json", _identity(settings)
     if not shards(where) or not path.exists():
         return
-    then = json.loads(path.read_text())
+    then = json.loads(path.read_text(encoding="utf-8"))
     if then != now:
         raise ValueError(
             f"{where} has samples of another sampler or seed, {then}; now {now}. Use another "
@@ -141,7 +141,7 @@ def draw(generate: Generator, params: Any, where: Path, number: int) -> None:
     """Draw the samples among 0, …, number − 1 that no shard holds, each batch saved as it comes."""
     check_samples(generate.settings, where)
     host = parallel.host()
-    if host.index == 0:
+    if parallel.is_first():
         folder.write_json(where / "protocol.json", _identity(generate.settings))
     missing = parallel.of_first_process(_missing(where, number))
     size = whole_batch(generate.batch_size, number, jax.device_count())
@@ -160,7 +160,7 @@ def _missing(where: Path, number: int) -> np.ndarray:
     missing = np.ones(number, bool)
     for shard in shards(where):
         missing[shard.first : shard.last + 1] = False
-    for path in where.glob("*-*.npz") if parallel.host().index == 0 else ():
+    for path in where.glob("*-*.npz") if parallel.is_first() else ():
         if not npz_files.is_whole(path):
             logger.info("%s is damaged and drawn again", path)
             path.unlink()

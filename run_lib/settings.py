@@ -50,7 +50,9 @@ class TrainingConfig:
     objective: str
     n_iters: int
     batch_size: int
+    microbatch: int
     n_jitted_steps: int
+    profile_steps: int
     reduce_mean: bool
     likelihood_weighting: bool
     importance_weighting: bool
@@ -94,6 +96,10 @@ class TrainingConfig:
             if field.endswith(("_freq", "_preemption")):
                 allowed = f"a multiple of training.n_jitted_steps={self.n_jitted_steps}"
                 require(value % self.n_jitted_steps == 0, f"training.{field}", value, allowed)
+        size = self.microbatch or self.batch_size
+        allowed = f"a divisor of training.batch_size={self.batch_size}, or 0 for all of it"
+        require(size >= 1 and self.batch_size % size == 0, "training.microbatch", size, allowed)
+        require(self.profile_steps >= 0, "training.profile_steps", self.profile_steps, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

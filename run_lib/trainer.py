@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import train_state
 from checkpoints import Checkpoints
-from run_lib import build, folder, parallel
+from run_lib import build, folder, interruption, memory, parallel
+from run_lib.profiling import Profile
 from run_lib.settings import Settings
-from streams import Batch, Dataset
+from streams import Batch, Dataset, ahead
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
@@ -50,17 +52,9 @@ class Trainer:
         checkpoints: Checkpoints,
     ) -> None:
         self.settings, self.dataset, self.task = settings, dataset, task
-        self.keys, self.checkpoints = build.keys(settings), checkpoints
-        self.state, self.step = state, int(state.step)
-        optimizer = settings.optim.chain(task.n_iters)
-        step_fn = train_state.train_step(task.loss_fn, optimizer, task.ema_rate, build.AXIS_NAME)
-        dispatch = train_state.single_step if task.n_jitted_steps == 1 else train_state.many_steps
-        self.step_fn = parallel.map_over_devices(
-            dispatch(step_fn),
-            in_axes=(None, None, 1, *(None for _ in task.frozen)),
-            out_axes=None,
-            donate_argnums=(0,),
-        )
+        self.key, self.checkpoints = parallel.replicate(build.keys(settings)["train"]), checkpoints
+        self.state, self.step = parallel.replicate(state), int(state.step)
+        self.step_fn = self._mapped_step(settings.training.microbatch)
         self.metrics = PendingMetrics()
         num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         logger.info(
@@ -69,25 +63,87 @@ class Trainer:
             self.step, task.n_iters,
         )  # fmt: skip
 
+    def _mapped_step(self, microbatch: int) -> Callable[..., tuple[TrainState, Any]]:
+        """(state, key, batches, *frozen) → (state, metrics) over all devices."""
+        task, settings = self.task, self.settings
+        batch_size = settings.training.batch_size
+        step_fn = train_state.train_step(
+            task.loss_fn,
+            settings.optim.chain(task.n_iters),
+            task.ema_rate,
+            build.AXIS_NAME,
+            num_microbatches=batch_size // (microbatch or batch_size),
+        )
+        dispatch = train_state.single_step if task.n_jitted_steps == 1 else train_state.many_steps
+        return parallel.map_over_devices(
+            dispatch(step_fn),
+            in_axes=(None, None, 1, *(None for _ in task.frozen)),
+            out_axes=None,
+            donate_argnums=(0,),
+        )
+
     def run(self) -> None:
-        """Take all remaining steps; everything is due at the last one."""
-        workdir = self.checkpoints.directory.parent
-        writer = folder.MetricsWriter(workdir, self.step)
-        progress = Progress(self.step, self.task.n_iters, "step")
-        try:
-            for first, batches in self.batches():
-                arguments = (self.state, self.keys["train"], batches, *self.task.frozen)
-                self.state, metrics = self.step_fn(*arguments)
-                self.step = first + len(batches["mask"])
-                self.metrics.add(first, metrics)
-                self.events(writer, progress)
-        finally:
-            progress.close()
-            writer.close()
-            self.checkpoints.close()
+        """Take all remaining steps; everything is due at the last one.
+
+        Raises:
+            ValueError: the step needs more memory than a device has; says what would fit.
+            Interrupted: the process was asked to stop; the state is saved.
+            FloatingPointError: a value was not finite.
+        """
+        with interruption.saving() as asked_to_stop:
+            workdir, started = self.checkpoints.directory.parent, False
+            first_only = parallel.is_first()
+            writer = folder.MetricsWriter(workdir, self.step) if first_only else folder.NoMetrics()
+            profile = Profile(workdir / "profile", self.settings.training.profile_steps)
+            progress = Progress(self.step, self.task.n_iters, "step")
+            try:
+                for first, batches in self.batches():
+                    arguments = (self.state, self.key, batches, *self.task.frozen)
+                    if not started:
+                        self.check_memory(arguments)
+                    started = True
+                    self.state, metrics = self.step_fn(*arguments)
+                    self.step = first + len(batches["mask"])
+                    self.metrics.add(first, metrics)
+                    self.events(writer, progress)
+                    profile.after(self.step, self.state)
+                    if asked_to_stop():
+                        self.save()
+                        break
+            finally:
+                profile.close()
+                progress.close()
+                writer.close()
+                self.checkpoints.close()
+
+    def check_memory(self, arguments: tuple[Any, ...]) -> None:
+        """Compile the step, say what it needs, and refuse what the devices do not have."""
+
+        def compiled(step_fn: Callable[..., Any]) -> Any:
+            return step_fn.lower(*arguments).compile()
+
+        need, limit = memory.needed(compiled(self.step_fn)), memory.available()
+        if need is None or limit is None:
+            return
+        text = f"a step takes {need / memory.GIB:.2f} GiB of the {limit / memory.GIB:.2f} GiB"
+        if need <= limit:
+            logger.info("%s of each device", text)
+            return
+        training = self.settings.training
+        now = training.microbatch or training.batch_size
+        advice = memory.that_fits(
+            memory.smaller(training.batch_size, jax.device_count(), now),
+            lambda size: compiled(self._mapped_step(size)),
+            limit,
+        )
+        raise ValueError(f"{text} of a device: {advice}. What saves memory: {memory.LEVERS}")
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """(first step, batches [n, D, B/D, ...]), each up to a multiple of n_jitted_steps."""
+        """(first step, batches [n, D, B/D, ...] on their way to the devices)."""
+        return ahead(self._groups())
+
+    def _groups(self) -> Iterator[tuple[int, Batch]]:
+        """Batches of the steps up to the next multiple of n_jitted_steps, again and again."""
         training = self.settings.training
         stream = self.dataset.train_batches(
             batch_size=training.batch_size,
@@ -103,7 +159,7 @@ class Trainer:
             count = min(to_multiple, self.task.n_iters - first)
             group = [next(stream) | {"noise_id": noise_id} for _ in range(count)]
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)
-            yield first, parallel.split(stacked, axis=1)
+            yield first, parallel.put(stacked, axis=1)
             first += count
 
     def events(self, writer: folder.MetricsWriter, progress: "Progress") -> None:
@@ -129,7 +185,7 @@ class Trainer:
     def save(self) -> None:
         """Checkpoint, but never a state that follows a value that was not finite."""
         self.metrics.check()
-        self.checkpoints.save(self.state)
+        self.checkpoints.save(parallel.to_global(self.state))
 
 
 class HeldOut:
@@ -144,19 +200,25 @@ class HeldOut:
     ) -> None:
         self.key, self.frozen = build.keys(settings)["held_out"], frozen
         in_axes = (None, None, 0, *(None for _ in frozen))
-        self._mapped = parallel.map_over_devices(per_example, in_axes=in_axes, out_axes=0)
+
+        def means(params: PyTree, key: jax.Array, batch: Batch, *frozen: PyTree) -> PyTree:
+            values, parts = per_example(params, key, batch, *frozen)
+            sums = jax.tree.map(
+                lambda v: jnp.sum(jnp.where(batch["mask"], v, 0.0)), {"loss": values, **parts}
+            )
+            sums, count = jax.lax.psum((sums, jnp.sum(batch["mask"])), build.AXIS_NAME)
+            return jax.tree.map(lambda total: total / count, sums)
+
+        self._means = parallel.map_over_devices(means, in_axes=in_axes, out_axes=None)
         batch_size = settings.training.batch_size
         batches = dataset.eval_batches("test", batch_size=batch_size, host=parallel.host())
-        self._batch = next(batches)
         noise_id = np.arange(batch_size, dtype=np.int32)[parallel.host().part(batch_size)]
-        self._split = parallel.split(self._batch | {"noise_id": noise_id})
+        self._batch = parallel.put(next(batches) | {"noise_id": noise_id})
 
     def __call__(self, params: PyTree) -> dict[str, float]:
-        """Means over this host's examples."""
-        found = self._mapped(params, self.key, self._split, *self.frozen)
-        values, parts = parallel.join(found)
-        mask = self._batch["mask"]
-        return {name: float(v[mask].mean()) for name, v in {"loss": values, **parts}.items()}
+        """Means over the examples of all processes."""
+        found = self._means(params, self.key, self._batch, *self.frozen)
+        return {name: float(value) for name, value in found.items()}
 
 
 class PendingMetrics:

@@ -30,16 +30,19 @@ def train(settings: Settings, workdir: Path) -> None:
     Raises:
         ValueError: a config field or the data are not usable.
         FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
+        Interrupted: the process was asked to stop; the state is saved.
     """
-    parallel.check_batch_size(settings.training.batch_size, "training.batch_size")
+    parallel.check_training_batch(settings.training)
     dataset = datasets.load(settings.data)
     check(settings, dataset)
     folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq"))
-    trainer = score_trainer(settings, dataset, workdir)
-    folder.write_json(workdir / "config.json", settings.resolved())
-    folder.write_json(workdir / "versions.json", folder.versions())
-    trainer.run()
-    report.write(workdir)
+    with folder.alone(workdir):
+        trainer = score_trainer(settings, dataset, workdir)
+        folder.write_json(workdir / "config.json", settings.resolved())
+        folder.write_json(workdir / "versions.json", folder.versions())
+        trainer.run()
+    if parallel.is_first():
+        report.write(workdir)
 
 
 def check(settings: Settings, dataset: Dataset) -> None:
@@ -48,7 +51,9 @@ def check(settings: Settings, dataset: Dataset) -> None:
     if settings.eval.elbo:
         build.check_elbo(settings)
     model, sampler = build.score_model(settings), build.sampler(settings)
-    rows = jax.ShapeDtypeStruct((settings.training.batch_size // jax.device_count(),), jnp.int32)
+    training = settings.training
+    size = training.microbatch or training.batch_size
+    rows = jax.ShapeDtypeStruct((size // jax.device_count(),), jnp.int32)
     batch = {
         "image": jax.ShapeDtypeStruct(
             (*rows.shape, *dataset.shape), jnp.float32 if dataset.levels is None else jnp.uint8
@@ -90,8 +95,9 @@ def score_task(settings: Settings, dataset: Dataset, workdir: Path) -> Task:
         except FloatingPointError as error:
             logger.warning("no snapshot at step %d: %s", step, error)
             return
-        path = workdir / "samples" / f"step_{step:07d}.png"
-        plotting.save_samples(path, samples, dataset.levels)
+        if parallel.is_first():
+            path = workdir / "samples" / f"step_{step:07d}.png"
+            plotting.save_samples(path, samples, dataset.levels)
 
     return Task(
         name=settings.model.name,
@@ -122,7 +128,7 @@ def start(
     if steps:
         if source is not None:
             logger.warning("%s has checkpoints of its own: %s is not used", workdir, source)
-        return checkpoints.restore(steps[-1], fresh_state(settings, shape))
+        return checkpoints.restore_latest(jax.eval_shape(lambda: fresh_state(settings, shape)))
     if source is None:
         return fresh_state(settings, shape)
     state, last = given_state(settings, shape, source), settings.training.n_iters
@@ -176,7 +182,7 @@ def _latest_of(run: Path, like: TrainState) -> TrainState:
         steps = others.steps()
         if not steps:
             raise ValueError(f"training.init_from={str(run)!r}: the folder has no checkpoint")
-        return others.restore(steps[-1], like)
+        return others.restore_latest(like)
     finally:
         others.close()
 

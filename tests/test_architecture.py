@@ -32,7 +32,7 @@ RUN_LIB = {
 def imported(path: Path) -> set[str]:
     """Modules imported anywhere in a file, dotted."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):

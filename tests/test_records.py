@@ -215,7 +215,7 @@ def test_each_process_appends_to_a_file_of_its_own_and_reads_all(path: Path) -> 
 
 def test_a_damaged_line_is_named(path: Path) -> None:
     Records(path.parent).append([row(0)])
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write("not a row\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is no row"):
         Records(path.parent)

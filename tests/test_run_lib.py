@@ -1,9 +1,6 @@
 """Whole runs at tiny size: resume, devices, non-finite values, evaluation, the run folder."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -81,59 +78,6 @@ def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     train(config, tmp_path)
     rows = [(row["step"], row["split"]) for row in folder.read_metrics(tmp_path)]
     assert len(rows) == len(set(rows)) > len(metrics)
-
-
-DEVICES_SCRIPT = """
-import sys, json, numpy as np, jax
-from pathlib import Path
-from tests import tiny
-from run_lib.settings import Settings
-from run_lib.training import score_trainer
-import datasets
-config = tiny.config()
-config.training.update(n_iters=10, n_jitted_steps=1, log_freq=1, stratified=True)
-settings = Settings.from_config(config)
-trainer = score_trainer(settings, datasets.load(settings.data), Path(sys.argv[1]))
-losses = []
-for first, batches in trainer.batches():
-    trainer.state, metrics = trainer.step_fn(trainer.state, trainer.keys["train"], batches)
-    losses.append(float(metrics["loss"][0]))
-    trainer.step += 1
-trainer.checkpoints.close()
-import run_lib
-from records import Records
-config.eval.update(batch_size=16, num_examples=14, enable_sampling=False)
-settings = Settings.from_config(config)
-shared, name = Path(sys.argv[2]), f"eval_{jax.device_count()}"
-run_lib.evaluate(settings, shared, name)
-rows = [[*map(str, key), row["value"]] for key, row in Records(shared / name).rows.items()]
-print(json.dumps([jax.device_count(), losses, rows]))
-"""
-
-
-def test_losses_and_rows_do_not_depend_on_the_number_of_devices(tmp_path: Path) -> None:
-    config = tiny.config()
-    config.training.update(n_iters=10, n_jitted_steps=1, log_freq=1, stratified=True)
-    train(config, tmp_path / "shared")
-    losses, rows = {}, {}
-    for devices in (1, 2, 4):
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-        output = subprocess.run(
-            [sys.executable, "-c", DEVICES_SCRIPT, tmp_path / str(devices), tmp_path / "shared"],
-            env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        count, values, found = json.loads(output.splitlines()[-1])
-        rows[devices] = {tuple(key): value for *key, value in found}
-        assert count == devices
-        losses[devices] = np.array(values)
-    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)
-    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
-    assert np.ptp(losses[1]) > 1e-3  # the losses move, so equality says something
-    assert len(rows[1]) == 2 * 14
-    for other in (2, 4):
-        assert rows[other].keys() == rows[1].keys()
-        for key, value in rows[1].items():
-            assert rows[other][key] == pytest.approx(value, rel=2e-4), key
 
 
 def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(

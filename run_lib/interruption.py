@@ -1,0 +1,134 @@
+"""SIGTERM and SIGINT: what is under way is saved, and the process ends with a code of its own.
+
+Everything outside a training step is safe to end at any moment (rows, samples and checkpoints are
+written whole), so there a signal ends the process at once. Training asks for time to save by
+`saving()`. A second signal ends the process at once, too.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+
+from run_lib import parallel
+
+logger = logging.getLogger("fokker")
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
+GRACE_S = 25.0  # for the step under way to end
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN = "the same command continues from the last checkpoint, row or sample"
+
+
+class Interrupted(Exception):
+    """The process was asked to stop, and the state is saved."""
+
+
+class _Watch:
+    """A thread that hears of signals also while the main thread compiles or computes."""
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+        self.saved = threading.Event()
+        self.can_save = False
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, daemon=True, name="signals").start()
+
+    def _listen(self) -> None:
+        while True:
+            number = os.read(self._reader, 1)[0]
+            if number in SIGNALS:
+                self._heard(signal.Signals(number).name)
+
+    def _heard(self, name: str) -> None:
+        if not self.can_save:
+            _end(f"{name}: stopped; {AGAIN}")
+        if self.requested.is_set():
+            _end(f"{name} again: stopped without saving; {AGAIN}")
+        logger.warning("%s: saving after the step under way, then the end", name)
+        self.requested.set()
+        threading.Thread(target=self._wait, daemon=True, name="grace").start()
+
+    def _wait(self) -> None:
+        if not self.saved.wait(GRACE_S):
+            _end(f"no step has ended in {GRACE_S:.0f} s: stopped without saving; {AGAIN}")
+
+
+_watch: _Watch | None = None
+
+
+def watch() -> None:
+    """From now on signals are heard; called by the main program, again when handlers were taken."""
+    global _watch
+    _watch = _watch or _Watch()
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+
+def _end(message: str) -> None:
+    """The end of the process, whatever the main thread does."""
+    logger.warning(message)
+    for handler in logger.handlers:
+        handler.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def saving() -> Iterator[Callable[[], bool]]:
+    """A block that saves when it is asked to stop, which the yielded function tells.
+
+    It has to be called at every step. All processes hear of it at the same step.
+
+    Raises:
+        Interrupted: at the end of the block, if so.
+    """
+    watch, agreement, agreed = _watch, Agreement(), False
+
+    def asked() -> bool:
+        nonlocal agreed
+        agreed = agreement(watch is not None and watch.requested.is_set())
+        if agreed and watch is not None:
+            watch.saved.set()  # what is saved now takes as long as it takes
+        return agreed
+
+    if watch is not None:
+        watch.can_save = True
+    try:
+        yield asked
+    finally:
+        if watch is not None:
+            watch.can_save = False
+    if agreed or (watch is not None and watch.requested.is_set()):
+        raise Interrupted(f"stopped and saved; {AGAIN}")
+
+
+class Agreement:
+    """Whether any process has said yes, known to all at the same call.
+
+    An all-reduce that is read two calls later, so that no process waits for its devices; with one
+    process nothing at all.
+    """
+
+    DELAY = 2
+
+    def __init__(self) -> None:
+        self._votes: deque[jax.Array] = deque()
+        self._any = parallel.map_over_devices(
+            lambda vote: jax.lax.pmax(vote, parallel.AXIS_NAME), in_axes=(0,), out_axes=None
+        )
+
+    def __call__(self, vote: bool) -> bool:
+        """What any of them said two calls ago."""
+        if jax.process_count() == 1:
+            return vote
+        self._votes.append(self._any(np.full(jax.local_device_count(), vote, np.int32)))
+        return len(self._votes) > self.DELAY and bool(self._votes.popleft())

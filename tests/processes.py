@@ -1,0 +1,49 @@
+"""Runs `main.py` in processes of their own, alone or as one run of several."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(
+    arguments: list[str], *, devices: int = 1, environment: dict[str, str] | None = None, **kwargs
+) -> subprocess.Popen:
+    """One process of `main.py` on so many CPU devices."""
+    variables = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | (environment or {})
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_together(arguments: list[str], *, number: int = 2, devices: int = 2) -> list:
+    """Processes that find each other over the loopback interface."""
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    return [
+        start(
+            [*arguments, address, f"--num_processes={number}", f"--process_id={rank}"],
+            devices=devices,
+        )
+        for rank in range(number)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], code: int = 0, timeout: float = 300) -> list[str]:
+    """What each of them said; all must end with this code."""
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [code] * len(processes), "\n-----\n".join(said)
+    return said

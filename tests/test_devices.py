@@ -1,0 +1,178 @@
+"""The same run on 1, 2 and 4 devices and in two processes: losses, rows and samples are equal."""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import run_lib
+from checkpoints import Checkpoints
+from records import Records
+from run_lib import distributed, folder, sampling_loop
+from run_lib.settings import Settings
+from tests import tiny
+from tests.processes import ROOT, finish, start, start_together
+
+CONFIG = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
+# Ten examples in batches of 8: the second batch has none for the second process.
+FIELDS = [
+    "--config.training.stratified=True",
+    "--config.training.log_freq=5",
+    "--config.eval.batch_size=8",
+    "--config.eval.num_examples=10",
+    "--config.eval.num_samples=12",
+]
+LAYOUTS = {"1": 1, "2": 2, "4": 4, "2x2": 0}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run folder of every layout, trained and evaluated by `main.py`."""
+    root = tmp_path_factory.mktemp("layouts")
+    for name, devices in LAYOUTS.items():
+        arguments = [CONFIG, f"--workdir={root / name}", "--mode=train,eval", *FIELDS]
+        processes = [start(arguments, devices=devices)] if devices else start_together(arguments)
+        said = finish(processes)
+        assert "process 0 of" in said[0]
+        assert "open " in said[0]
+        if len(said) == 2:  # the second one tells what it is and no more
+            assert "process 1 of 2" in said[1]
+            assert "step" not in said[1]
+    return {name: root / name for name in LAYOUTS}
+
+
+def metrics(run: Path) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics(run)]
+
+
+def samples(run: Path) -> np.ndarray:
+    return np.concatenate([p["samples"] for p in sampling_loop.read(run / "eval/samples_20", 12)])
+
+
+@pytest.mark.parametrize("layout", ["2", "4", "2x2"])
+def test_losses_are_equal(runs: dict[str, Path], layout: str) -> None:
+    alone, here = metrics(runs["1"]), metrics(runs[layout])
+    assert [row["step"] for row in alone] == [5, 10, 10, 15, 20, 20]
+    assert len({row["loss"] for row in alone}) == 6
+    for one, other in zip(alone, here, strict=True):
+        assert other == {
+            k: v if isinstance(v, str) else pytest.approx(v, rel=1e-5) for k, v in one.items()
+        }
+
+
+@pytest.mark.parametrize("layout", ["2", "4", "2x2"])
+def test_rows_and_samples_are_equal(runs: dict[str, Path], layout: str) -> None:
+    one, other = (Records(runs[name] / "eval").rows for name in ("1", layout))
+    assert len(one) == 2 * 10
+    assert other.keys() == one.keys()
+    for key, row in one.items():
+        assert other[key]["value"] == pytest.approx(row["value"], rel=2e-4), key
+    alone, here = samples(runs["1"]), samples(runs[layout])
+    assert alone.shape == here.shape == (12, 8, 8, 1)
+    assert np.mean(alone != here) < 0.01  # a value at the edge of a grey level may fall to it
+
+
+def test_every_process_writes_its_rows_and_only_the_missing_ones(runs: dict[str, Path]) -> None:
+    """After one process has lost all its rows, only it has something to do."""
+    where, before = runs["2x2"] / "eval", Records(runs["2x2"] / "eval").rows
+    names = ("rows.jsonl", "rows-1.jsonl")
+    count = lambda: [len((where / n).read_text().splitlines()) for n in names]  # noqa: E731
+    assert count() == [2 * 6, 2 * 4]
+    (where / "rows-1.jsonl").unlink()
+    arguments = [CONFIG, f"--workdir={runs['2x2']}", "--mode=eval", *FIELDS]
+    finish(start_together(arguments))
+    assert count() == [2 * 6, 2 * 4]
+    after = Records(where).rows
+    assert {k: r["value"] for k, r in after.items()} == {k: r["value"] for k, r in before.items()}
+
+
+def wait_for_step(workdir: Path, step: int, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+        if max(found, default=0) >= step:
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"no checkpoint of step {step} in {workdir}")
+
+
+def test_a_run_goes_on_with_other_devices(tmp_path: Path) -> None:
+    """Begun on 4 devices and killed, continued on 1 and killed, ended on 4: as if undisturbed."""
+    arguments = [CONFIG, f"--workdir={tmp_path / 'moved'}", "--mode=train", *FIELDS]
+    endless = [*arguments, "--config.training.n_iters=100000"]
+    for devices, step in ((4, 10), (1, 25)):
+        process = start(endless, devices=devices)
+        wait_for_step(tmp_path / "moved", step)
+        process.kill()
+        process.communicate()
+    checkpoints = Checkpoints(tmp_path / "moved")
+    last = checkpoints.steps()[-1] + 10
+    checkpoints.close()
+    assert last < 100000
+    config = tiny.config()
+    config.training.update(stratified=True, n_iters=last)
+    assert jax.device_count() == 4
+    for name in ("moved", "alone"):
+        run_lib.train(Settings.from_config(config), tmp_path / name)
+    moved, alone = (metrics(tmp_path / name) for name in ("moved", "alone"))
+    assert [(r["step"], r["split"]) for r in moved if r["split"] == "train"] == [
+        (step, "train") for step in range(5, last + 1, 5)
+    ]
+    assert moved[-1]["step"] == alone[-1]["step"] == last
+    assert moved[-1]["loss"] == pytest.approx(alone[-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("nowhere", 2, 0), "--coordinator='nowhere': need HOST:PORT"),
+        (("here:12a", 2, 0), "--coordinator='here:12a': need HOST:PORT"),
+        (("here:1234", None, 0), "--num_processes=None: need at least 1"),
+        (("here:1234", 2, None), "--process_id=None: need 0 to 1"),
+        (("here:1234", 2, 2), "--process_id=2: need 0 to 1"),
+        (("", 2, None), "--num_processes=2: need --coordinator=HOST:PORT with it"),
+        (("", None, 1), "--process_id=1: need --coordinator=HOST:PORT with it"),
+    ],
+)
+def test_mistakes_of_the_command_line_are_named(flags: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        distributed.connect(*flags)
+
+
+@pytest.mark.parametrize(
+    ("variables", "joined"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_launchers_are_recognised(monkeypatch, variables: dict[str, str], joined: bool) -> None:
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: calls.append(kwargs))
+    distributed.connect("", None, None)
+    assert len(calls) == joined
+
+
+def test_a_coordinator_that_does_not_answer_is_told(monkeypatch) -> None:
+    def never(**kwargs):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", never)
+    with pytest.raises(ValueError, match=r"--coordinator=h:1: the processes .* DEADLINE_EXCEEDED"):
+        distributed.connect("h:1", 2, 1)
+
+
+def test_the_rows_of_metrics_are_plain_json(runs: dict[str, Path]) -> None:
+    for line in (runs["2x2"] / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
