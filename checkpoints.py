@@ -7,6 +7,7 @@ when training goes on from the one before it.
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
+MARGIN = 1_000_000  # bytes beside a checkpoint: metrics, log
+NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)  # of devices, or of another process
 
 
 class DamagedError(ValueError):
@@ -56,14 +59,28 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self._wait()
+        self._check_space(state)
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state))
+        except NOT_OF_FILES:
+            raise
         except Exception as error:
             raise self._not_written(error) from error
+
+    def _check_space(self, state: TrainState) -> None:
+        """Before anything is written: libraries tell a full disk by hundreds of lines."""
+        need = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + MARGIN
+        free = shutil.disk_usage(self.directory).free
+        if free < need:
+            raise self._not_written(
+                OSError(f"{free / 1e6:.1f} MB are free, {need / 1e6:.1f} MB are asked for")
+            )
 
     def _wait(self) -> None:
         try:
             self._manager.wait_until_finished()
+        except NOT_OF_FILES:
+            raise
         except Exception as error:
             raise self._not_written(error) from error
 
@@ -104,7 +121,7 @@ class Checkpoints:
         )
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
+        except NOT_OF_FILES:
             raise
         except Exception as error:
             raise self._damaged(step, error) from error

@@ -113,6 +113,10 @@ def main(argv: list[str]) -> None:
         app.usage(shorthelp=True, detailed_error=f"unexpected arguments: {argv[1:]}", exitcode=2)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk is told once, not by every line of the log
+    # Orbax tells failed writes twice, once from its thread with a traceback.
+    threads = logging.getLogger("absl")
+    threads.addFilter(lambda record: "_SignalingThread" not in record.getMessage())
     interruption.watch()
     try:
         _run()

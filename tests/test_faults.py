@@ -1,0 +1,245 @@
+"""What ends a run before its time loses nothing: kills, signals, damaged files, a full disk."""
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import run_lib
+from checkpoints import Checkpoints
+from run_lib import folder, training
+from run_lib.settings import Settings
+from tests import tiny
+from tests.processes import ROOT, finish, start, start_together
+from tests.test_devices import wait_for_step
+
+CONFIG = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
+ENDLESS = ["--mode=train", "--config.training.n_iters=1000000"]
+STOPPED = 75
+LAST = 400
+
+
+def settings(**changes) -> Settings:
+    config = tiny.config()
+    config.training.update(snapshot_freq=1000, **changes)
+    return Settings.from_config(config)
+
+
+def state_of(workdir: Path, step: int, s: Settings):
+    checkpoints = Checkpoints(workdir)
+    like = jax.eval_shape(lambda: training.fresh_state(s, (8, 8, 1)))
+    try:
+        return checkpoints.restore(step, like)
+    finally:
+        checkpoints.close()
+
+
+def steps_of(workdir: Path) -> list[int]:
+    checkpoints = Checkpoints(workdir)
+    try:
+        return checkpoints.steps()
+    finally:
+        checkpoints.close()
+
+
+def killed_training(workdir: str, checkpoints: int, seconds: float) -> None:
+    """Training that the kernel ends so long after so many checkpoints; no Python runs then."""
+    save, count = Checkpoints.save, 0
+
+    def then_the_end(self, state) -> None:
+        nonlocal count
+        save(self, state)
+        count += 1
+        if count == checkpoints:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    Checkpoints.save = then_the_end
+    run_lib.train(settings(n_iters=LAST), Path(workdir))
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_bit_and_no_line(tmp_path: Path) -> None:
+    run_lib.train(settings(n_iters=LAST), tmp_path / "whole")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "run_lib"])
+    rng, begun = np.random.default_rng(1), []
+    for _ in range(20):
+        arguments = [str(tmp_path / "killed"), int(rng.integers(1, 4)), rng.uniform(1e-4, 0.05)]
+        process = context.Process(target=killed_training, args=arguments)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGALRM  # as final as −9, but never too late
+        begun.append(max(steps_of(tmp_path / "killed"), default=0))
+    assert begun == sorted(begun)
+    assert 0 < begun[-1] < LAST
+    assert len(set(begun)) > 10
+    run_lib.train(settings(n_iters=LAST), tmp_path / "killed")
+    states = [state_of(tmp_path / name, LAST, settings()) for name in ("whole", "killed")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    lines = [
+        [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics(run)]
+        for run in (tmp_path / "whole", tmp_path / "killed")
+    ]
+    assert lines[0] == lines[1]
+    assert [r["step"] for r in lines[0] if r["split"] == "train"] == list(range(5, LAST + 1, 5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_a_code_of_its_own(tmp_path: Path, number: int) -> None:
+    never = "--config.training.snapshot_freq_for_preemption=1000000"
+    often = "--config.training.snapshot_freq=1000000"
+    process = start([CONFIG, f"--workdir={tmp_path}", *ENDLESS, never, often])
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    asked = time.monotonic()
+    (said,) = finish([process], code=STOPPED, timeout=30)
+    assert time.monotonic() - asked < 30
+    assert f"{signal.Signals(number).name}: saving after the step under way" in said
+    assert "stopped and saved; the same command continues" in said
+    (step,) = steps_of(tmp_path)
+    assert step >= 15
+    config = tiny.config()
+    config.training.n_iters = step
+    run_lib.train(Settings.from_config(config), tmp_path / "whole")
+    s = Settings.from_config(config)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        state_of(tmp_path, step, s),
+        state_of(tmp_path / "whole", step, s),
+    )
+
+
+def test_all_processes_stop_at_the_same_step(tmp_path: Path) -> None:
+    arguments = [CONFIG, f"--workdir={tmp_path}", *ENDLESS]
+    processes = start_together(arguments)
+    wait_for_step(tmp_path, 10)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes, code=STOPPED, timeout=60)
+    assert all("stopped and saved" in text for text in said)
+
+
+def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
+    processes = start_together([CONFIG, f"--workdir={tmp_path}", *ENDLESS])
+    wait_for_step(tmp_path, 10)
+    processes[1].kill()
+    said, _ = processes[0].communicate(timeout=120)
+    assert processes[0].returncode not in (0, None), said
+    assert "another process of this run is gone" in said
+    processes[1].communicate()
+    # What it left behind is a run folder like any other.
+    last = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*") if p.name.isdigit())
+    state_of(tmp_path, last, settings())
+
+
+def damage(path: Path) -> None:
+    """The second half of every file is gone, as after a crash of the machine."""
+    for file in (p for p in path.rglob("*") if p.is_file()):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO", logger="fokker")
+    run_lib.train(settings(n_iters=20), tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "whole")
+    damage(tmp_path / "checkpoints" / "20")
+    run_lib.evaluate(settings(), tmp_path, "eval")  # the one before; it changes nothing
+    assert "20 cannot be read" in caplog.text
+    steps = {json.loads(line)["step"] for line in (tmp_path / "eval/rows.jsonl").open()}
+    assert steps == {15}
+    assert steps_of(tmp_path) == [15, 20]
+    caplog.clear()
+    run_lib.train(settings(n_iters=20), tmp_path)
+    assert re.search(r"20 cannot be read.*The one before it is used", caplog.text)
+    assert "from step 15 to 20" in caplog.text
+    assert (tmp_path / "checkpoints-damaged" / "20").is_dir()
+    s = settings()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        state_of(tmp_path, 20, s),
+        state_of(tmp_path / "whole", 20, s),
+    )
+
+
+def test_if_no_checkpoint_can_be_read_nothing_is_moved(tmp_path: Path) -> None:
+    run_lib.train(settings(n_iters=10), tmp_path)
+    for path in (tmp_path / "checkpoints").glob("[0-9]*"):
+        damage(path)
+    with pytest.raises(ValueError, match="no checkpoint of .* can be read"):
+        run_lib.train(settings(n_iters=20), tmp_path)
+    assert steps_of(tmp_path) == [5, 10]
+    assert not (tmp_path / "checkpoints-damaged").exists()
+
+
+def small_files(limit: int) -> None:
+    """Writes beyond so many bytes fail, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
+    arguments = [CONFIG, f"--workdir={tmp_path}", "--mode=train"]
+    finish([start(arguments)])
+    before = steps_of(tmp_path)
+    more = [*arguments, "--config.training.n_iters=40", "--compilation_cache_dir="]
+    process = start(more, preexec_fn=lambda: small_files(40_000))
+    (said,) = finish([process], code=2)
+    assert re.search(
+        r"^error: a checkpoint could not be written to .*; the same command", said, re.M
+    )
+    assert steps_of(tmp_path) == before
+    state_of(tmp_path, before[-1], settings())
+    finish([start([*arguments, "--config.training.n_iters=40"])])
+    assert steps_of(tmp_path)[-1] == 40
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch) -> None:
+    run_lib.train(settings(n_iters=10), tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=900_000))
+    with pytest.raises(
+        OSError, match=r"\(disk full\?\): 1 MB are free, 1 MB are asked .*\[5, 10\]"
+    ):
+        run_lib.train(settings(n_iters=20), tmp_path)
+    monkeypatch.undo()
+    assert steps_of(tmp_path) == [5, 10]
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_a_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:
+    with folder.alone(tmp_path):
+        (said,) = finish([start([CONFIG, f"--workdir={tmp_path}", "--mode=train"])], code=2)
+    assert f"{tmp_path} is in use by process {os.getpid()} on " in said
+    assert not (tmp_path / "checkpoints").exists()
+    run_lib.train(settings(n_iters=5), tmp_path)
+    with folder.alone(tmp_path / "eval"), pytest.raises(ValueError, match="is in use by process"):
+        folder.alone(tmp_path / "eval").__enter__()
+
+
+def test_clock_locale_and_a_read_only_data_folder_do_not_matter(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    images = np.random.default_rng(0).integers(0, 17, (40, 8, 8), np.uint8)
+    np.savez(data / "d.npz", x_train=images, x_test=images[:24])
+    data.chmod(0o555)
+    process = start(
+        [CONFIG, f"--workdir={tmp_path / 'r'}", "--mode=train,eval", "--config.data.dataset=npz",
+         f"--config.data.path={data / 'd.npz'}", "--config.data.num_test=0"],
+        environment={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Nowhere"},
+    )  # fmt: skip
+    finish([process])
+    assert "±" in (tmp_path / "r/eval/table.md").read_text(encoding="utf-8")
+    assert [p.name for p in data.iterdir()] == ["d.npz"]
