@@ -1,26 +1,39 @@
 """What a compiled step needs of a device's memory, and what to do if that is not there."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 GIB = 2**30
+NUM_TRIES = 3  # each is a compilation, of minutes for a large network
 LEVERS = (
     "training.microbatch, model.remat=block or keep_convs, model.dtype=bfloat16, "
     "training.high_order_fraction, training.fp_fraction, training.batch_size, more devices"
 )
 
 
-def needed(compiled: Any) -> int | None:
-    """Bytes on one device: arguments, results and temporaries; None where XLA does not tell."""
+class Need(NamedTuple):
+    """Bytes on one device: what stays (state, batch, frozen parameters) and what a step borrows."""
+
+    kept: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.kept + self.temporary
+
+
+def needed(compiled: Any) -> Need | None:
+    """What a compiled step needs; None where XLA does not tell."""
     found = compiled.memory_analysis()
     if found is None:
         return None
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return kept + found.temp_size_in_bytes
+    return Need(kept, found.temp_size_in_bytes)
 
 
 def available() -> int | None:
@@ -37,20 +50,29 @@ def available() -> int | None:
     return total // jax.local_device_count()
 
 
-def smaller(batch_size: int, devices: int, now: int) -> Iterator[int]:
-    """Microbatches below the present one that divide the batch evenly, largest first."""
-    for size in range(now - 1, 0, -1):
-        if batch_size % size == 0 and size % devices == 0:
-            yield size
+def microbatch_that_fits(
+    need: Need, now: int, sizes: Iterable[int], compile_with: Callable[[int], Any], limit: int
+) -> str:
+    """Advice: the largest microbatch whose compiled step fits, of the few that are tried.
 
+    Tried are those that fit if what a step borrows is proportional to its microbatch.
 
-def that_fits(candidates: Iterator[int], compile_with: Callable[[int], Any], limit: int) -> str:
-    """The first microbatch whose compiled step fits, as advice."""
-    for size in candidates:
+    Args:
+        need: of the present microbatch.
+        now: that microbatch.
+        sizes: what divides the batch evenly.
+        compile_with: microbatch → compiled step; ValueError where the microbatch has no meaning.
+        limit: bytes of a device.
+    """
+    smaller = sorted((size for size in sizes if size < now), reverse=True)
+    likely = [size for size in smaller if need.kept + need.temporary * size / now <= limit]
+    tried = []
+    for size in likely[:NUM_TRIES]:
         try:
-            need = needed(compile_with(size))
+            found = needed(compile_with(size))
         except ValueError:  # a fraction of this microbatch has no whole number of examples
             continue
-        if need is not None and need <= limit:
-            return f"training.microbatch={size} fits ({need / GIB:.2f} GiB)"
-    return "no training.microbatch fits"
+        if found is not None and found.total <= limit:
+            return f"training.microbatch={size} fits ({found.total / GIB:.2f} GiB)"
+        tried.append(size)
+    return f"training.microbatch alone does not help (tried {tried})"

@@ -125,15 +125,17 @@ class Trainer:
         need, limit = memory.needed(compiled(self.step_fn)), memory.available()
         if need is None or limit is None:
             return
-        text = f"a step takes {need / memory.GIB:.2f} GiB of the {limit / memory.GIB:.2f} GiB"
-        if need <= limit:
+        text = f"a step takes {need.total / memory.GIB:.2f} GiB of the {limit / memory.GIB:.2f} GiB"
+        if need.total <= limit:
             logger.info("%s of each device", text)
             return
-        training = self.settings.training
-        now = training.microbatch or training.batch_size
-        advice = memory.that_fits(
-            memory.smaller(training.batch_size, jax.device_count(), now),
-            lambda size: compiled(self._mapped_step(size)),
+        training, devices = self.settings.training, jax.device_count()
+        size = training.batch_size
+        advice = memory.microbatch_that_fits(
+            need,
+            training.microbatch or size,
+            [n for n in range(devices, size, devices) if size % n == 0],
+            lambda n: compiled(self._mapped_step(n)),
             limit,
         )
         raise ValueError(f"{text} of a device: {advice}. What saves memory: {memory.LEVERS}")

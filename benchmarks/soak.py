@@ -1,0 +1,94 @@
+"""Hours of training and evaluation in turn, in one process: do memory and open files stay flat?
+
+    python -m benchmarks.soak --workdir=runs/soak --minutes=60
+
+Every round trains the digits network some steps further and evaluates the new checkpoint. The log
+rotates early, so that this is seen, too. Written: soak.csv, a row per round, and a verdict: growth
+of the resident memory after the first quarter, of open files, number of rotated logs.
+"""
+
+import argparse
+import csv
+import gc
+import importlib
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import run_lib
+from run_lib import folder
+from run_lib.settings import Settings
+
+STEPS = 500
+
+
+def resident_mb() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def open_files() -> int:
+    """Open file handles of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def settings(last: int) -> Settings:
+    """The digits run up to so many steps, evaluated on a part of the test set."""
+    config = importlib.import_module("configs.digits.vp").get_config()
+    config.training.update(n_iters=last, snapshot_freq=5 * STEPS, log_freq=20, eval_freq=100)
+    config.training.snapshot_freq_for_preemption = 100
+    config.eval.update(num_examples=64, batch_size=64, num_samples=64)
+    return Settings.from_config(config)
+
+
+def main() -> None:
+    """Run, report, and fail if something grows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    options = parser.parse_args()
+    logging.getLogger("fokker").setLevel(logging.INFO)
+    folder.LOG_BYTES = 100_000
+    cache = str(options.workdir.absolute().parent / ".compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    folder.log_to(options.workdir)
+    started, rows = time.monotonic(), []
+    with (options.workdir / "soak.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["minutes", "step", "resident_mb", "open_files"])
+        while (minutes := (time.monotonic() - started) / 60) < options.minutes:
+            now = settings(STEPS * (len(rows) + 1))
+            run_lib.train(now, options.workdir)
+            jax.clear_caches()  # as main.py between its modes
+            run_lib.evaluate(now, options.workdir, f"eval_{len(rows) % 10}")
+            jax.clear_caches()
+            gc.collect()
+            rows.append((round(minutes, 2), now.training.n_iters, resident_mb(), open_files()))
+            table.writerow(rows[-1])
+            file.flush()
+            print(*rows[-1], flush=True)
+    sys.exit(verdict(np.array(rows), len(list(options.workdir.glob("log.txt.*")))))
+
+
+def verdict(rows: np.ndarray, rotated: int) -> int:
+    """Print what has grown; 1 if it is too much."""
+    after = rows[len(rows) // 4 :]
+    tenth = max(len(after) // 10, 1)
+    growth = after[-tenth:, 2].mean() / after[:tenth, 2].mean() - 1
+    handles = int(after[-1, 3] - after[0, 3])
+    print(
+        f"{len(rows)} rounds, {rows[-1, 1]:.0f} steps: memory {growth:+.1%} after warm-up "
+        f"({after[0, 2]:.0f} to {after[-1, 2]:.0f} MB), open files {handles:+d}, "
+        f"{rotated} rotated logs"
+    )
+    return int(growth > 0.05 or handles > 0 or rotated == 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Microbatches, memory at the start, transfers, traces, and what may change between runs."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import datasets
+import run_lib
+from checkpoints import Checkpoints
+from losses import mean_loss
+from run_lib import build, folder, interruption, memory, parallel, training
+from run_lib.settings import Settings
+from tests import tiny
+from train_state import accumulated_gradient
+
+
+def gradients(numbers, dtype, **changes):
+    """Gradient and metrics of the same batch of 16 in so many microbatches."""
+    config = tiny.config()
+    config.training.update(changes)
+    settings = Settings.from_config(config)
+    dataset = datasets.load(settings.data)
+    loss = mean_loss(build.per_example_loss(settings, dataset, train=True))
+    batch = next(dataset.train_batches(batch_size=16, seed=0, first_step=0))
+    batch |= {"noise_id": np.arange(16, dtype=np.int32), "step": np.int32(3)}
+    params = build.score_model(settings).init(jax.random.key(0), dataset.shape)
+    params = jax.tree.map(lambda leaf: (leaf + 0.01).astype(dtype), params)
+    return [
+        jax.jit(accumulated_gradient(loss, n))(params, jax.random.key(5), batch) for n in numbers
+    ]
+
+
+ORDER_3 = {
+    "score_matching_order": 3, "third_order_form": "directional", "high_order_fraction": 0.5,
+    "alpha": 0.1, "fp_form": "advective", "fp_fraction": 0.5, "stratified": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, ORDER_3])
+def test_microbatches_give_the_gradient_of_the_whole_batch(changes) -> None:
+    whole, *parts = gradients((1, 2, 8), jnp.float32, **changes)
+    for part in parts:
+        for a, b in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(jnp.abs(b).max()) + 1e-8)
+
+
+def test_microbatches_in_float64() -> None:
+    with jax.enable_x64(True):
+        whole, parts = gradients((1, 4), jnp.float64, score_matching_order=2)
+    assert whole[0]["output"]["kernel"].dtype == jnp.float64
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * float(jnp.abs(b).max()) + 1e-14)
+
+
+def train(workdir: Path, **changes) -> list[dict]:
+    config = tiny.config()
+    config.training.update(changes)
+    run_lib.train(Settings.from_config(config), workdir)
+    return [r for r in folder.read_metrics(workdir) if r["split"] == "train"]
+
+
+def test_a_run_in_microbatches_is_the_same_run(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    parts = train(tmp_path / "parts", microbatch=8)
+    for a, b in zip(whole, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"microbatch": 5}, r"training.microbatch=5: need a divisor of training.batch_size=16"),
+        ({"microbatch": -1}, r"training.microbatch=-1: need a divisor"),
+        ({"microbatch": 2}, r"training.microbatch=2: must be a multiple of the 4 devices"),
+        ({"profile_steps": -1}, r"training.profile_steps=-1: need 0 or more"),
+        (
+            {"microbatch": 4, "score_matching_order": 2, "high_order_fraction": 0.5},
+            "a device has 1 examples; need a multiple of 2 for a fraction",
+        ),
+    ],
+)
+def test_microbatches_that_do_not_divide_are_refused(tmp_path: Path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, **changes)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_step_that_does_not_fit_says_what_would(tmp_path: Path, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", logger="fokker")
+    train(tmp_path, n_jitted_steps=1, n_iters=1)
+    said = re.search(r"a step takes (\S+) GiB of the (\S+) GiB of each device", caplog.text)
+    assert 0.0 <= float(said[1]) < float(said[2])
+    measured, needs = memory.needed, []
+    monkeypatch.setattr(memory, "needed", lambda program: needs.append(measured(program)))
+    train(tmp_path, n_jitted_steps=1, n_iters=2)  # XLA does not tell: nothing is refused
+    (need,) = needs
+    parameters = 4848 * 4
+    assert need.kept > 4 * parameters  # the state: parameters, average, two moments
+    assert need.temporary > parameters  # the gradient
+    monkeypatch.setattr(memory, "needed", measured)
+    monkeypatch.setattr(memory, "available", lambda: need.total - 1)
+    with pytest.raises(ValueError, match=r"a step takes .* of a device: training.microbatch"):
+        train(tmp_path / "small", n_jitted_steps=1)
+    assert folder.read_metrics(tmp_path / "small") == []
+
+
+class Program:
+    """A compiled step that needs 110 bytes and 1,000 per example."""
+
+    argument_size_in_bytes, output_size_in_bytes, alias_size_in_bytes = 100, 100, 90
+
+    def __init__(self, size: int) -> None:
+        self.temp_size_in_bytes = 1000 * size
+
+    def memory_analysis(self) -> "Program":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("limit", "advice", "compiled"),
+    [
+        (12_110, "training.microbatch=12 fits", [12]),
+        (8_500, "training.microbatch=8 fits", [8]),
+        (6_500, "training.microbatch=4 fits", [6, 4]),  # of 6 there is no half
+        (1_000, "training.microbatch alone does not help (tried [])", []),
+    ],
+)
+def test_advice_is_of_programs_that_were_compiled(limit, advice, compiled) -> None:
+    tried = []
+
+    def compile_with(size: int) -> Program:
+        tried.append(size)
+        if size == 6:
+            raise ValueError("no whole number of examples")
+        return Program(size)
+
+    need = memory.needed(Program(24))
+    assert need == (110, 24_000)
+    found = memory.microbatch_that_fits(need, 24, [2, 4, 6, 8, 12], compile_with, limit)
+    assert found.startswith(advice)
+    assert tried == compiled
+
+
+def test_advice_gives_up_after_a_few_compilations() -> None:
+    stubborn = lambda size: Program(24)  # noqa: E731
+    found = memory.microbatch_that_fits(
+        memory.needed(Program(24)), 24, [1, 2, 3, 4, 6, 8, 12], stubborn, 20_000
+    )
+    assert found == "training.microbatch alone does not help (tried [12, 8, 6])"
+
+
+def test_no_step_waits_for_a_transfer(tmp_path: Path) -> None:
+    """State, key and batches are on the devices, as the compiled step wants them."""
+    settings = Settings.from_config(tiny.config())
+    trainer = training.score_trainer(settings, datasets.load(settings.data), tmp_path)
+    for number, (_, batches) in enumerate(trainer.batches()):
+        if number:
+            with jax.transfer_guard("disallow"):
+                trainer.state, _ = trainer.step_fn(trainer.state, trainer.key, batches)
+        else:
+            trainer.state, _ = trainer.step_fn(trainer.state, trainer.key, batches)
+    trainer.checkpoints.close()
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):  # the guard works
+        with jax.transfer_guard("disallow"):
+            jnp.sin(np.ones(3)).block_until_ready()
+
+
+def test_the_state_is_donated(tmp_path: Path) -> None:
+    settings = Settings.from_config(tiny.config())
+    trainer = training.score_trainer(settings, datasets.load(settings.data), tmp_path)
+    before, (_, batches) = trainer.state, next(trainer.batches())
+    trainer.step_fn(before, trainer.key, batches)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    trainer.checkpoints.close()
+
+
+def test_a_trace_is_written_and_changes_nothing(tmp_path: Path) -> None:
+    plain = train(tmp_path / "plain", n_jitted_steps=1)
+    traced = train(tmp_path / "traced", n_jitted_steps=1, profile_steps=3)
+    assert [r["loss"] for r in traced] == [r["loss"] for r in plain]
+    assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
+    assert not (tmp_path / "plain" / "profile").exists()
+
+
+def state(workdir: Path, step: int):
+    checkpoints = Checkpoints(workdir)
+    try:
+        like = training.fresh_state(Settings.from_config(tiny.config()), (8, 8, 1))
+        return checkpoints.restore(step, jax.eval_shape(lambda: like))
+    finally:
+        checkpoints.close()
+
+
+def test_changed_fields_take_effect_on_resume(tmp_path: Path) -> None:
+    """Learning rate, moving average, batch size, steps per dispatch and microbatch."""
+    train(tmp_path, n_iters=10)
+    for number, (section, changes) in enumerate(
+        [
+            ("optim", {"lr": 1e-9}),
+            ("model", {"ema_rate": 0.0}),
+            ("training", {"batch_size": 8}),
+            ("training", {"n_jitted_steps": 1}),
+            ("training", {"microbatch": 8}),
+        ]
+    ):
+        config = tiny.config()
+        config.training.n_iters = 20
+        config[section].update(changes)
+        run = tmp_path / str(number)
+        run.mkdir()
+        for name in ("config.json", "metrics.jsonl"):
+            (run / name).write_bytes((tmp_path / name).read_bytes())
+        (run / "checkpoints").symlink_to(tmp_path / "checkpoints")
+        settings = Settings.from_config(config)
+        folder.reconcile(run, settings.resolved())
+        trainer = training.score_trainer(settings, datasets.load(settings.data), run)
+        begun = jax.tree.map(np.asarray, trainer.state)
+        _, batches = next(trainer.batches())
+        assert batches["mask"].shape[0] == (1 if "n_jitted_steps" in changes else 5)
+        assert batches["mask"].size // batches["mask"].shape[0] == changes.get("batch_size", 16)
+        after, _ = trainer.step_fn(trainer.state, trainer.key, batches)
+        moved = max(
+            float(np.abs(a - b).max())
+            for a, b in zip(*map(jax.tree.leaves, (begun.params, after.params)), strict=True)
+        )
+        assert (moved < 1e-7) == (changes == {"lr": 1e-9})
+        same = [
+            np.array_equal(a, b)
+            for a, b in zip(*map(jax.tree.leaves, (after.params, after.ema_params)), strict=True)
+        ]
+        assert all(same) == (changes == {"ema_rate": 0.0})
+        trainer.checkpoints.close()
+
+
+def test_one_process_agrees_with_itself_at_once() -> None:
+    agreement = interruption.Agreement()
+    assert [agreement(vote) for vote in (False, True, False)] == [False, True, False]
+
+
+def test_several_processes_agree_two_calls_later(monkeypatch) -> None:
+    agreement = interruption.Agreement()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement, "_any", lambda votes: votes.max())
+    votes = [False, True, False, False, False]
+    assert [agreement(vote) for vote in votes] == [False, False, False, True, False]
+
+
+def test_nothing_is_asked_without_a_main_program() -> None:
+    with interruption.saving() as asked:
+        assert not asked()
+
+
+def test_batches_are_split_before_they_are_asked_for() -> None:
+    batch = parallel.put({"x": np.arange(16.0).reshape(2, 8)}, axis=1)
+    assert batch["x"].shape == (2, 4, 2)
+    assert len(batch["x"].sharding.device_set) == 4
