@@ -70,7 +70,7 @@ def killed_training(workdir: str, checkpoints: int, seconds: float) -> None:
 def test_twenty_kills_change_no_bit_and_no_line(tmp_path: Path) -> None:
     run_lib.train(settings(n_iters=LAST), tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "run_lib"])
+    context.set_forkserver_preload(["tests.conftest", "run_lib", "sklearn.datasets"])
     rng, begun = np.random.default_rng(1), []
     for _ in range(20):
         arguments = [str(tmp_path / "killed"), int(rng.integers(1, 4)), rng.uniform(1e-4, 0.05)]

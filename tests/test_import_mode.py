@@ -42,10 +42,10 @@ def config(folder_of_data: Path, case: str = "mle_ddpmpp_vp"):
 
 @needs_fixtures
 def test_training_goes_on_from_a_published_checkpoint(tmp_path):
-    """20 steps: losses of the size that the moving average predicts; resumed bit for bit."""
+    """20 steps: losses of the size that the moving average predicts; imported or by init_from."""
     c, first = config(tmp_path), STEPS["mle_ddpmpp_vp"]
     c.training.init_from = str(FIXTURES / "mle_ddpmpp_vp" / CASES["mle_ddpmpp_vp"])
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole, direct = tmp_path / "whole", tmp_path / "direct"
     settings = Settings.from_config(c)
     training.import_checkpoint(settings, whole)
     trainer = training.score_trainer(settings, datasets.load(settings.data), whole)
@@ -56,11 +56,9 @@ def test_training_goes_on_from_a_published_checkpoint(tmp_path):
     assert len(losses) == 20
     assert np.isfinite(losses).all()
     assert 0.5 * predicted < np.mean(losses) < 2.0 * predicted
-    for last in (first + 10, first + 20):
-        c.training.n_iters = last
-        run_lib.train(Settings.from_config(c), halves)
-    like = training.fresh_state(settings, (16, 16, 3))
-    states = [Checkpoints(run).restore(first + 20, like) for run in (whole, halves)]
+    run_lib.train(settings, direct)
+    like = jax.eval_shape(lambda: training.fresh_state(settings, (16, 16, 3)))
+    states = [Checkpoints(run).restore(first + 20, like) for run in (whole, direct)]
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 

@@ -48,7 +48,7 @@ def test_ten_kills_lose_no_row_and_write_none_twice(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     run_lib.evaluate(settings(), tmp_path / "whole", "eval")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "run_lib"])
+    context.set_forkserver_preload(["tests.conftest", "run_lib", "sklearn.datasets"])
     rng, counts = np.random.default_rng(0), []
     for _ in range(KILLS):
         # Of 384 rows the next few, then a moment in the middle of whatever is going on.

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def few_trajectories(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of toy runs are drawn from fewer points."""
-    monkeypatch.setattr(figures, "POINTS", 200)
+    for name, value in (("POINTS", 24), ("STEPS", 10), ("STOPS", (5, 10))):
+        monkeypatch.setattr(figures, name, value)
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
