@@ -61,6 +61,7 @@ MODES = {
     "fid_stats": lambda settings, workdir: run_lib.fid_stats(settings),
     "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
 }
+OF_ONE_PROCESS = ("import", "diagnose")
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
 
@@ -98,6 +99,8 @@ def _run() -> None:
     modes, workdir = _modes(), Path(FLAGS.workdir).expanduser()
     distributed.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     interruption.watch()  # again: connecting takes the handlers
+    for mode in set(modes) & set(OF_ONE_PROCESS) if jax.process_count() > 1 else ():
+        raise ValueError(f"--mode={mode} runs in one process: start it once, without --coordinator")
     _keep_compiled(workdir)
     settings = Settings.from_config(FLAGS.config)
     if modes[0] in ("eval", "diagnose", "train_deq") and not workdir.is_dir():

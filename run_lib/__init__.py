@@ -2,6 +2,8 @@
 
 settings  sections of the config as frozen dataclasses      build     names and settings to objects
 parallel  the one place that maps over devices              folder    what a run folder holds
+distributed  how processes find each other                  interruption  signals: save, then end
+memory    what a compiled step needs, and what would fit    profiling  traces
 trainer   the loop of any training                          training  of the score network
 loading   which checkpoints, their parameters               dequantizer_training  of the dequantiser
 estimators  what is estimated of every example              evaluation_loop  rows of likelihoods
