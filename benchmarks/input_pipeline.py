@@ -41,7 +41,7 @@ def pixels(where: Path, **data: str) -> Settings:
     config.data.update(levels=256, random_flip=True, image_size=32, num_channels=3, **data)
     config.model.update(name="ddpm", nf=32, ch_mult=(1, 2), num_res_blocks=1, conditional=True)
     config.model.update(attn_resolutions=(8,), resamp_with_conv=True, dropout=0.1)
-    config.training.update(batch_size=32, n_iters=1_000_000, snapshot_sampling=False)
+    config.training.update(batch_size=16, n_iters=1_000_000, snapshot_sampling=False)
     return Settings.from_config(config)
 
 
@@ -65,8 +65,8 @@ def files(where: Path) -> Settings:
 
 CASES = {
     "digits, MLP": (digits_settings, 50),
-    "npz, U-Net": (archive, 15),
-    "PNG, U-Net": (files, 15),
+    "npz, U-Net": (archive, 6),
+    "PNG, U-Net": (files, 6),
 }
 
 
