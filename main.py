@@ -108,7 +108,7 @@ def _run() -> None:
     _log_start(workdir, modes)
     for mode in modes:
         MODES[mode](settings, workdir)
-        jax.clear_caches()  # programs of one mode are of no use to the next
+        memory.release()
 
 
 def main(argv: list[str]) -> None:

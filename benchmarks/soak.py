@@ -4,15 +4,16 @@
 
 Every round trains the digits network some steps further and evaluates the new checkpoint. The log
 rotates early, so that this is seen, too. Written: soak.csv, a row per round, and a verdict: growth
-of the resident memory after the first quarter, of open files, number of rotated logs.
+of the resident memory between rounds and of its peak after the first quarter, of open files, number
+of rotated logs.
 """
 
 import argparse
 import csv
-import gc
 import importlib
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,16 +22,16 @@ import jax
 import numpy as np
 
 import run_lib
-from run_lib import folder
+from run_lib import folder, memory
 from run_lib.settings import Settings
 
 STEPS = 500
 
 
-def resident_mb() -> float:
-    """Resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+def resident_mb(field: str = "VmRSS") -> float:
+    """Resident memory of this process; VmHWM: the most that it ever was."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1e3
 
 
 def open_files() -> int:
@@ -61,15 +62,15 @@ def main() -> None:
     started, rows = time.monotonic(), []
     with (options.workdir / "soak.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["minutes", "step", "resident_mb", "open_files"])
+        table.writerow(["minutes", "step", "resident_mb", "peak_mb", "open_files"])
         while (minutes := (time.monotonic() - started) / 60) < options.minutes:
             now = settings(STEPS * (len(rows) + 1))
             run_lib.train(now, options.workdir)
-            jax.clear_caches()  # as main.py between its modes
+            memory.release()  # as main.py between its modes
             run_lib.evaluate(now, options.workdir, f"eval_{len(rows) % 10}")
-            jax.clear_caches()
-            gc.collect()
-            rows.append((round(minutes, 2), now.training.n_iters, resident_mb(), open_files()))
+            memory.release()
+            memory_now = resident_mb(), resident_mb("VmHWM")
+            rows.append((round(minutes, 2), now.training.n_iters, *memory_now, open_files()))
             table.writerow(rows[-1])
             file.flush()
             print(*rows[-1], flush=True)
@@ -80,14 +81,15 @@ def verdict(rows: np.ndarray, rotated: int) -> int:
     """Print what has grown; 1 if it is too much."""
     after = rows[len(rows) // 4 :]
     tenth = max(len(after) // 10, 1)
-    growth = after[-tenth:, 2].mean() / after[:tenth, 2].mean() - 1
-    handles = int(after[-1, 3] - after[0, 3])
+    growth = after[-tenth:].mean(axis=0) / after[:tenth].mean(axis=0) - 1
+    handles = int(after[-1, 4] - after[0, 4])
     print(
-        f"{len(rows)} rounds, {rows[-1, 1]:.0f} steps: memory {growth:+.1%} after warm-up "
-        f"({after[0, 2]:.0f} to {after[-1, 2]:.0f} MB), open files {handles:+d}, "
+        f"{len(rows)} rounds, {rows[-1, 1]:.0f} steps; after warm-up: memory {growth[2]:+.1%} "
+        f"({after[0, 2]:.0f} to {after[-1, 2]:.0f} MB), its peak {growth[3]:+.1%} "
+        f"({after[0, 3]:.0f} to {after[-1, 3]:.0f} MB), open files {handles:+d}, "
         f"{rotated} rotated logs"
     )
-    return int(growth > 0.05 or handles > 0 or rotated == 0)
+    return int(max(growth[2:4]) > 0.05 or handles > 0 or rotated == 0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """What a compiled step needs of a device's memory, and what to do if that is not there."""
 
+import contextlib
+import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,6 +37,14 @@ def needed(compiled: Any) -> Need | None:
         return None
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return Need(kept, found.temp_size_in_bytes)
+
+
+def release() -> None:
+    """Between modes: drop compiled programs, and give the pages that they took back to the system."""
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def available() -> int | None:
