@@ -40,7 +40,7 @@ def needed(compiled: Any) -> Need | None:
 
 
 def release() -> None:
-    """Between modes: drop compiled programs, and give the pages that they took back to the system."""
+    """Between modes: drop compiled programs, and give their pages back to the system."""
     jax.clear_caches()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
