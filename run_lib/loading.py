@@ -24,6 +24,8 @@ def checkpoints_of(
 ) -> Iterator[tuple[int, Dataset, Any, Path]]:
     """(step, data, moving average of the parameters, folder of results) of every checkpoint.
 
+    The folder is this process's alone until the last one is done.
+
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
@@ -35,10 +37,11 @@ def checkpoints_of(
     parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
     dataset = datasets.load(settings.data)
     target = workdir / eval_folder
-    folder.write_json(target / "config.json", settings.resolved())
-    for wanted in steps or [None]:
-        state = load_state(settings, dataset, workdir, wanted)
-        yield int(state.step), dataset, state.ema_params, target
+    with folder.alone(target):
+        folder.write_json(target / "config.json", settings.resolved())
+        for wanted in steps or [None]:
+            state = load_state(settings, dataset, workdir, wanted)
+            yield int(state.step), dataset, state.ema_params, target
 
 
 def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:

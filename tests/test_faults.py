@@ -224,8 +224,11 @@ def test_a_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path} is in use by process {os.getpid()} on " in said
     assert not (tmp_path / "checkpoints").exists()
     run_lib.train(settings(n_iters=5), tmp_path)
+    with folder.alone(tmp_path):  # evaluation and training may run side by side
+        run_lib.evaluate(settings(), tmp_path, "eval")
     with folder.alone(tmp_path / "eval"), pytest.raises(ValueError, match="is in use by process"):
-        folder.alone(tmp_path / "eval").__enter__()
+        run_lib.evaluate(settings(), tmp_path, "eval")
+    run_lib.evaluate(settings(), tmp_path, "eval")
 
 
 def test_clock_locale_and_a_read_only_data_folder_do_not_matter(tmp_path: Path) -> None:
