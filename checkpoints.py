@@ -23,6 +23,13 @@ MARGIN = 1_000_000  # bytes beside a checkpoint: metrics, log
 NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)  # of devices, or of another process
 
 
+LOST = ("DEADLINE_EXCEEDED", "barrier", "Barrier", "UNAVAILABLE", "coordination service")
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run did not come to a checkpoint that all write."""
+
+
 class DamagedError(ValueError):
     """A checkpoint cannot be read back."""
 
@@ -65,10 +72,15 @@ class Checkpoints:
         except NOT_OF_FILES:
             raise
         except Exception as error:
+            if jax.process_count() > 1 and any(word in str(error) for word in LOST):
+                raise LostProcessError(str(error)) from error
             raise self._not_written(error) from error
 
     def _check_space(self, state: TrainState) -> None:
-        """Before anything is written: libraries tell a full disk by hundreds of lines."""
+        """Before anything is written: libraries tell a full disk by hundreds of lines.
+
+        Twice the state, since Orbax holds the parts of each process beside the whole for a while.
+        """
         need = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + MARGIN
         free = shutil.disk_usage(self.directory).free
         if free < need:
@@ -82,6 +94,8 @@ class Checkpoints:
         except NOT_OF_FILES:
             raise
         except Exception as error:
+            if jax.process_count() > 1 and any(word in str(error) for word in LOST):
+                raise LostProcessError(str(error)) from error
             raise self._not_written(error) from error
 
     def _not_written(self, error: Exception) -> OSError:
@@ -129,6 +143,8 @@ class Checkpoints:
     def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         try:
             return _shapes(self._manager.item_metadata(step).tree)
+        except NOT_OF_FILES:
+            raise
         except Exception as error:
             raise self._damaged(step, error) from error
 

@@ -8,8 +8,9 @@ Every field of the config can be changed on the command line, e.g. --config.trai
 --config.training.likelihood_weighting=True --config.eval.num_repeats=5; configs/base.py lists all
 fields. A run continues where it was when it is started again with the same --workdir.
 
-Exit codes: 0 done; 2 a mistake in command, config or data; 3 another process of the run is gone;
-75 stopped by SIGTERM or SIGINT, everything saved, to be started again.
+Exit codes: 0 done; 2 a mistake in command, config or data, or no room for it; 3 another process of
+the run is gone (134 if it was process 0); 75 stopped by SIGTERM or SIGINT, everything saved, to be
+started again.
 """
 
 import logging
@@ -22,6 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import run_lib
+from checkpoints import LostProcessError
 from run_lib import distributed, folder, interruption, memory, parallel
 from run_lib.settings import Settings, choose
 
@@ -129,13 +131,13 @@ def main(argv: list[str]) -> None:
     except interruption.Interrupted as stop:
         logger.warning("%s", stop)
         sys.exit(interruption.EXIT_INTERRUPTED)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, LostProcessError) as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             first_line = str(error).splitlines()[0]
             _fail(f"{first_line}. What saves memory: {memory.LEVERS}", EXIT_USER_ERROR)
         if jax.process_count() == 1:
             raise
-        _fail(f"another process of this run is gone: {error}", EXIT_PEER_GONE)
+        _fail(f"another process of this run is gone, or: {error}", EXIT_PEER_GONE)
 
 
 def _fail(message: str, code: int) -> None:

@@ -172,10 +172,11 @@ def load_dequantizer(
     )
     checkpoints = Checkpoints(target)
     try:
-        found = checkpoints.restore(steps[-1], _shapes(settings, dataset.shape)).ema_params
+        state = checkpoints.read_latest(_shapes(settings, dataset.shape))
     finally:
         checkpoints.close()
-    return found, f"{deq_folder} step {steps[-1]} {_fingerprint(found)}"
+    found = state.ema_params
+    return found, f"{deq_folder} step {int(state.step)} {_fingerprint(found)}"
 
 
 def _fingerprint(params: Any) -> str:

@@ -126,7 +126,16 @@ def plain_name(name: str, flag: str, taken: tuple[str, ...] = ()) -> str:
     Raises:
         ValueError: it is a path, or taken.
     """
-    own = ("checkpoints", "checkpoints-meta", "samples", "tensorboard", *taken)
+    own = (
+        "checkpoints",
+        "checkpoints-meta",
+        "checkpoints-damaged",
+        "samples",
+        "tensorboard",
+        "profile",
+        "lock",
+        *taken,
+    )
     if Path(name).name != name or name in ("", "..", *own):
         raise ValueError(f"{flag}={name!r}: need the plain name of a folder, other than {own}")
     return name
@@ -227,6 +236,9 @@ def log_to(workdir: Path) -> None:
 
 class NoMetrics:
     """Where another process writes them."""
+
+    def __init__(self, workdir: Path, first_step: int) -> None:
+        """As of those that are written."""
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Nothing."""

@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT: what is under way is saved, and the process ends with a code of its own.
 
-Everything outside a training step is safe to end at any moment (rows, samples and checkpoints are
-written whole), so there a signal ends the process at once. Training asks for time to save by
-`saving()`. A second signal ends the process at once, too.
+Outside training everything is safe to end at any moment (rows, samples and checkpoints are written
+whole), so there a signal ends the process at once. Training asks for time to save by `saving()`: a
+step, or a snapshot beside it, may take GRACE_S more. A second signal ends the process at once, too.
 """
 
 import logging
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
@@ -59,7 +59,7 @@ class _Watch:
 
     def _wait(self) -> None:
         if not self.saved.wait(GRACE_S):
-            _end(f"no step has ended in {GRACE_S:.0f} s: stopped without saving; {AGAIN}")
+            _end(f"no step has ended within {GRACE_S:.0f} s: stopped without saving; {AGAIN}")
 
 
 _watch: _Watch | None = None
@@ -82,32 +82,51 @@ def _end(message: str) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-@contextmanager
-def saving() -> Iterator[Callable[[], bool]]:
-    """A block that saves when it is asked to stop, which the yielded function tells.
+class Stop:
+    """Whether to stop, asked at every step of a block that saves."""
 
-    It has to be called at every step. All processes hear of it at the same step.
+    def __init__(self) -> None:
+        self._agreement = Agreement()
+
+    def asked(self) -> bool:
+        """To be called after every dispatch; all processes hear of it at the same one."""
+        stop = self._agreement(self._requested())
+        if stop:
+            self.steps_are_over()
+        return stop
+
+    def steps_are_over(self) -> None:
+        """What is written from now on takes as long as it takes."""
+        if _watch is not None:
+            _watch.saved.set()
+
+    def in_the_end(self) -> bool:
+        """What all processes together say after the last step."""
+        return self._agreement.now(self._requested())
+
+    def _requested(self) -> bool:
+        return _watch is not None and _watch.requested.is_set()
+
+
+@contextmanager
+def saving() -> Iterator[Stop]:
+    """A block that saves when it is asked to stop.
 
     Raises:
         Interrupted: at the end of the block, if so.
     """
-    watch, agreement, agreed = _watch, Agreement(), False
-
-    def asked() -> bool:
-        nonlocal agreed
-        agreed = agreement(watch is not None and watch.requested.is_set())
-        if agreed and watch is not None:
-            watch.saved.set()  # what is saved now takes as long as it takes
-        return agreed
-
-    if watch is not None:
-        watch.can_save = True
+    stop = Stop()
+    if _watch is not None:
+        _watch.saved.clear()
+        _watch.can_save = True
     try:
-        yield asked
+        yield stop
+        interrupted = stop.in_the_end()
     finally:
-        if watch is not None:
-            watch.can_save = False
-    if agreed or (watch is not None and watch.requested.is_set()):
+        stop.steps_are_over()
+        if _watch is not None:
+            _watch.can_save = False
+    if interrupted:
         raise Interrupted(f"stopped and saved; {AGAIN}")
 
 
@@ -130,5 +149,12 @@ class Agreement:
         """What any of them said two calls ago."""
         if jax.process_count() == 1:
             return vote
-        self._votes.append(self._any(np.full(jax.local_device_count(), vote, np.int32)))
+        self._votes.append(self._cast(vote))
         return len(self._votes) > self.DELAY and bool(self._votes.popleft())
+
+    def now(self, vote: bool) -> bool:
+        """What any of them says now; waits for all."""
+        return vote if jax.process_count() == 1 else bool(self._cast(vote))
+
+    def _cast(self, vote: bool) -> jax.Array:
+        return self._any(np.full(jax.local_device_count(), vote, np.int32))

@@ -30,6 +30,8 @@ class Profile:
 
     def close(self) -> None:
         """Write what has been traced."""
+        if self._until is None and self.num_steps:
+            logger.warning("no trace: training ended before dispatch %d", FIRST_DISPATCH)
         if self._until is not None:
             self._until, self.num_steps = None, 0
             jax.profiler.stop_trace()

@@ -1,5 +1,6 @@
 """The loop of any training: data, steps, metrics, checkpoints; resumes where it was."""
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -90,31 +91,34 @@ class Trainer:
             Interrupted: the process was asked to stop; the state is saved.
             FloatingPointError: a value was not finite.
         """
-        with interruption.saving() as asked_to_stop:
-            workdir, started = self.checkpoints.directory.parent, False
-            first_only = parallel.is_first()
-            writer = folder.MetricsWriter(workdir, self.step) if first_only else folder.NoMetrics()
-            profile = Profile(workdir / "profile", self.settings.training.profile_steps)
-            progress = Progress(self.step, self.task.n_iters, "step")
-            try:
-                for first, batches in self.batches():
-                    arguments = (self.state, self.key, batches, *self.task.frozen)
-                    if not started:
-                        self.check_memory(arguments)
-                    started = True
-                    self.state, metrics = self.step_fn(*arguments)
-                    self.step = first + len(batches["mask"])
-                    self.metrics.add(first, metrics)
-                    self.events(writer, progress)
-                    profile.after(self.step, self.state)
-                    if asked_to_stop():
-                        self.save()
-                        break
-            finally:
-                profile.close()
-                progress.close()
-                writer.close()
-                self.checkpoints.close()
+        workdir, started = self.checkpoints.directory.parent, False
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(interruption.saving())
+            stack.callback(self.checkpoints.close)
+            progress = stack.enter_context(
+                contextlib.closing(Progress(self.step, self.task.n_iters, "step"))
+            )
+            make = folder.MetricsWriter if parallel.is_first() else folder.NoMetrics
+            writer = stack.enter_context(contextlib.closing(make(workdir, self.step)))
+            profile = stack.enter_context(
+                contextlib.closing(
+                    Profile(workdir / "profile", self.settings.training.profile_steps)
+                )
+            )
+            stack.callback(stop.steps_are_over)
+            for first, batches in self.batches():
+                arguments = (self.state, self.key, batches, *self.task.frozen)
+                if not started:
+                    self.check_memory(arguments)
+                started = True
+                self.state, metrics = self.step_fn(*arguments)
+                self.step = first + len(batches["mask"])
+                self.metrics.add(first, metrics)
+                self.events(writer, progress)
+                profile.after(self.step, self.state)
+                if stop.asked():
+                    self.save()
+                    break
 
     def check_memory(self, arguments: tuple[Any, ...]) -> None:
         """Compile the step, say what it needs, and refuse what the devices do not have."""

@@ -182,7 +182,7 @@ def _latest_of(run: Path, like: TrainState) -> TrainState:
         steps = others.steps()
         if not steps:
             raise ValueError(f"training.init_from={str(run)!r}: the folder has no checkpoint")
-        return others.restore_latest(like)
+        return others.read_latest(like)
     finally:
         others.close()
 

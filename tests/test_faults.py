@@ -7,6 +7,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -104,9 +106,8 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(tmp_path: Path, number: 
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    asked = time.monotonic()
-    (said,) = finish([process], code=STOPPED, timeout=30)
-    assert time.monotonic() - asked < 30
+    (said,) = finish([process], code=STOPPED)
+    assert "without saving" not in said  # which would come after 25 s
     assert f"{signal.Signals(number).name}: saving after the step under way" in said
     assert "stopped and saved; the same command continues" in said
     (step,) = steps_of(tmp_path)
@@ -122,13 +123,61 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(tmp_path: Path, number: 
     )
 
 
+SIGNALS_SCRIPT = """
+import logging, sys, time
+from run_lib import interruption
+logging.basicConfig()
+interruption.GRACE_S = 1.0
+interruption.watch()
+if sys.argv[1] == "outside":
+    print("ready", flush=True)
+    time.sleep(60)
+try:
+    with interruption.saving() as stop:
+        if sys.argv[1] == "closing":
+            stop.steps_are_over()
+        print("ready", flush=True)
+        time.sleep(3 if sys.argv[1] == "closing" else 60)
+except interruption.Interrupted as error:
+    print(error)
+    sys.exit(interruption.EXIT_INTERRUPTED)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "signals", "message"),
+    [
+        ("outside", 1, "SIGTERM: stopped; the same command continues"),
+        ("stuck", 1, "no step has ended within 1 s: stopped without saving"),
+        ("stuck", 2, "SIGTERM again: stopped without saving"),
+        ("closing", 1, "stopped and saved"),
+    ],
+)
+def test_signals_where_no_step_is_under_way(case: str, signals: int, message: str) -> None:
+    command = [sys.executable, "-c", SIGNALS_SCRIPT, case]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.stdout.readline() != "ready\n":
+        assert process.poll() is None
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    said, _ = process.communicate(timeout=50)
+    assert process.returncode == STOPPED, said
+    assert message in said
+    assert ("without saving" in said) == (case == "stuck")
+
+
 def test_all_processes_stop_at_the_same_step(tmp_path: Path) -> None:
     arguments = [CONFIG, f"--workdir={tmp_path}", *ENDLESS]
     processes = start_together(arguments)
     wait_for_step(tmp_path, 10)
     processes[1].send_signal(signal.SIGTERM)
-    said = finish(processes, code=STOPPED, timeout=60)
+    said = finish(processes, code=STOPPED)
     assert all("stopped and saved" in text for text in said)
+    assert "another process" not in "".join(said)
+    state_of(tmp_path, steps_of(tmp_path)[-1], settings())
 
 
 def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
@@ -136,8 +185,9 @@ def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
     wait_for_step(tmp_path, 10)
     processes[1].kill()
     said, _ = processes[0].communicate(timeout=120)
-    assert processes[0].returncode not in (0, None), said
-    assert "another process of this run is gone" in said
+    assert processes[0].returncode in (3, -signal.SIGABRT), said  # by itself, or by JAX's service
+    if processes[0].returncode == 3:
+        assert "another process of this run is gone" in said
     processes[1].communicate()
     # What it left behind is a run folder like any other.
     last = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*") if p.name.isdigit())

@@ -251,8 +251,8 @@ def test_several_processes_agree_two_calls_later(monkeypatch) -> None:
 
 
 def test_nothing_is_asked_without_a_main_program() -> None:
-    with interruption.saving() as asked:
-        assert not asked()
+    with interruption.saving() as stop:
+        assert not stop.asked()
 
 
 def test_batches_are_split_before_they_are_asked_for() -> None:
