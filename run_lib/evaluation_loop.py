@@ -130,7 +130,7 @@ def fill_rows(
     }
     timed = _timed(estimator.function)
     number = _number(settings, dataset)
-    total = config.num_repeats * number // parallel.host().count
+    total = -(-config.num_repeats * number // parallel.host().count)  # of the one with most
 
     def there() -> list[Row]:
         rows = records.select(**identity)
