@@ -123,6 +123,7 @@ def main(argv: list[str]) -> None:
     # Orbax tells failed writes twice, once from its thread with a traceback.
     threads = logging.getLogger("absl")
     threads.addFilter(lambda record: "_SignalingThread" not in record.getMessage())
+    memory.one_arena()
     interruption.watch()
     try:
         _run()

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
     options = parser.parse_args()
+    memory.one_arena()  # as main.py
     logging.getLogger("fokker").setLevel(logging.INFO)
     folder.LOG_BYTES = 100_000
     cache = str(options.workdir.absolute().parent / ".compilation_cache")
