@@ -107,7 +107,7 @@ class Fresh:
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, computed two ahead in a thread that ends with this generator."""
-    pool, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead"), object()
+    pool, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch"), object()
     try:
         waiting = collections.deque(pool.submit(next, items, end) for _ in range(2))
         while (ready := waiting.popleft().result()) is not end:

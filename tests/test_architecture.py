@@ -22,10 +22,10 @@ LEVELS = {
     "run_lib": 8, "main": 9,
 }  # fmt: skip
 RUN_LIB = {
-    "settings": 0, "folder": 0, "quality": 1, "build": 1, "parallel": 2, "report": 2,
-    "estimators": 2, "sampling_loop": 3, "figures": 3, "loading": 3, "trainer": 3, "training": 4,
-    "quality_loop": 4, "dequantizer_training": 5, "evaluation_loop": 6, "diagnosis_loop": 7,
-    "__init__": 8,
+    "settings": 0, "memory": 0, "profiling": 0, "build": 1, "distributed": 1, "parallel": 2,
+    "estimators": 2, "folder": 3, "interruption": 3, "quality": 4, "sampling_loop": 4,
+    "figures": 4, "loading": 4, "trainer": 4, "report": 5, "training": 6, "quality_loop": 6,
+    "dequantizer_training": 7, "evaluation_loop": 8, "diagnosis_loop": 9, "__init__": 10,
 }  # fmt: skip
 
 

@@ -353,7 +353,7 @@ def test_two_batches_are_computed_ahead_and_an_error_comes_out_at_its_own_batch(
         computed.release()
         return 6 // (3 - step)
 
-    stream = streams._prefetch(batch, itertools.count())
+    stream = streams.ahead(map(batch, itertools.count()))
     assert steps == []
     assert next(stream) == 2
     assert all(computed.acquire(timeout=5) for _ in range(3))

