@@ -8,6 +8,8 @@ when training goes on from the one before it.
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +63,15 @@ class Checkpoints:
 
         Raises:
             OSError: this write, or the one before, failed; the earlier checkpoints are whole.
+            LostProcessError: another process did not come to it.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         self._wait()
         self._check_space(state)
-        try:
+        with self._writing():
             self._manager.save(step, args=ocp.args.StandardSave(state))
-        except NOT_OF_FILES:
-            raise
-        except Exception as error:
-            if jax.process_count() > 1 and any(word in str(error) for word in LOST):
-                raise LostProcessError(str(error)) from error
-            raise self._not_written(error) from error
 
     def _check_space(self, state: TrainState) -> None:
         """Before anything is written: libraries tell a full disk by hundreds of lines.
@@ -89,8 +86,14 @@ class Checkpoints:
             )
 
     def _wait(self) -> None:
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A block that names what went wrong with a write."""
+        try:
+            yield
         except NOT_OF_FILES:
             raise
         except Exception as error:

@@ -121,12 +121,11 @@ def saving() -> Iterator[Stop]:
         _watch.can_save = True
     try:
         yield stop
-        interrupted = stop.in_the_end()
     finally:
         stop.steps_are_over()
         if _watch is not None:
             _watch.can_save = False
-    if interrupted:
+    if stop.in_the_end():  # asked last, so that no signal is lost between the question and the end
         raise Interrupted(f"stopped and saved; {AGAIN}")
 
 
