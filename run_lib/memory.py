@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,8 +52,13 @@ def one_arena() -> None:
 
 
 def release() -> None:
-    """Between modes: drop compiled programs, and give their pages back to the system."""
+    """Between modes: drop compiled programs, and give their pages back to the system.
+
+    jax.clear_caches forgets one cache, whose keys hold the vector field of every ODE ever compiled.
+    """
     jax.clear_caches()
+    with contextlib.suppress(ImportError, AttributeError):  # private: another JAX may not have it
+        importlib.import_module("jax._src.api_util").donation_vector.cache_clear()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)

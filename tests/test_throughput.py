@@ -1,5 +1,6 @@
 """Microbatches, memory at the start, transfers, traces, and what may change between runs."""
 
+import gc
 import re
 from pathlib import Path
 
@@ -259,3 +260,18 @@ def test_batches_are_split_before_they_are_asked_for() -> None:
     batch = parallel.put({"x": np.arange(16.0).reshape(2, 8)}, axis=1)
     assert batch["x"].shape == (2, 4, 2)
     assert len(batch["x"].sharding.device_set) == 4
+
+
+@pytest.mark.slow
+def test_nothing_of_a_run_outlives_it(tmp_path: Path) -> None:
+    objects = []
+    for steps in (10, 20, 30):
+        config = tiny.config()
+        config.training.n_iters = steps
+        config.eval.update(num_examples=8, batch_size=8, enable_sampling=False)
+        run_lib.train(Settings.from_config(config), tmp_path)
+        run_lib.evaluate(Settings.from_config(config), tmp_path, "eval")
+        memory.release()
+        objects.append(len(gc.get_objects()))
+    # One traced ODE alone is thousands; the rest is what TensorStore never gives back.
+    assert objects[2] - objects[1] < 600
