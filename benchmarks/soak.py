@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     memory.one_arena()  # as main.py
     logging.getLogger("fokker").setLevel(logging.INFO)
-    folder.LOG_BYTES = 100_000
+    folder.LOG_BYTES = 40_000
     cache = str(options.workdir.absolute().parent / ".compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
     folder.log_to(options.workdir)
