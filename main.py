@@ -9,8 +9,7 @@ Every field of the config can be changed on the command line, e.g. --config.trai
 fields. A run continues where it was when it is started again with the same --workdir.
 
 Exit codes: 0 done; 2 a mistake in command, config or data, or no room for it; 3 another process of
-the run is gone (134 if it was process 0); 75 stopped by SIGTERM or SIGINT, everything saved, to be
-started again.
+the run is gone (134 where JAX ends this one); 75 stopped by SIGTERM or SIGINT, to be started again.
 """
 
 import logging
@@ -66,6 +65,7 @@ MODES = {
 OF_ONE_PROCESS = ("import", "diagnose")
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
+EXIT_BUG = 1
 
 
 def _modes() -> list[str]:
@@ -139,6 +139,11 @@ def main(argv: list[str]) -> None:
         if jax.process_count() == 1:
             raise
         _fail(f"another process of this run is gone, or: {error}", EXIT_PEER_GONE)
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        logger.exception("not expected")  # a mistake of the program
+        _fail(repr(error), EXIT_BUG)
 
 
 def _fail(message: str, code: int) -> None:

@@ -12,6 +12,7 @@ from run_lib.settings import require
 logger = logging.getLogger("fokker")
 # Number of processes of this launch, as the launchers tell it.
 LAUNCHERS = {"Slurm": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
+ADDRESS_OF_OPEN_MPI = "OMPI_MCA_orte_hnp_uri"  # told by versions up to 4; by this JAX finds it
 CONNECT_S = 300  # until all processes must have come
 SILENCE_S = 60  # after which a process counts as dead, and all others end
 
@@ -48,8 +49,11 @@ def _launcher() -> str:
     """What has started several processes; empty where this one is alone."""
     for name, variable in LAUNCHERS.items():
         if int(os.environ.get(variable, "1")) > 1:
+            if name == "Open MPI" and ADDRESS_OF_OPEN_MPI not in os.environ:
+                raise ValueError("Open MPI 5 tells no address: pass --coordinator=HOST:PORT")
             return name
-    on_tpu = importlib.util.find_spec("libtpu") and os.path.exists("/dev/accel0")
+    devices = ("/dev/accel0", "/dev/vfio/0")  # of older and newer generations
+    on_tpu = importlib.util.find_spec("libtpu") and any(map(os.path.exists, devices))
     several = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return "Cloud TPU" if on_tpu or several else ""
 

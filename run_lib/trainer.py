@@ -278,7 +278,8 @@ class Progress:
 
     def __init__(self, first: int, last: int, unit: str) -> None:
         self.step, self.last, self.unit = first, last, unit
-        self.bar = tqdm(total=last, initial=first, unit=unit) if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and parallel.is_first()
+        self.bar = tqdm(total=last, initial=first, unit=unit) if shown else None
         self.spoken = time.monotonic()
 
     def update(self, step: int, values: dict[str, float]) -> None:

@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax
 import pytest
 
+from tests import processes
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -22,6 +24,13 @@ def x64() -> Iterator[None]:
     """Float64 arithmetic with strict dtype promotion, for tests against closed forms."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays() -> Iterator[None]:
+    """An endless run of a test that failed would slow down all that follow."""
+    yield
+    processes.end_all()
 
 
 @pytest.fixture(autouse=True, scope="module")

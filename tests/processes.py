@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STARTED: list[subprocess.Popen] = []
 
 
 def start(
@@ -14,10 +15,18 @@ def start(
 ) -> subprocess.Popen:
     """One process of `main.py` on so many CPU devices."""
     variables = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | (environment or {})
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *arguments],
         env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+def end_all() -> None:
+    """What a failed test has left running."""
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def free_port() -> int:

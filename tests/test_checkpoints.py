@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import train_state
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, DamagedError, MisfitError
 from train_state import OptimizerConfig, TrainState
 
 OPTIMIZER = OptimizerConfig("Adam", 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, 1.0, "cosine").chain(100)
@@ -74,6 +74,12 @@ def test_opening_deletes_nothing(tmp_path):
     kept = saved_steps(tmp_path, [0, 10, 20, 30], keep_every=10)
     assert kept == [0, 10, 20, 30]
     assert saved_steps(tmp_path, []) == kept
+
+
+def test_what_was_kept_stays_whatever_the_period_is_now(tmp_path):
+    kept = saved_steps(tmp_path, range(0, 60, 5), keep_every=10)
+    assert kept == [0, 10, 20, 30, 40, 50, 55]
+    assert saved_steps(tmp_path, [60, 65], keep_every=1000) == [0, 10, 20, 30, 40, 60, 65]
 
 
 def test_saving_a_step_again_changes_nothing(tmp_path):
@@ -163,7 +169,38 @@ def test_missing_step_is_refused_with_what_there_is(saved):
     ids=["transposed", "larger", "leaf too many", "leaf missing"],
 )
 def test_state_that_does_not_fit_is_refused_with_its_leaves(saved, like, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MisfitError, match=message):
         saved.restore(5, like)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MisfitError, match=message):
         saved.restore(5, jax.eval_shape(lambda: like))
+
+
+def test_another_network_is_not_a_damage_to_pass_over(tmp_path):
+    saved_steps(tmp_path, [5])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(7, shape=(4, 2)))
+    with pytest.raises(MisfitError):
+        checkpoints.restore_latest(state_of())
+    checkpoints.close()
+    assert not (tmp_path / "checkpoints-damaged").exists()
+
+
+def test_shapes_that_orbax_has_not_written_down_are_asked_for(saved, monkeypatch):
+    """TensorStore is asked only then."""
+    asked, ask = [], saved._manager.item_metadata
+    monkeypatch.setattr(saved._manager, "item_metadata", lambda n: asked.append(n) or ask(n))
+    assert_same(saved.restore(5, state_of()), state_of(5, seed=5))
+    assert asked == []
+    path = saved.directory / "5" / "default" / "_METADATA"
+    path.write_text(path.read_text().replace("write_shape", "shape"))
+    assert_same(saved.restore(5, state_of()), state_of(5, seed=5))
+    assert asked == [5]
+
+
+@pytest.mark.parametrize("part", ["default/_METADATA", "default/d", "default/manifest.ocdbt"])
+def test_damage_of_any_part_is_damage(saved, part):
+    path = saved.directory / "5" / part
+    for file in [path] if path.is_file() else path.iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DamagedError, match="5 cannot be read: "):
+        saved.restore(5, state_of())

@@ -127,7 +127,7 @@ SIGNALS_SCRIPT = """
 import logging, sys, time
 from run_lib import interruption
 logging.basicConfig()
-interruption.GRACE_S = 1.0
+interruption.GRACE_S = float(sys.argv[2])
 interruption.watch()
 if sys.argv[1] == "outside":
     print("ready", flush=True)
@@ -154,7 +154,8 @@ except interruption.Interrupted as error:
     ],
 )
 def test_signals_where_no_step_is_under_way(case: str, signals: int, message: str) -> None:
-    command = [sys.executable, "-c", SIGNALS_SCRIPT, case]
+    grace = 1.0 if signals == 1 else 60.0
+    command = [sys.executable, "-c", SIGNALS_SCRIPT, case, str(grace)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -49,6 +49,17 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(changes, number: int)
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(jnp.abs(b).max()) + 1e-8)
 
 
+def test_the_parts_are_taken_in_turn() -> None:
+    """Of a loss that tells the size of what it sees."""
+
+    def loss(params, rng, batch):
+        return params * jnp.mean(batch["x"]), {"rows": jnp.float32(len(batch["x"]))}
+
+    batch = {"x": jnp.arange(16.0), "step": jnp.int32(0)}
+    gradient, metrics = accumulated_gradient(loss, 4)(jnp.float32(2), jax.random.key(0), batch)
+    assert (float(gradient), float(metrics["rows"])) == (7.5, 4)
+
+
 def test_microbatches_in_float64() -> None:
     with jax.enable_x64(True):
         whole, parts = gradients((1, 4), jnp.float64, score_matching_order=2)
