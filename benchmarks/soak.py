@@ -28,8 +28,11 @@ from run_lib.settings import Settings
 STEPS = 500
 
 
-def resident_mb(field: str = "VmRSS") -> float:
-    """Resident memory of this process; VmHWM: the most that it ever was."""
+def resident_mb(field: str = "RssAnon") -> float:
+    """Memory of this process without pages of files, which the system drops and reads at will.
+
+    VmHWM: the most that it ever was, pages of files and all.
+    """
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1e3
 
