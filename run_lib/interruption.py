@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from run_lib import parallel
 logger = logging.getLogger("fokker")
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
 GRACE_S = 25.0  # for the step under way to end
+SAME_S = 0.5  # within which a signal is the one before: `timeout` and batch systems send it twice
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN = "the same command continues from the last checkpoint, row or sample"
 
@@ -37,6 +39,7 @@ class _Watch:
         self.requested = threading.Event()
         self.saved = threading.Event()
         self.can_save = False
+        self._heard_at = 0.0
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -52,8 +55,11 @@ class _Watch:
         if not self.can_save:
             _end(f"{name}: stopped; {AGAIN}")
         if self.requested.is_set():
+            if time.monotonic() - self._heard_at < SAME_S:
+                return
             _end(f"{name} again: stopped without saving; {AGAIN}")
         logger.warning("%s: saving after the step under way, then the end", name)
+        self._heard_at = time.monotonic()
         self.requested.set()
         threading.Thread(target=self._wait, daemon=True, name="grace").start()
 

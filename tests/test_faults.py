@@ -145,25 +145,26 @@ except interruption.Interrupted as error:
 
 
 @pytest.mark.parametrize(
-    ("case", "signals", "message"),
+    ("case", "pauses", "grace", "message"),
     [
-        ("outside", 1, "SIGTERM: stopped; the same command continues"),
-        ("stuck", 1, "no step has ended within 1 s: stopped without saving"),
-        ("stuck", 2, "SIGTERM again: stopped without saving"),
-        ("closing", 1, "stopped and saved"),
+        ("outside", [0], 60, "SIGTERM: stopped; the same command continues"),
+        ("stuck", [0], 1, "no step has ended within 1 s: stopped without saving"),
+        ("stuck", [2, 0], 60, "SIGTERM again: stopped without saving"),
+        ("stuck", [0.01, 0], 1, "no step has ended within 1 s: stopped without saving"),
+        ("closing", [0], 1, "stopped and saved"),
     ],
+    ids=["outside", "stuck", "again", "sent twice", "closing"],
 )
-def test_signals_where_no_step_is_under_way(case: str, signals: int, message: str) -> None:
-    grace = 1.0 if signals == 1 else 60.0
+def test_signals_where_no_step_is_under_way(case, pauses: list, grace, message: str) -> None:
     command = [sys.executable, "-c", SIGNALS_SCRIPT, case, str(grace)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     while process.stdout.readline() != "ready\n":
         assert process.poll() is None
-    for _ in range(signals):
+    for pause in pauses:
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(pause)
     said, _ = process.communicate(timeout=50)
     assert process.returncode == STOPPED, said
     assert message in said
