@@ -25,7 +25,7 @@ import run_lib
 from run_lib import folder, memory
 from run_lib.settings import Settings
 
-STEPS = 500
+STEPS = 2000  # as often as the config saves
 
 
 def resident_mb(field: str = "RssAnon") -> float:
@@ -45,8 +45,7 @@ def open_files() -> int:
 def settings(last: int) -> Settings:
     """The digits run up to so many steps, evaluated on a part of the test set."""
     config = importlib.import_module("configs.digits.vp").get_config()
-    config.training.update(n_iters=last, snapshot_freq=5 * STEPS, log_freq=20, eval_freq=100)
-    config.training.snapshot_freq_for_preemption = 100
+    config.training.update(n_iters=last, log_freq=20, eval_freq=100)
     config.eval.update(num_examples=64, batch_size=64, num_samples=64)
     return Settings.from_config(config)
 
