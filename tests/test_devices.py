@@ -1,5 +1,7 @@
 """The same run on 1, 2 and 4 devices and in two processes: losses, rows and samples are equal."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 import run_lib
 from checkpoints import Checkpoints
 from records import Records
-from run_lib import distributed, folder, sampling_loop
+from run_lib import distributed, folder, parallel, sampling_loop
 from run_lib.settings import Settings
+from run_lib.trainer import Progress
 from tests import tiny
 from tests.processes import ROOT, finish, start, start_together
 
@@ -180,3 +183,33 @@ def test_a_coordinator_that_does_not_answer_is_told(monkeypatch) -> None:
     monkeypatch.setattr(jax.distributed, "initialize", never)
     with pytest.raises(ValueError, match=r"--coordinator=h:1: the processes .* DEADLINE_EXCEEDED"):
         distributed.connect("h:1", 2, 1)
+
+
+def test_only_the_first_process_draws_a_bar(monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for first in (True, False):
+        monkeypatch.setattr(parallel, "is_first", lambda first=first: first)
+        progress = Progress(0, 10, "step")
+        assert (progress.bar is not None) == first
+        progress.close()
+
+
+MISTAKE_SCRIPT = """
+import atexit
+import jax
+import main
+atexit.register(print, "waits for the others")
+jax.process_count = lambda: 2
+main._run = lambda: [][0]
+main.main(["main.py"])
+"""
+
+
+def test_a_mistake_in_one_of_several_processes_ends_it_at_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MISTAKE_SCRIPT], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "error: IndexError" in done.stderr
+    assert "waits" not in done.stdout
