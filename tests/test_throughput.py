@@ -2,6 +2,7 @@
 
 import gc
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -295,3 +296,32 @@ def test_no_program_outlives_its_mode() -> None:
     settings = Settings.from_config(tiny.config())
     found = [traced() for _ in range(3)]
     assert found[2] == found[1]
+
+
+@pytest.fixture
+def requests_and_hits() -> Iterator[list[str]]:
+    """What is asked of the cache of compiled programs, however fast they compile, and found."""
+    told = []
+    names = {"compile_requests_use_cache": "asked", "cache_hits": "found"}
+
+    def listen(event: str, **kwargs) -> None:
+        told.extend(names[n] for n in [event.rpartition("/")[2]] if n in names)
+
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_listener(listen)
+    yield told
+    jax.monitoring.unregister_event_listener(listen)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path, requests_and_hits: list[str]) -> None:
+    """Neither training nor evaluation: a program that calls back to Python would not be kept."""
+    settings = Settings.from_config(tiny.config())
+    for name in ("first", "second"):
+        jax.clear_caches()
+        requests_and_hits.clear()
+        run_lib.train(settings, tmp_path / name)
+        run_lib.evaluate(settings, tmp_path / name, "eval")
+    assert requests_and_hits.count("asked") > 20
+    assert requests_and_hits.count("found") == requests_and_hits.count("asked")
