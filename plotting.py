@@ -1,6 +1,7 @@
 """Figures of a run: image grids, densities, trajectories and curves; no display needed."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,7 +10,7 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-Curve = tuple[list[int], list[float]]
+Curve = tuple[Sequence[int], Sequence[float]]
 
 
 def image_grid(images: np.ndarray, white: int, padding: int = 1) -> np.ndarray:

@@ -172,18 +172,13 @@ def alone(where: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old or the new file, never half of one."""
+    """Write JSON so that a reader sees the old or the new file, also after a power cut."""
     if not parallel.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """The old file or the new one, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -263,10 +258,10 @@ class MetricsWriter(NoMetrics):
     """
 
     def __init__(self, workdir: Path, first_step: int) -> None:
-        self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
-        _write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        path = workdir / "metrics.jsonl"
+        path.touch()
+        _cut_after(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
@@ -283,10 +278,21 @@ class MetricsWriter(NoMetrics):
         self._events.close()
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a half-written last line is left out."""
+def _cut_after(path: Path, step: int) -> None:
+    """End the file before the first line of a later step, or the first that is half-written."""
+    end = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+        file.truncate(end)
+
+
+def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
+    """Rows of metrics.jsonl, one at a time; a half-written last line is left out."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
-        return []
-    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in complete.splitlines()]
+        return
+    with path.open(encoding="utf-8") as file:
+        yield from (json.loads(line) for line in file if line.endswith("\n"))

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,17 +145,18 @@ def as_html(header: Sequence[str], rows: Iterable[list[str]]) -> str:
 
 def save_curves(workdir: Path) -> Path | None:
     """curves.png from metrics.jsonl; None where there are no metrics yet."""
-    rows = folder.read_metrics(workdir)
-    names = sorted({name for row in rows for name in row} - {"step", "split", "time"})
-    panels = {}
-    for name in names:
-        curves = {}
-        for split in ("train", "held_out"):
-            points = [(r["step"], r[name]) for r in rows if r["split"] == split and name in r]
-            if points:
-                steps, values = zip(*points, strict=True)
-                curves[split.replace("_", "-")] = (list(steps), list(values))
-        panels[name] = curves
+    curves: dict[str, dict[str, plotting.Curve]] = {}
+    for row in folder.read_metrics(workdir):
+        label = row["split"].replace("_", "-")
+        for name in row.keys() - {"step", "split", "time"}:
+            steps, values = curves.setdefault(name, {}).setdefault(label, (array("q"), array("d")))
+            steps.append(row["step"])
+            values.append(row[name])
+    labels = ("train", "held-out")
+    panels = {
+        name: {label: curves[name][label] for label in labels if label in curves[name]}
+        for name in sorted(curves)
+    }
     if not panels:
         return None
     plotting.save_curves(workdir / "curves.png", panels)

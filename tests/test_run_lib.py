@@ -69,7 +69,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
 def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     config = tiny.config()
     train(config, tmp_path)
-    metrics = folder.read_metrics(tmp_path)
+    metrics = list(folder.read_metrics(tmp_path))
     # as if a killed run had written lines after its last checkpoint
     lines = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(
@@ -224,7 +224,7 @@ def test_third_order_trains_on_images_and_reports_every_part(tmp_path: Path, for
     config = tiny.config()
     config.training.update(n_iters=5, score_matching_order=3, third_order_form=form, num_probes=2)
     train(config, tmp_path)
-    row = folder.read_metrics(tmp_path)[0]
+    row = next(folder.read_metrics(tmp_path))
     parts = [row[name] for name in ("dsm", "frobenius", "trace", "third")]
     assert min(parts) > 0
     np.testing.assert_allclose(row["loss"], sum(parts), rtol=1e-4)
@@ -235,7 +235,7 @@ def test_exact_second_order_trains_in_the_plane(tmp_path: Path) -> None:
     config.training.update(n_iters=5, score_matching_order=2, derivative_estimator="exact")
     config.training.update(second_order_weight=0.5, trace_weight=0.0)
     train(config, tmp_path)
-    row = folder.read_metrics(tmp_path)[0]
+    row = next(folder.read_metrics(tmp_path))
     np.testing.assert_allclose(row["loss"], row["dsm"] + 0.5 * row["frobenius"], rtol=1e-4)
 
 
@@ -305,7 +305,7 @@ def test_every_sde_parameterization_and_label_trains(
     assert model.to_score is PARAMETERIZATIONS[parameterization]
     assert model.label is TIME_LABELS[label]
     train(config, tmp_path)
-    assert folder.read_metrics(tmp_path)[-1]["step"] == 4
+    assert list(folder.read_metrics(tmp_path))[-1]["step"] == 4
 
 
 def test_a_network_of_discrete_levels_trains_and_samples_on_the_chain(tmp_path: Path) -> None:
