@@ -13,9 +13,8 @@ STARTED: list[subprocess.Popen] = []
 def start(
     arguments: list[str], *, devices: int = 1, environment: dict[str, str] | None = None, **kwargs
 ) -> subprocess.Popen:
-    """One process of `main.py` on so many CPU devices, compiled as users compile."""
+    """One process of `main.py` on so many CPU devices."""
     variables = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | (environment or {})
-    variables.pop("XLA_FLAGS", None)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *arguments],
         env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,

@@ -74,11 +74,11 @@ def test_configs_import_ml_collections_only() -> None:
 
 
 def loaded_after(code: str) -> set[str]:
-    """Top-level modules loaded in a fresh process that runs `code`."""
+    """Top-level modules loaded in a fresh process that runs `code`, compiled as users compile."""
     script = f"{code}\nimport sys; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     output = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
     ).stdout  # fmt: skip
     return set(output.splitlines()[-1].split())
 
