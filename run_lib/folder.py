@@ -279,7 +279,7 @@ class MetricsWriter(NoMetrics):
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """End the file before the first line of a later step, or the first that is half-written."""
+    """End the file, whose steps ascend, before the first line of a later one or half a line."""
     end = 0
     with path.open("rb+") as file:
         for line in file:

@@ -502,7 +502,9 @@ def test_a_set_that_cannot_be_downloaded_says_what_to_run(tmp_path, monkeypatch)
     no_network = mock.Mock(side_effect=ConnectionError("no route to host"))
     monkeypatch.setattr(tfds.builder_cls("cifar10"), "download_and_prepare", no_network)
     message = r"cifar10 is not in .*no route to host.*`tfds build cifar10 --data_dir=DIR`"
-    refused(message, "CIFAR10", path=str(tmp_path), num_channels=3)
+    with pytest.raises(ValueError, match=message):
+        load(config("CIFAR10", path=str(tmp_path), num_channels=3))
+    no_network.assert_called_once()
 
 
 # Large sets, in the format of their real files; JPEG moves a grey level by so much.

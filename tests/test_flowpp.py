@@ -18,10 +18,9 @@ from models.layers import QUICK
 
 PyTree = Any
 
-# The compiler of production, whatever conftest.py has chosen for tests.
-QUICKER = "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
-AS_USERS = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
-AS_USERS = AS_USERS if QUICKER else None
+# The compiler of production, if conftest.py has chosen a quicker one.
+PRODUCTION = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
+AS_USERS = PRODUCTION if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else None
 
 TINY = Flowpp(filters=8, components=3, blocks=1, couplings=4)
 

@@ -18,7 +18,7 @@ from ode import Solver
 from operators import fold_in_all, fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from records import Records
-from run_lib import build, evaluation_loop, figures, folder, loading
+from run_lib import build, evaluation_loop, figures, folder, loading, report
 from run_lib.estimators import draw_keys
 from run_lib.settings import Settings
 from run_lib.trainer import PendingMetrics
@@ -79,6 +79,27 @@ def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     train(config, tmp_path)
     rows = [(row["step"], row["split"]) for row in folder.read_metrics(tmp_path)]
     assert len(rows) == len(set(rows)) > len(metrics)
+
+
+def test_curves_are_those_of_the_metrics(tmp_path: Path, monkeypatch) -> None:
+    rows = [
+        {"step": 5, "split": "train", "time": 0.0, "loss": 3.0, "grad_norm": 1.0},
+        {"step": 5, "split": "held_out", "time": 0.0, "loss": 4.0},
+        {"step": 10, "split": "train", "time": 1.0, "loss": 2.0, "grad_norm": 0.5},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 15, "spl'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    drawn = []
+    monkeypatch.setattr(report.plotting, "save_curves", lambda path, panels: drawn.append(panels))
+    report.save_curves(tmp_path)
+    found = {
+        name: {label: tuple(map(list, curve)) for label, curve in panel.items()}
+        for name, panel in drawn[0].items()
+    }
+    assert found == {
+        "grad_norm": {"train": ([5, 10], [1.0, 0.5])},
+        "loss": {"train": ([5, 10], [3.0, 2.0]), "held-out": ([5], [4.0])},
+    }
 
 
 def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
