@@ -4,8 +4,8 @@
 
 Every round trains the digits network some steps further and evaluates the new checkpoint. The log
 rotates early, so that this is seen, too. Written: soak.csv, a row per round, and a verdict: growth
-of the resident memory between rounds and of its peak after the first quarter, of open files, number
-of rotated logs.
+after the first quarter of the memory between rounds (resident, and without pages of files), of its
+peak and of open files; number of rotated logs.
 """
 
 import argparse
@@ -28,13 +28,17 @@ from run_lib.settings import Settings
 STEPS = 2000  # as often as the config saves
 
 
-def resident_mb(field: str = "RssAnon") -> float:
-    """Memory of this process without pages of files, which the system drops and reads at will.
+MEMORY = {
+    "resident": "VmRSS",
+    "anonymous": "RssAnon",  # without pages of files, which the system drops and reads at will
+    "peak": "VmHWM",  # the most that was ever resident
+}
 
-    VmHWM: the most that it ever was, pages of files and all.
-    """
+
+def memory_mb() -> list[float]:
+    """Memory of this process by the kinds of MEMORY, in MB."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1e3
+    return [int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) / 1e3 for key in MEMORY.values()]
 
 
 def open_files() -> int:
@@ -65,15 +69,14 @@ def main() -> None:
     started, rows = time.monotonic(), []
     with (options.workdir / "soak.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["minutes", "step", "resident_mb", "peak_mb", "open_files"])
+        table.writerow(["minutes", "step", *(f"{kind}_mb" for kind in MEMORY), "open_files"])
         while (minutes := (time.monotonic() - started) / 60) < options.minutes:
             now = settings(STEPS * (len(rows) + 1))
             run_lib.train(now, options.workdir)
             memory.release()  # as main.py between its modes
             run_lib.evaluate(now, options.workdir, f"eval_{len(rows) % 10}")
             memory.release()
-            memory_now = resident_mb(), resident_mb("VmHWM")
-            rows.append((round(minutes, 2), now.training.n_iters, *memory_now, open_files()))
+            rows.append((round(minutes, 2), now.training.n_iters, *memory_mb(), open_files()))
             table.writerow(rows[-1])
             file.flush()
             print(*rows[-1], flush=True)
@@ -85,14 +88,13 @@ def verdict(rows: np.ndarray, rotated: int) -> int:
     after = rows[len(rows) // 4 :]
     tenth = max(len(after) // 10, 1)
     growth = after[-tenth:].mean(axis=0) / after[:tenth].mean(axis=0) - 1
-    handles = int(after[-1, 4] - after[0, 4])
-    print(
-        f"{len(rows)} rounds, {rows[-1, 1]:.0f} steps; after warm-up: memory {growth[2]:+.1%} "
-        f"({after[0, 2]:.0f} to {after[-1, 2]:.0f} MB), its peak {growth[3]:+.1%} "
-        f"({after[0, 3]:.0f} to {after[-1, 3]:.0f} MB), open files {handles:+d}, "
-        f"{rotated} rotated logs"
-    )
-    return int(max(growth[2:4]) > 0.05 or handles > 0 or rotated == 0)
+    handles = int(after[-1, -1] - after[0, -1])
+    print(f"{len(rows)} rounds, {rows[-1, 1]:.0f} steps; after warm-up:")
+    for column, kind in enumerate(MEMORY, start=2):
+        ends = f"{after[0, column]:.0f} to {after[-1, column]:.0f} MB"
+        print(f"  {kind} memory {growth[column]:+.1%} ({ends})")
+    print(f"  open files {handles:+d}, {rotated} rotated logs")
+    return int(max(growth[2:-1]) > 0.05 or handles > 0 or rotated == 0)
 
 
 if __name__ == "__main__":

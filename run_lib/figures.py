@@ -21,6 +21,7 @@ STEPS = 1000
 STOPS = (820, 840, 860, 880, 900, 920, 940, 960, 980, 1000)  # as in the published figure
 LINE_STOPS = tuple(range(0, STEPS + 1, 10))
 POINTS = 4000
+CELLS = 120  # of a density in the plane, each way
 SCORE_TIMES = (0.2, 0.35, 0.5)
 
 
@@ -80,11 +81,11 @@ def _save_in_the_plane(
     settings: Settings, dataset: Dataset, params: Any, samples: np.ndarray, workdir: Path
 ) -> None:
     radius = 1.2 * float(np.quantile(np.abs(samples), 0.999))
-    cells = (np.arange(120) + 0.5) / 60.0 - 1.0
+    cells = (2 * np.arange(CELLS) + 1) / CELLS - 1.0
     grid = radius * np.stack(np.meshgrid(cells, cells, indexing="ij"), axis=-1).reshape(-1, 2)
-    images = {"ODE": _density(settings, params, grid).reshape(120, 120)}
+    images = {"ODE": _density(settings, params, grid).reshape(CELLS, CELLS)}
     if dataset.law is not None:
-        images["data"] = _data_density(settings, dataset, grid).reshape(120, 120)
+        images["data"] = _data_density(settings, dataset, grid).reshape(CELLS, CELLS)
     plotting.save_density_images(workdir / "density.png", images, radius)
     rows = _trajectories(settings, params, dataset.shape, STOPS)
     plotting.save_trajectories(workdir / "trajectories.png", rows, [f"step {k}" for k in STOPS])

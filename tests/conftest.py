@@ -1,6 +1,7 @@
 """Strict numerics for every test: no implicit rank promotion, float64 where a test asks for it."""
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -27,12 +28,28 @@ from tests import processes
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+SMALL_FIGURES = {
+    "STEPS": 10,
+    "STOPS": (5, 10),
+    "LINE_STOPS": (0, 5, 10),
+    "POINTS": 24,
+    "CELLS": 12,
+}
+
 
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 arithmetic with strict dtype promotion, for tests against closed forms."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of toy runs are drawn from few points in few steps."""
+    if "run_lib.figures" in sys.modules:
+        for name, value in SMALL_FIGURES.items():
+            monkeypatch.setattr(f"run_lib.figures.{name}", value)
 
 
 @pytest.fixture(autouse=True)

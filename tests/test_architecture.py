@@ -95,7 +95,8 @@ import run_lib
 from run_lib import figures
 from run_lib.settings import Settings
 from tests import tiny
-figures.STEPS, figures.STOPS, figures.POINTS = 10, (5, 10), 24
+from tests.conftest import SMALL_FIGURES
+vars(figures).update(SMALL_FIGURES)
 for dataset in ("digits", "swissroll"):
     settings, workdir = Settings.from_config(tiny.config(dataset)), Path({str(tmp_path)!r}, dataset)
     run_lib.train(settings, workdir)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 
 import datasets
 import run_lib
-from likelihood import dequantizer_loss, ode_log_likelihood, variational_bound
+from dequantization import Draw, FlowDequantizer
+from likelihood import Bound, dequantizer_loss, ode_log_likelihood, variational_bound
 from losses import mean_loss
 from operators import fold_in_all, fold_in_each, gaussian
 from parameterization import ScoreModel
@@ -48,6 +50,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_lib.train(settings(), workdir)
     run_lib.train_dequantizer(settings(), workdir, FOLDER)
     return workdir
+
+
+@partial(jax.jit, static_argnums=0)
+def draw_of(dequantizer: FlowDequantizer, params: dict, image: jax.Array, keys: jax.Array) -> Draw:
+    return dequantizer.draw(params, image, keys)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def bound_of(s: Settings, params: dict, x: jax.Array, keys: jax.Array, num_times: int) -> Bound:
+    score, proposal = build.score_model(s).score(params), build.likelihood_tools(s).proposal
+    return variational_bound(score, s.sde, x, keys, proposal=proposal, num_times=num_times)
 
 
 def rows(workdir: Path, eval_folder: str, **changes) -> dict:
@@ -119,7 +132,7 @@ def test_the_loss_trains_the_flow_towards_the_density_of_the_score() -> None:
         params, loss = step(params, jax.random.key(i))
         losses.append(float(loss))
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
-    draw = dequantizer.draw(params, image, fold_in_each(jax.random.key(1), jnp.arange(24)))
+    draw = draw_of(dequantizer, params, image, fold_in_each(jax.random.key(1), jnp.arange(24)))
     u = dequantizer.encoding.levels * dequantizer.encoding.to_unit(draw.x) - image
     assert float(jnp.mean(u)) > 0.55
 
@@ -146,15 +159,10 @@ def test_rows_of_the_bound_are_those_of_the_library(trained: Path) -> None:
     batch = next(data.eval_batches("test", batch_size=4))
     repeat = jax.random.fold_in(build.keys(s)["eval"], 0)
     keys = fold_in_each(repeat, jnp.asarray(batch["index"]))
-    draw = build.dequantizer(s, data).draw(
-        params, jnp.asarray(batch["image"]), fold_in_all(fold_in_all(keys, 0), 0)
-    )
-    model = build.score_model(s)
-    score = model.score(loading.load_parameters(s, data, trained, 20))
-    bound = variational_bound(
-        score, s.sde, draw.x, fold_in_all(keys, 2),
-        proposal=build.likelihood_tools(s).proposal, num_times=s.eval.num_times,
-    )  # fmt: skip
+    draw_keys = fold_in_all(fold_in_all(keys, 0), 0)
+    draw = draw_of(build.dequantizer(s, data), params, jnp.asarray(batch["image"]), draw_keys)
+    score_params = loading.load_parameters(s, data, trained, 20)
+    bound = bound_of(s, score_params, draw.x, fold_in_all(keys, 2), s.eval.num_times)
     bits = (bound.nll + draw.log_q) / (64 * np.log(2))
     np.testing.assert_allclose([r["value"] for r in found.values()], bits, rtol=1e-4)
 
@@ -168,22 +176,19 @@ def test_draws_and_loss_are_those_of_the_flow() -> None:
     params = dequantizer.init(jax.random.key(0), image)
     keys = fold_in_each(jax.random.key(1), jnp.arange(8))
     x = image.astype(jnp.float32) / 16
-    u, log_q = s.deq.flow.apply({"params": params}, gaussian(keys, x), x)
-    draw = dequantizer.draw(params, image, keys)
+    u, log_q = jax.jit(s.deq.flow.apply)({"params": params}, gaussian(keys, x), x)
+    draw = draw_of(dequantizer, params, image, keys)
     np.testing.assert_allclose(draw.x, 2 * (image + u) / 17 - 1, atol=1e-6)
     expected = log_q + 64 * np.log(17 / 2)  # a cell of y has the volume (2/17)^64
     np.testing.assert_allclose(draw.log_q, expected, rtol=1e-5)
     assert float(jnp.abs(log_q).min()) > 0.1
     proposal = build.likelihood_tools(s).proposal
-    per_example = dequantizer_loss(dequantizer, model, proposal, num_times=2)
+    per_example = jax.jit(dequantizer_loss(dequantizer, model, proposal, num_times=2))
     score_params = model.init(jax.random.key(2), data.shape)
     batch = {"image": image, "noise_id": jnp.arange(8)}
     bits, parts = per_example(params, jax.random.key(1), batch, score_params)
-    draw = dequantizer.draw(params, image, fold_in_all(keys, 0))
-    bound = variational_bound(
-        model.score(score_params), model.sde, draw.x, fold_in_all(keys, 1),
-        proposal=proposal, num_times=2,
-    )  # fmt: skip
+    draw = draw_of(dequantizer, params, image, fold_in_all(keys, 0))
+    bound = bound_of(s, score_params, draw.x, fold_in_all(keys, 1), 2)
     np.testing.assert_allclose(bits, (bound.nll + draw.log_q) / (64 * np.log(2)), rtol=1e-5)
     denser = (draw.log_q - 64 * np.log(17 / 2)) / (64 * np.log(2))
     np.testing.assert_allclose(parts["log_q"], denser, rtol=1e-3, atol=1e-6)

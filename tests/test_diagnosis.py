@@ -10,16 +10,10 @@ from ml_collections import ConfigDict
 
 import run_lib
 from experiments import compare
-from run_lib import figures, folder
+from run_lib import folder
 from run_lib.diagnosis_loop import ratio_of_means, totals
 from run_lib.settings import Settings
 from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def few_trajectories(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures of toy runs are drawn from fewer points."""
-    monkeypatch.setattr(figures, "POINTS", 200)
 
 
 def small(dataset: str) -> ConfigDict:
@@ -39,14 +33,6 @@ def run(config: ConfigDict, workdir: Path, *modes: str) -> None:
             run_lib.evaluate(settings, workdir, "eval")
         if mode == "diagnose":
             run_lib.diagnose(settings, workdir, "eval")
-
-
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "STEPS", 10)
-    monkeypatch.setattr(figures, "STOPS", (5, 10))
-    monkeypatch.setattr(figures, "LINE_STOPS", (0, 5, 10))
-    monkeypatch.setattr(figures, "POINTS", 24)
 
 
 def rows_of(workdir: Path) -> tuple[dict, dict]:

@@ -90,6 +90,12 @@ def worst(found, expected) -> float:
     return float((np.abs(found - expected).max(axes) / np.abs(expected).max(axes)).max())
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def score_of(model, params, x, t):
+    """Parameters are an argument: the compiler would work on constants for long."""
+    return model.score(params)(x, t)
+
+
 def in_double(tree):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
 
@@ -101,11 +107,11 @@ def test_outputs_are_those_of_the_published_networks(name, which):
     """Scores in float32, and network and score in float64, at the published noise levels."""
     model, state, found = score_model(name), imported(name), arrays(name)
     params = {"ema": state.ema_params, "raw": state.params}[which]
-    score = jax.jit(model.score(params))(jnp.asarray(found["x"]), jnp.asarray(found["t"]))
+    score = score_of(model, params, jnp.asarray(found["x"]), jnp.asarray(found["t"]))
     assert worst(np.asarray(score), found[f"score_{which}_f64"]) < 1e-5
     with jax.enable_x64(True):
         x, t = jnp.asarray(found["x"], jnp.float64), jnp.asarray(found["t"], jnp.float64)
-        score = np.asarray(jax.jit(model.score(in_double(params)))(x, t))
+        score = np.asarray(score_of(model, in_double(params), x, t))
         assert worst(score, found[f"score_{which}_f64"]) < 1e-10
         # The published VE network divides by σ itself: its output is the score.
         factor = 1.0 if name == "mle_ncsnpp_ve" else -model.sde.sigma(t)[:, None, None, None]
@@ -119,7 +125,7 @@ def test_a_network_of_the_sub_vp_sde_is_divided_by_its_sigma():
     model = ScoreModel(NCSNpp(**SMALL), SubVPSDE())
     with jax.enable_x64(True):
         x, t = (jnp.asarray(found[key], jnp.float64) for key in ("x", "t"))
-        score = np.asarray(jax.jit(model.score(in_double(state.ema_params)))(x, t))
+        score = np.asarray(score_of(model, in_double(state.ema_params), x, t))
     t = found["t"].astype(np.float64)
     sigma = -np.expm1(-(0.1 * t + 0.5 * 19.9 * t**2))
     assert worst(score, -found["net_ema_f64"] / sigma[:, None, None, None]) < 1e-10
@@ -166,8 +172,8 @@ def test_the_network_of_cifar10_at_its_real_size():
             leaves[path].sum(dtype=np.float64), expected["leaf_sums"][place], rtol=1e-6, atol=1e-6
         )
     assert len(leaves) == len(expected["leaf_paths"])
-    score_fn = jax.jit(model.score(unflatten_dict(leaves, sep="/")))
-    score = score_fn(jnp.asarray(expected["x"]), jnp.asarray(expected["t"]))
+    params = unflatten_dict(leaves, sep="/")
+    score = score_of(model, params, jnp.asarray(expected["x"]), jnp.asarray(expected["t"]))
     assert worst(np.asarray(score), expected["score_f64"]) < 1e-5
 
 
@@ -179,7 +185,9 @@ def test_pieces_of_the_variational_bound():
     model, eps = score_model("mle_ddpmpp_vp"), float(given["eps"])
     with jax.enable_x64(True):
         sde = model.sde
-        score_fn = jax.jit(model.score(in_double(imported("mle_ddpmpp_vp").ema_params)))
+        score_fn = functools.partial(
+            score_of, model, in_double(imported("mle_ddpmpp_vp").ema_params)
+        )
         x0 = jnp.asarray(given["x0"])
         law, d = Importance(sde, eps), dimension(x0)
         integrands = {"dsm": [], "implicit": []}
@@ -232,11 +240,14 @@ def test_bits_per_dimension_of_the_ode(solver, tolerance):
             def draw(self, keys, like):
                 return probe[:, None]
 
-        keys = jax.random.split(jax.random.key(0), 1)
-        found = ode_log_likelihood(
-            model.score(params), model.sde, x0, keys,
-            t_min=float(given["eps"]), solver=solver, divergence=Given("rademacher", 1),
-        )  # fmt: skip
+        @jax.jit
+        def likelihood(params, x0, keys):
+            return ode_log_likelihood(
+                model.score(params), model.sde, x0, keys,
+                t_min=float(given["eps"]), solver=solver, divergence=Given("rademacher", 1),
+            )  # fmt: skip
+
+        found = likelihood(params, x0, jax.random.split(jax.random.key(0), 1))
         bpd = -found.log_p / (dimension(x0) * np.log(2.0)) + 7.0
         np.testing.assert_allclose(bpd, given["bpd_exact"][:1], atol=tolerance)
 

@@ -18,7 +18,7 @@ from ode import Solver
 from operators import fold_in_all, fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from records import Records
-from run_lib import build, evaluation_loop, figures, folder, loading, report
+from run_lib import build, evaluation_loop, folder, loading, report
 from run_lib.estimators import draw_keys
 from run_lib.settings import Settings
 from run_lib.trainer import PendingMetrics
@@ -27,13 +27,6 @@ from sde_lib import SDES
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def few_trajectories(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures of toy runs are drawn from fewer points."""
-    for name, value in (("POINTS", 24), ("STEPS", 10), ("STOPS", (5, 10))):
-        monkeypatch.setattr(figures, name, value)
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
