@@ -12,14 +12,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# These versions compile for the CPU in 0.6 of the time with their older emitters, at -O2. The whole
-# runs of test_architecture compile as users do; XLA_FLAGS= in the environment lets all tests do so.
-QUICK = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    "--xla_backend_optimization_level=2"
-)
+# Compilation is most of the time: at -O0, and with the older emitters for the CPU where there are
+# both. The whole runs of test_architecture compile as users do; with the variables of AS_USERS in
+# the environment all tests do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", QUICK)
+    older = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ.setdefault("XLA_FLAGS", older)
+AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
 import jax
 import pytest

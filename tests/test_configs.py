@@ -210,14 +210,12 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
         "mask": np.ones(4, bool),
     }
     one_device = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     mapped = jax.vmap(step, (None, None, 0), axis_name=build.AXIS_NAME)
     family = (name.split("/")[0], settings.model.name, settings.training.objective)
     if FAMILIES.setdefault(family, name) != name:  # another of them runs; here types and shapes
         _, metrics = jax.eval_shape(mapped, state, jax.random.key(1), one_device)
         return {metric: 1.0 for metric, value in metrics.items() if value.shape == (1,)}
-    mapped = jax.jit(mapped, compiler_options=quick)
-    _, metrics = mapped(state, jax.random.key(1), one_device)
+    _, metrics = jax.jit(mapped)(state, jax.random.key(1), one_device)
     return {metric: float(value[0]) for metric, value in metrics.items()}
 
 

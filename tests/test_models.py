@@ -76,15 +76,12 @@ def random_params(net, *args, dtype=np.float32, **kwargs):
     return jax.tree.map(draw, shapes(net, *args, **kwargs))
 
 
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(fast_jit, static_argnums=0, static_argnames="train")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
 def apply(net, params, *args, **kwargs):
     return net.apply({"params": params}, *args, **kwargs)
 
 
-@functools.partial(fast_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def init(net, *args):
     """Output and fresh parameters; keys of type rbg, as threefry takes seconds to compile."""
     out, variables = net.init_with_output(jax.random.key(0, impl="rbg"), *args)
@@ -161,7 +158,7 @@ def test_gradients_are_finite_and_do_not_mix_examples(case):
     def first(params, x, label):
         return jnp.mean(net.apply({"params": params}, x, label)[0] ** 2)
 
-    grads = fast_jit(jax.grad(first, argnums=(0, 1, 2)))(params, x, label)
+    grads = jax.jit(jax.grad(first, argnums=(0, 1, 2)))(params, x, label)
     assert not np.any(grads[1][1:])
     assert not np.any(grads[2][1:])
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -253,7 +250,7 @@ def test_mlp_is_smooth_at_the_origin_when_fresh():
     _, params = init(net, x, label)
     params["output"]["kernel"] = jnp.full((32, 2), 32**-0.5, jnp.float32)
     params["ResidualBlock_0"]["Dense_2"]["kernel"] = jnp.eye(32, dtype=jnp.float32)
-    hessian = fast_jit(jax.hessian(lambda x: net.apply({"params": params}, x, label)[0, 0]))(x)
+    hessian = jax.jit(jax.hessian(lambda x: net.apply({"params": params}, x, label)[0, 0]))(x)
     # A LayerNorm of W x alone has derivatives of order eps^(−1/2) = 1e3 and eps^(−1) = 1e6 here.
     assert float(jnp.max(jnp.abs(hessian))) < 100.0
 

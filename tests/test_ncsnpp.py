@@ -24,7 +24,6 @@ from terms import Terms
 
 SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
 TAPS = (1.0, 2.0, 4.0, 3.0)  # not symmetric: a flipped filter shows
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(dtype=np.float32, shape=(8, 8, 3), name="ncsnpp", **fields):
@@ -81,7 +80,7 @@ def test_every_parameter_counts_examples_do_not_mix_and_float64_stays(name):
         def first(params, x):
             return jnp.sum(apply(net, params, x, label)[0] ** 2)
 
-        grads, towards = quick(jax.grad(first, argnums=(0, 1)))(params, x)
+        grads, towards = jax.jit(jax.grad(first, argnums=(0, 1)))(params, x)
         assert not np.any(towards[1])
         assert np.any(towards[0])
         frozen = ("['GaussianFourierProjection_0']['W']", "['NIN_1']['b']")
@@ -109,7 +108,9 @@ def test_one_taylor_sweep_gives_the_nested_derivatives(name):
             _, first, (second,) = along_curve(field, (x, label), (v, w), lambda _: [zero])
             return first, second
 
-        for found, expected in zip(quick(sweep)(x, label), quick(nested)(x, label), strict=True):
+        for found, expected in zip(
+            jax.jit(sweep)(x, label), jax.jit(nested)(x, label), strict=True
+        ):
             scale = float(jnp.max(jnp.abs(expected)))
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * scale)
 
@@ -230,8 +231,8 @@ def test_bfloat16_computes_coarsely_and_returns_float32(name):
     """Parameters and output stay float32; the result is that of float32 to a few per cent."""
     fields = {"num_groups": 4} if name == "ddpm" else {"fir": True}
     net, params, x, label = make(name=name, shape=(8, 8, 3), **fields)
-    exact = quick(functools.partial(apply, net))(params, x, label)
-    coarse = quick(functools.partial(apply, net.clone(dtype="bfloat16")))(params, x, label)
+    exact = jax.jit(functools.partial(apply, net))(params, x, label)
+    coarse = jax.jit(functools.partial(apply, net.clone(dtype="bfloat16")))(params, x, label)
     assert coarse.dtype == jnp.float32
     error = float(jnp.linalg.norm(coarse - exact) / jnp.linalg.norm(exact))
     assert 1e-4 < error < 0.05
@@ -254,7 +255,7 @@ def test_rematerialisation_changes_neither_names_nor_gradients(name, order, rema
     def gradient(remat):
         model = ScoreModel(net.clone(remat=remat), VPSDE())
         per_example = score_matching(model, Pixels(256), law, terms, batch_size=2, train=True)
-        step = quick(jax.grad(mean_loss(per_example), has_aux=True))
+        step = jax.jit(jax.grad(mean_loss(per_example), has_aux=True))
         return step(params, jax.random.key(0), batch)[0]
 
     leaves = jax.tree_util.tree_leaves_with_path(gradient("none"))

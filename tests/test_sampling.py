@@ -198,8 +198,7 @@ def draw(sampler, sde, keys, like=None, score=None):
     """Samples, jitted; two-dimensional and of the Gaussian unless told."""
     like = jnp.zeros((len(keys), 2)) if like is None else like
     score = score or gaussian_score(sde)
-    quick = {"xla_backend_optimization_level": 0} if len(keys) < 100 else None
-    run = jax.jit(lambda k, y: sampler(score, sde, k, y), compiler_options=quick)
+    run = jax.jit(lambda k, y: sampler(score, sde, k, y))
     return jax.device_get(run(keys, like))
 
 

@@ -129,10 +129,9 @@ def network_function(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equals_nested_derivatives_on_the_networks(name):
     function, curve = network_function(name)
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
     def compiled(method):
-        return jax.jit(lambda *c: method(function, *c), compiler_options=quick)(*curve)
+        return jax.jit(lambda *c: method(function, *c))(*curve)
 
     for ours, theirs in zip(compiled(sweep), compiled(nested), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * np.abs(theirs).max())

@@ -134,7 +134,6 @@ def test_weighted_points_are_drawn_with_their_weights():
 
 CENTERS = np.asarray([[-1.5, 0.0], [0.5, 1.0], [0.5, -2.0]])
 HALF_WIDTH = 0.75
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def boxes(shape=(2,), dtype=jnp.float64):
@@ -152,12 +151,12 @@ def points_of(law, nodes):
     return weighted_points(jnp.asarray(np.tile(weights, len(centers))), jnp.asarray(means))
 
 
-@functools.partial(fast_jit, static_argnames=("law", "sde"))
+@functools.partial(jax.jit, static_argnames=("law", "sde"))
 def log_p_and_score(law, x, t, sde):
     return law.log_prob(x, t, sde), law.score(x, t, sde)
 
 
-@functools.partial(fast_jit, static_argnames=("law", "sde"))
+@functools.partial(jax.jit, static_argnames=("law", "sde"))
 def three_derivatives(law, x, t, sde):
     """Score, its Jacobian and the gradient of its divergence."""
     return value_jacobian_and_trace_gradient(lambda y: law.score(y, t, sde), x)
@@ -221,7 +220,7 @@ def test_density_of_boxes_solves_the_fokker_planck_equation(sde):
     z = jnp.asarray(np.random.default_rng(1).standard_normal((8, 2)))
     x = sde.perturb(law.sample(jax.random.key(1), 8), t, z)
 
-    @fast_jit
+    @jax.jit
     def terms(x, t):
         rate = jax.jvp(lambda t: law.log_prob(x, t, sde), (t,), (jnp.ones(8),))[1]
         return rate, *value_and_divergence(lambda y: law.score(y, t, sde), x)
