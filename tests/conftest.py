@@ -12,14 +12,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Compilation is most of the time: at -O0, and with the older emitters for the CPU where there are
-# both. The whole runs of test_architecture compile as users do; with the variables of AS_USERS in
-# the environment all tests do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# These versions compile for the CPU in 0.6 of the time with their older emitters, at -O2. The whole
+# runs of test_architecture compile as users do; XLA_FLAGS= in the environment lets most tests do so.
+QUICK = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_optimization_level=2"
+)
 if version("jaxlib").startswith("0.10."):
-    older = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ.setdefault("XLA_FLAGS", older)
-AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    os.environ.setdefault("XLA_FLAGS", QUICK)
 
 import jax
 import pytest
@@ -42,6 +42,19 @@ def x64() -> Iterator[None]:
     """Float64 arithmetic with strict dtype promotion, for tests against closed forms."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="module")
+def compiled_at_o0() -> Iterator[None]:
+    """No optimisation, for files whose programs, and processes, run for less time than they compile.
+
+    Not for all: at -O0, XLA makes NaN of the Jacobian of a mixture's score.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ from run_lib import build
 from run_lib.settings import Settings
 from streams import Dataset, Finite
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted(
     path.relative_to(ROOT / "configs")

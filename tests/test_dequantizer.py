@@ -28,6 +28,8 @@ from run_lib.settings import Settings
 from tests import tiny
 from time_sampling import Importance
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 FOLDER = "flowpp_dequantizer"
 
 

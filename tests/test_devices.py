@@ -18,6 +18,8 @@ from run_lib.trainer import Progress
 from tests import tiny
 from tests.processes import ROOT, finish, start, start_together
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 CONFIG = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 # Ten examples in batches of 8: the second batch has none for the second process.
 FIELDS = [

@@ -13,7 +13,7 @@ from likelihood import Divergence
 from sde_lib import SDES, VPSDE
 from toy_data import gaussian
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("compiled_at_o0", "x64")
 D, N = 3, 20_000
 EXACT, PROBE, NORMAL = Divergence("exact"), Divergence("rademacher"), Divergence("gaussian")
 

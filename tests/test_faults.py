@@ -24,6 +24,8 @@ from tests import tiny
 from tests.processes import ROOT, finish, start, start_together
 from tests.test_devices import wait_for_step
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 CONFIG = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 ENDLESS = ["--mode=train", "--config.training.n_iters=1000000"]
 STOPPED = 75

@@ -14,6 +14,8 @@ from run_lib.settings import Settings
 from tests import tiny
 from tests.test_importers import CASES, FIXTURES, STEPS, needs_fixtures
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 BLOB = {"name": "ncsnpp", "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "dropout": 0.1}
 
 

@@ -13,6 +13,8 @@ from flax import linen as nn
 from models import DDPM, MLP, MODELS, ConcatMLP, layers
 from models.ddpm import ResnetBlockDDPM
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 SDEFLOW = {"up_attention": "every", "downsample_padding": "symmetric"}
 SDEFLOW |= {"init_mode": "fan_out", "dropout_mode": "channel"}
 SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,), "num_groups": 4}

@@ -22,6 +22,8 @@ from sde_lib import VPSDE
 from taylor import along_curve
 from terms import Terms
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
 TAPS = (1.0, 2.0, 4.0, 3.0)  # not symmetric: a flipped filter shows
 

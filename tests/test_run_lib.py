@@ -26,6 +26,8 @@ from run_lib.training import score_trainer
 from sde_lib import SDES
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -8,6 +8,8 @@ import pytest
 from models import MODELS
 from taylor import along_curve
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 KEYS = jax.random.split(jax.random.key(0), 8)
 
 

@@ -24,6 +24,8 @@ from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
 from sde_lib import SDES, VPSDE
 from terms import Point, Terms
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 SDE = VPSDE()
 
 

@@ -23,6 +23,8 @@ from run_lib.settings import Settings
 from tests import tiny
 from train_state import accumulated_gradient
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 
 def gradients(numbers, dtype, **changes):
     """Gradient and metrics of the same batch of 16 in so many microbatches."""

@@ -19,6 +19,8 @@ from operators import (
 from sde_lib import VESDE, VPSDE, LinearVESDE, SubVPSDE
 from toy_data import LAWS, Boxes, Mixture, gaussian, weighted_points
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 SDES = [VPSDE(), SubVPSDE(), VESDE(), LinearVESDE(5.0)]
 every_sde = pytest.mark.parametrize("sde", SDES, ids=lambda sde: type(sde).__name__)
 WEIGHTS = np.asarray([0.2, 0.5, 0.3])
