@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from train_state import TrainState
 
 logger = logging.getLogger("fokker")
 MARGIN = 1_000_000  # bytes beside a checkpoint: metrics, log
+CHECKSUMS = "crc32"
 NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)  # of devices, or of another process
 
 
@@ -83,7 +85,11 @@ class Checkpoints:
         self._wait()
         self._check_space(state)
         with self._writing():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(state),
+                custom_metadata={CHECKSUMS: _checksums(state)},
+            )
 
     def _check_space(self, state: TrainState) -> None:
         """Before anything is written: libraries tell a full disk by hundreds of lines.
@@ -127,7 +133,7 @@ class Checkpoints:
         Raises:
             ValueError: there is no such checkpoint.
             MisfitError: it does not fit `like`; names the leaves.
-            DamagedError: its files cannot be read.
+            DamagedError: its files cannot be read, or give other values than were saved.
         """
         steps = self.steps()
         if step not in steps:
@@ -140,7 +146,22 @@ class Checkpoints:
         with self._reading(step):
             if self._written_shapes(step) != _shapes(like):
                 self._check_shapes(step, like)
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            self._compare(step, state)
+            return state
+
+    def _compare(self, step: int, state: TrainState) -> None:
+        """Values that are not those that were saved: nothing else tells of a flipped bit."""
+        path = self.directory / str(step) / "_CHECKPOINT_METADATA"
+        saved = json.loads(path.read_text(encoding="utf-8")).get("custom_metadata") or {}
+        found = _checksums(state)
+        wrong = [
+            leaf
+            for leaf, expected in saved.get(CHECKSUMS, {}).items()  # none in an older checkpoint
+            if found[leaf] != expected and found[leaf].split()[0] == expected.split()[0]
+        ]
+        if wrong:
+            raise ValueError(f"the values of {', '.join(wrong[:8])} are not those that were saved")
 
     def _written_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """From Orbax's own file: of the part that one device wrote, so that of one is the whole.
@@ -228,10 +249,18 @@ class Checkpoints:
         self._manager.close()
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf by its path, as params.Dense_0.kernel."""
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Every leaf by its path, as params.Dense_0.kernel."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf."""
+    return {path: tuple(leaf.shape) for path, leaf in _by_path(tree).items()}
+
+
+def _checksums(tree: Any) -> dict[str, str]:
+    """Dtype and CRC-32 of every leaf: read back as another dtype, it is not to be compared."""
+    arrays = {path: np.ascontiguousarray(leaf) for path, leaf in _by_path(tree).items()}
+    return {path: f"{a.dtype} {zlib.crc32(a.view(np.uint8)):08x}" for path, a in arrays.items()}

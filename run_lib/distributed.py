@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import socket
+import time
 
 import jax
 
@@ -23,12 +24,20 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
     By the three arguments, else by what Slurm, Open MPI or a Cloud TPU tell; then the arguments
     stay empty.
 
+    If some never come, JAX aborts those that did (code 134).
+
     Raises:
-        ValueError: an argument is missing or out of range, or the others were not found in time.
+        ValueError: an argument is missing or out of range, or nobody answers at its address.
     """
     given = {"num_processes": num_processes, "process_id": process_id}
     if coordinator:
         _check(coordinator, **given)
+        if process_id > 0:
+            _wait_for(coordinator)
+        elif num_processes > 1:
+            logger.info(
+                "waiting up to %d s for %d processes at %s", CONNECT_S, num_processes, coordinator
+            )
         _initialize(f"--coordinator={coordinator}", coordinator_address=coordinator, **given)
         return
     for name, value in given.items():
@@ -43,6 +52,22 @@ def _check(coordinator: str, num_processes: int | None, process_id: int | None) 
     require((num_processes or 0) >= 1, "--num_processes", num_processes, "at least 1")
     inside = process_id is not None and 0 <= process_id < num_processes
     require(inside, "--process_id", process_id, f"0 to {num_processes - 1}")
+
+
+def _wait_for(coordinator: str) -> None:
+    """Until process 0 listens: JAX would abort where it does not."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + CONNECT_S
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--coordinator={coordinator}: process 0 did not answer in {CONNECT_S} s: "
+                    f"started with the same address, port open? {error}"
+                ) from None
+        time.sleep(0.2)
 
 
 def _launcher() -> str:

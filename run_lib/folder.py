@@ -7,6 +7,7 @@ may change between runs. With several processes the first one writes.
 import errno
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import logging
 import logging.handlers
@@ -20,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from checkpoints import Checkpoints
 from run_lib import parallel
@@ -262,15 +265,24 @@ class MetricsWriter(NoMetrics):
         path.touch()
         _cut_after(path, first_step)
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        # Not SummaryWriter, whose thread ends, and then the training waits, when the disk is full.
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        begin = SessionLog(status=SessionLog.START)  # TensorBoard forgets what it has from here on
+        self._events.write_event(
+            Event(wall_time=time.time(), step=first_step + 1, session_log=begin)
+        )
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one TensorBoard point per value."""
-        row = {"step": step, "split": split, "time": time.time(), **values}
+        now = time.time()
+        row = {"step": step, "split": split, "time": now, **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            summary = scalar(f"{split}/{name}", value)
+            self._events.write_event(Event(wall_time=now, step=step, summary=summary))
+        self._events.flush()
 
     def close(self) -> None:
         """Flush and close both."""
@@ -279,20 +291,31 @@ class MetricsWriter(NoMetrics):
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """End the file, whose steps ascend, before the first line of a later one or half a line."""
+    """End the file, whose steps ascend, before the first line of a later one or a damaged one."""
     end = 0
     with path.open("rb+") as file:
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            row = _row(line)
+            if row is None:
+                logger.error("%s is damaged from byte %d on, which is cut off", path, end)
+            if row is None or row["step"] > step:
                 break
             end += len(line)
         file.truncate(end)
 
 
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Half a line, after a kill, and zeros, after a power cut, are none."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:  # JSON or UTF-8
+        return None
+
+
 def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of metrics.jsonl, one at a time; a half-written last line is left out."""
+    """Rows of metrics.jsonl, one at a time, up to the first that was not wholly written."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        yield from (json.loads(line) for line in file if line.endswith("\n"))
+    with path.open("rb") as file:
+        yield from itertools.takewhile(lambda row: row is not None, map(_row, file))

@@ -80,12 +80,14 @@ def watch() -> None:
 
 
 def _end(message: str) -> None:
-    """The end of the process, whatever the main thread does."""
-    logger.warning(message)
-    for handler in logger.handlers:
-        handler.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_INTERRUPTED)
+    """The end of the process, whatever the main thread does and the disk has no room for."""
+    try:
+        logger.warning(message)
+        for handler in logger.handlers:
+            handler.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(EXIT_INTERRUPTED)
 
 
 class Stop:
@@ -96,10 +98,7 @@ class Stop:
 
     def asked(self) -> bool:
         """To be called after every dispatch; all processes hear of it at the same one."""
-        stop = self._agreement(self._requested())
-        if stop:
-            self.steps_are_over()
-        return stop
+        return self._agreement(self._requested())
 
     def steps_are_over(self) -> None:
         """What is written from now on takes as long as it takes."""

@@ -22,6 +22,7 @@ from streams import Batch, Dataset, ahead
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
+MAX_WAITING = 2  # dispatches beside the one that runs: a stop waits for all of them
 NumpyMetrics = dict[str, np.ndarray]
 PyTree = Any
 
@@ -100,11 +101,8 @@ class Trainer:
             )
             make = folder.MetricsWriter if parallel.is_first() else folder.NoMetrics
             writer = stack.enter_context(contextlib.closing(make(workdir, self.step)))
-            profile = stack.enter_context(
-                contextlib.closing(
-                    Profile(workdir / "profile", self.settings.training.profile_steps)
-                )
-            )
+            traced = self.settings.training.profile_steps if parallel.is_first() else 0
+            profile = stack.enter_context(contextlib.closing(Profile(workdir / "profile", traced)))
             stack.callback(stop.steps_are_over)
             for first, batches in self.batches():
                 arguments = (self.state, self.key, batches, *self.task.frozen)
@@ -117,6 +115,8 @@ class Trainer:
                 self.events(writer, progress)
                 profile.after(self.step, self.state)
                 if stop.asked():
+                    self.metrics.check()  # waits for the steps that were dispatched
+                    stop.steps_are_over()
                     self.save()
                     break
 
@@ -235,8 +235,10 @@ class PendingMetrics:
         self._fetched: list[NumpyMetrics] = []
 
     def add(self, first_step: int, metrics: Any) -> None:
-        """Metrics [n] of steps first_step, first_step + 1, ..."""
+        """Metrics [n] of steps first_step, first_step + 1, ...; waits for those of long ago."""
         self._pending.append((first_step, metrics))
+        if len(self._pending) > MAX_WAITING:
+            jax.block_until_ready(self._pending[-1 - MAX_WAITING][1])
 
     def check(self) -> None:
         """Fetch all that is pending.

@@ -126,11 +126,18 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(tmp_path: Path, number: 
 
 
 SIGNALS_SCRIPT = """
-import logging, sys, time
-from run_lib import interruption
+import logging, resource, signal, sys, time
+from pathlib import Path
+from run_lib import folder, interruption
 logging.basicConfig()
 interruption.GRACE_S = float(sys.argv[2])
 interruption.watch()
+if sys.argv[1] == "full disk":
+    logging.raiseExceptions = False
+    folder.log_to(Path(sys.argv[3]))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    sys.argv[1] = "outside"
 if sys.argv[1] == "outside":
     print("ready", flush=True)
     time.sleep(60)
@@ -154,11 +161,14 @@ except interruption.Interrupted as error:
         ("stuck", [2, 0], 60, "SIGTERM again: stopped without saving"),
         ("stuck", [0.01, 0], 1, "no step has ended within 1 s: stopped without saving"),
         ("closing", [0], 1, "stopped and saved"),
+        ("full disk", [0], 60, "SIGTERM: stopped; the same command continues"),
     ],
-    ids=["outside", "stuck", "again", "sent twice", "closing"],
+    ids=["outside", "stuck", "again", "sent twice", "closing", "full disk"],
 )
-def test_signals_where_no_step_is_under_way(case, pauses: list, grace, message: str) -> None:
-    command = [sys.executable, "-c", SIGNALS_SCRIPT, case, str(grace)]
+def test_signals_where_no_step_is_under_way(
+    tmp_path: Path, case: str, pauses: list, grace: float, message: str
+) -> None:
+    command = [sys.executable, "-c", SIGNALS_SCRIPT, case, str(grace), str(tmp_path)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -205,11 +215,20 @@ def damage(path: Path) -> None:
         file.write_bytes(content[: len(content) // 2])
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog) -> None:
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the largest file, as a disk does that lies."""
+    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [damage, flip_a_bit])
+def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, harm, caplog) -> None:
     caplog.set_level("INFO", logger="fokker")
     run_lib.train(settings(n_iters=20), tmp_path)
     shutil.copytree(tmp_path, tmp_path / "whole")
-    damage(tmp_path / "checkpoints" / "20")
+    harm(tmp_path / "checkpoints" / "20")
     run_lib.evaluate(settings(), tmp_path, "eval")  # the one before; it changes nothing
     assert "20 cannot be read" in caplog.text
     steps = {json.loads(line)["step"] for line in (tmp_path / "eval/rows.jsonl").open()}

@@ -1,6 +1,7 @@
 """Whole runs at tiny size: resume, devices, non-finite values, evaluation, the run folder."""
 
 import json
+import struct
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import datasets
 import run_lib
@@ -74,6 +76,34 @@ def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     train(config, tmp_path)
     rows = [(row["step"], row["split"]) for row in folder.read_metrics(tmp_path)]
     assert len(rows) == len(set(rows)) > len(metrics)
+
+
+def test_metrics_end_where_a_power_cut_has_left_zeros(tmp_path: Path, caplog) -> None:
+    whole = '{"step": 5, "split": "train", "loss": 1}\n'
+    for damaged in ("\0\0\0\n", '{"step": 6, "spl\0\0\n'):
+        (tmp_path / "metrics.jsonl").write_text(whole + damaged + whole.replace("5", "7"))
+        assert [row["step"] for row in folder.read_metrics(tmp_path)] == [5]
+        folder.MetricsWriter(tmp_path, 10).close()
+        assert (tmp_path / "metrics.jsonl").read_text() == whole
+        assert f"is damaged from byte {len(whole)} on" in caplog.text
+        caplog.clear()
+
+
+def test_events_of_tensorboard_are_those_of_the_metrics(tmp_path: Path) -> None:
+    """A first one of its format, one that makes later ones of a killed run void, the values."""
+    writer = folder.MetricsWriter(tmp_path, 4)
+    writer.write(5, "train", {"loss": 2.5, "norm": 1.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    content, found = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    writer.close()
+    assert found[0].file_version == "brain.Event:2"
+    assert (found[1].step, found[1].session_log.status) == (5, SessionLog.START)
+    values = [(event.step, v.tag, v.simple_value) for event in found for v in event.summary.value]
+    assert values == [(5, "train/loss", 2.5), (5, "train/norm", 1.0)]
 
 
 def test_curves_are_those_of_the_metrics(tmp_path: Path, monkeypatch) -> None:

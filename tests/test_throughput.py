@@ -1,5 +1,6 @@
 """Microbatches, memory at the start, transfers, traces, and what may change between runs."""
 
+import dataclasses
 import gc
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from losses import mean_loss
 from ode import Solver
 from run_lib import build, folder, interruption, memory, parallel, training
 from run_lib.settings import Settings
+from run_lib.trainer import PendingMetrics, Trainer
 from tests import tiny
 from train_state import accumulated_gradient
 
@@ -254,6 +256,36 @@ def test_changed_fields_take_effect_on_resume(tmp_path: Path) -> None:
         ]
         assert all(same) == (changes == {"ema_rate": 0.0})
         trainer.checkpoints.close()
+
+
+@pytest.mark.parametrize(("microbatch", "size"), [(8, 2), (0, 4)])
+def test_the_step_of_a_run_takes_microbatches(tmp_path: Path, microbatch: int, size: int) -> None:
+    """Of the 4 examples that each of 4 devices has of a batch of 16."""
+    config = tiny.config()
+    config.training.microbatch = microbatch
+    settings = Settings.from_config(config)
+    usual, sizes = training.score_trainer(settings, datasets.load(settings.data), tmp_path), set()
+
+    def seen(params, key, batch, *frozen):
+        sizes.add(batch["image"].shape[0])
+        return usual.task.loss_fn(params, key, batch, *frozen)
+
+    task = dataclasses.replace(usual.task, loss_fn=seen)
+    trainer = Trainer(settings, usual.dataset, task, usual.state, usual.checkpoints)
+    _, batches = next(trainer.batches())
+    trainer.step_fn.lower(trainer.state, trainer.key, batches)
+    assert sizes == {size}
+    trainer.checkpoints.close()
+
+
+def test_few_dispatches_wait_for_the_devices(monkeypatch) -> None:
+    """A stop waits for them: at most two beside the one that runs."""
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    pending = PendingMetrics()
+    for step in range(5):
+        pending.add(step, {"loss": np.full(1, step)})
+    assert [int(metrics["loss"][0]) for metrics in waited] == [0, 1, 2]
 
 
 def test_one_process_agrees_with_itself_at_once() -> None:
