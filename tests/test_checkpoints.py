@@ -204,3 +204,31 @@ def test_damage_of_any_part_is_damage(saved, part):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DamagedError, match="5 cannot be read: "):
         saved.restore(5, state_of())
+
+
+def test_a_flipped_bit_is_damage(tmp_path):
+    """Of the values, of which neither Orbax nor TensorStore keeps a checksum."""
+    checkpoints, state = Checkpoints(tmp_path), state_of(5, shape=(64, 64))
+    checkpoints.save(state)
+    checkpoints.close()
+    files = [path for path in (tmp_path / "checkpoints" / "5").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(DamagedError, match=r"5 cannot be read: the values of \S+ are not those"):
+        checkpoints.restore(5, state)
+    (tmp_path / "checkpoints" / "5" / "_CHECKPOINT_METADATA").write_text("{}")  # by older code
+    assert not all(
+        map(np.array_equal, *map(jax.tree.leaves, (state, checkpoints.restore(5, state))))
+    )
+    checkpoints.close()
+
+
+def test_a_checkpoint_may_be_read_as_another_dtype(saved):
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state_of())
+    like = like.replace(params=jax.tree.map(lambda a: a.update(dtype=jnp.float16), like.params))
+    kernel = saved.restore(5, like).params["Dense_0"]["kernel"]
+    expected = state_of(5, seed=5).params["Dense_0"]["kernel"].astype(jnp.float16)
+    np.testing.assert_array_equal(kernel, expected)

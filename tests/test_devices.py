@@ -16,7 +16,7 @@ from run_lib import distributed, folder, parallel, sampling_loop
 from run_lib.settings import Settings
 from run_lib.trainer import Progress
 from tests import tiny
-from tests.processes import ROOT, finish, start, start_together
+from tests.processes import ROOT, finish, free_port, start, start_together
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -43,6 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         assert "process 0 of" in said[0]
         assert "open " in said[0]
         if len(said) == 2:  # the second one tells what it is and no more
+            assert "waiting up to 300 s for 2 processes at 127.0.0.1" in said[0]
             assert "process 1 of 2" in said[1]
             assert "step" not in said[1]
     return {name: root / name for name in LAYOUTS}

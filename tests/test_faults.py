@@ -215,20 +215,11 @@ def damage(path: Path) -> None:
         file.write_bytes(content[: len(content) // 2])
 
 
-def flip_a_bit(path: Path) -> None:
-    """In the middle of the largest file, as a disk does that lies."""
-    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-
-
-@pytest.mark.parametrize("harm", [damage, flip_a_bit])
-def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, harm, caplog) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO", logger="fokker")
     run_lib.train(settings(n_iters=20), tmp_path)
     shutil.copytree(tmp_path, tmp_path / "whole")
-    harm(tmp_path / "checkpoints" / "20")
+    damage(tmp_path / "checkpoints" / "20")
     run_lib.evaluate(settings(), tmp_path, "eval")  # the one before; it changes nothing
     assert "20 cannot be read" in caplog.text
     steps = {json.loads(line)["step"] for line in (tmp_path / "eval/rows.jsonl").open()}

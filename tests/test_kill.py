@@ -7,11 +7,14 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import run_lib
 from records import Records, key_of
 from run_lib.settings import Settings
 from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
 KILLS = 10
 
