@@ -64,7 +64,7 @@ def files(where: Path) -> Settings:
 
 
 CASES = {
-    "digits, MLP": (digits_settings, 50),
+    "digits, MLP": (digits_settings, 25),
     "npz, U-Net": (archive, 12),
     "PNG, U-Net": (files, 12),
 }
