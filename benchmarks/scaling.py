@@ -211,15 +211,15 @@ def print_gpu(rounds: int, batch_size: int = 64) -> None:
 
 def print_likelihood(model: ScoreModel, shape: tuple[int, ...], rounds: int) -> None:
     """Images per second of the ODE likelihood of an untrained network, equal steps."""
-    score, ids = model.score(model.init(jax.random.key(0), shape)), jnp.arange(256)
+    params, ids = model.init(jax.random.key(0), shape), jnp.arange(256)
     x = 0.3 * jax.random.normal(jax.random.key(1), (256, *shape))
     solver = dataclasses.replace(Solver("dopri5"), num_steps=16, estimate_error=False)
 
     @jax.jit
-    def log_p(x: jax.Array) -> Any:
+    def log_p(params: Any, x: jax.Array) -> Any:
         keys = fold_in_each(jax.random.key(2), ids)
         return ode_log_likelihood(
-            score,
+            model.score(params),
             model.sde,
             x,
             keys,
@@ -228,7 +228,7 @@ def print_likelihood(model: ScoreModel, shape: tuple[int, ...], rounds: int) -> 
             divergence=Divergence("rademacher"),
         ).log_p
 
-    rate = len(x) / seconds_of(lambda: log_p(x), rounds)
+    rate = len(x) / seconds_of(lambda: log_p(params, x), rounds)
     print(f"\nODE log-likelihood, 16 equal steps of dopri5, batch {len(x)}: {rate:.1f} images/s")
 
 
