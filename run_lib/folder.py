@@ -297,7 +297,7 @@ def _cut_after(path: Path, step: int) -> None:
         for line in file:
             row = _row(line)
             if row is None:
-                logger.error("%s is damaged from byte %d on, which is cut off", path, end)
+                logger.warning("%s: half-written from byte %d on, which is cut off", path, end)
             if row is None or row["step"] > step:
                 break
             end += len(line)

@@ -85,7 +85,7 @@ def test_metrics_end_where_a_power_cut_has_left_zeros(tmp_path: Path, caplog) ->
         assert [row["step"] for row in folder.read_metrics(tmp_path)] == [5]
         folder.MetricsWriter(tmp_path, 10).close()
         assert (tmp_path / "metrics.jsonl").read_text() == whole
-        assert f"is damaged from byte {len(whole)} on" in caplog.text
+        assert f"half-written from byte {len(whole)} on" in caplog.text
         caplog.clear()
 
 
