@@ -4,8 +4,12 @@
     bound    −log p(x) ≤ KL(q(x_T|x) ‖ π) + ½ ∫ g² E‖s − ∇log q(x_t|x)‖² dt − E log p(x | x_{t_min})
     K draws  −log p(x) ≤ −E log (1/K) Σ_k p(x_k)/q(x_k | x), smaller for larger K
 
-with decoder p(x | x_{t_min}) = N((x_{t_min} + σ² s)/α, σ²/α²). The ODE starts at the data at t_min
-(as published), or at x_{t_min}, the noised data, with `noised_start`.
+The decoder p(x | x_{t_min}) is that of the head (`heads`), or N((x_{t_min} + σ² s)/α, σ²/α² I).
+The ODE starts at the data at t_min (as published), or at x_{t_min}, the noised data, with
+`noised_start`. Where a head knows the levels k of quantised data, with x_t noised from k,
+
+    discrete bound   −log P(k) ≤ KL(q(x_T|k) ‖ π) + ½ ∫ g² E‖s − ∇log q(x_t|k)‖² dt
+                                 − E log P(k | x_{t_min})
 """
 
 import dataclasses
@@ -18,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dequantization import Draw, FlowDequantizer
-from losses import Batch, first_order_residual
+from losses import Batch
 from ode import Solver
 from operators import (
     PROBES,
@@ -30,11 +34,12 @@ from operators import (
     fold_in_each,
     gaussian,
     inner,
+    scale,
     squared_norm,
     value_and_divergence,
     value_and_probed_divergence,
 )
-from parameterization import Params, ScoreFn, ScoreModel
+from parameterization import DecoderFn, LevelPosterior, Params, ScoreFn, ScoreModel
 from sde_lib import SDE
 from time_sampling import Importance, Uniform
 
@@ -122,18 +127,28 @@ def ode_log_likelihood(
 
 
 def noised_start(
-    score_fn: ScoreFn, sde: SDE, draw: Draw, keys: Key[Array, " b"], t_min: float
+    decoder: DecoderFn, sde: SDE, draw: Draw, keys: Key[Array, " b"], t_min: float
 ) -> Draw:
     """x_t = α x + σ z at t_min, and log q(x|k) + log q(x_t|x) − log p(x|x_t), p the decoder.
 
     −log p(x) ≤ E[−log p_t(x_t) + log q(x_t|x) − log p(x|x_t)]; the difference of the last two is
-    ½(‖σ s + z‖² − ‖z‖²) − d log α.
+    −log [p(x|x_t)/N(x_t/α; x, σ²/α² I)] − d log α.
     """
     t, z = jnp.full(draw.x.shape[:1], t_min, draw.x.dtype), gaussian(keys, draw.x)
-    residual = first_order_residual(score_fn, draw.x, t, z, sde)
-    change = 0.5 * (squared_norm(residual) - squared_norm(z))
-    log_q = draw.log_q + change - dimension(draw.x) * jnp.log(sde.alpha(t))
-    return Draw(sde.perturb(draw.x, t, z), log_q)
+    x_t = sde.perturb(draw.x, t, z)
+    change = decoder(draw.x, x_t, t) + dimension(x_t) * jnp.log(sde.alpha(t))
+    return Draw(x_t, draw.log_q - change)
+
+
+def gaussian_decoder(score_fn: ScoreFn, sde: SDE) -> DecoderFn:
+    """Of N((x_t + σ² s)/α, σ²/α² I): (x0, x_t, t) ↦ ½(‖z‖² − ‖σ s + z‖²), z = (x_t − α x0)/σ."""
+
+    def log_ratio(x0: Batched, x: Batched, t: PerExample) -> PerExample:
+        score = scale(sde.sigma(t), score_fn(x, t))
+        z = scale(1.0 / sde.sigma(t), x - scale(sde.alpha(t), x0))
+        return -inner(score, 0.5 * score + z)
+
+    return log_ratio
 
 
 def importance_average(
@@ -154,11 +169,17 @@ class Bound(NamedTuple):
     """The three terms of −log p(x) ≤ prior + diffusion + start, in nats per example.
 
     `start` is the reconstruction −E log p(x | x_{t_min}), or the entropy of q(x_{t_min} | x).
+    `strata` are the parts of the integral, one for each time, whose sum is `diffusion`.
     """
 
     prior: PerExample
-    diffusion: PerExample
+    strata: Float[Array, "n b"]
     start: PerExample
+
+    @property
+    def diffusion(self) -> PerExample:
+        """The integral from t_min to T."""
+        return jnp.sum(self.strata, axis=0)
 
     @property
     def nll(self) -> PerExample:
@@ -175,6 +196,7 @@ def variational_bound(
     proposal: Uniform | Importance,
     num_times: int,
     divergence: Divergence | None = None,
+    decoder: DecoderFn | None = None,
     offset: bool = True,
 ) -> Bound:
     """Unbiased estimate of the variational bound with `num_times` stratified times per example.
@@ -190,38 +212,95 @@ def variational_bound(
         num_times: draws of (t, z) per example.
         divergence: None for the form above (denoising); else the implicit form
             E‖σ s + z‖² = E[σ²‖s‖² + 2σ² div s] + d, whose divergence is computed so.
+        decoder: of the head, as `ScoreModel.decoder`; None for the Gaussian one.
         offset: True for a bound on −log p(x); False for one on E −log p_{t_min}(x_{t_min}), which
             lacks the way from x_{t_min} to x (as published without offset).
 
     Reference: Song et al. 2021, https://arxiv.org/abs/2101.09258, theorem 3; Kingma et al. 2021,
     https://arxiv.org/abs/2107.00630, eq. (11) for the three terms.
     """
+
+    def square(x_t: Batched, t: PerExample, z: Batched, keys: Key[Array, " b"]) -> PerExample:
+        if divergence is None:
+            return _residual_square(score_fn, sde, x_t, t, z)
+        probes = divergence.draw(keys, x)
+        return _implicit_square(score_fn, sde, x, x_t, t, divergence, probes)
+
+    strata = _strata(square, sde, x, fold_in_all(keys, 0), proposal, num_times)
     t_min = jnp.full(x.shape[:1], proposal.t_min, x.dtype)
-    keys_times, keys_end = fold_in_all(keys, 0), fold_in_all(keys, 1)
+    start = 0.5 * dimension(x) * (1.0 + math.log(2 * math.pi) + 2.0 * jnp.log(sde.sigma(t_min)))
+    if offset:
+        x_t = sde.perturb(x, t_min, gaussian(fold_in_all(keys, 1), x))
+        decoder = decoder or gaussian_decoder(score_fn, sde)
+        # ½‖z‖² of log N(x_t/α; x, σ²/α² I) is replaced by its mean.
+        start = start - dimension(x) * jnp.log(sde.alpha(t_min)) - decoder(x, x_t, t_min)
+    return Bound(sde.prior_kl(x), strata, start)
+
+
+def discrete_bound(
+    score_fn: ScoreFn,
+    posterior: LevelPosterior,
+    sde: SDE,
+    x: Batched,
+    keys: Key[Array, " b"],
+    *,
+    proposal: Uniform | Importance,
+    num_times: int,
+) -> Bound:
+    """Unbiased estimate of the bound on −log P(k), k the levels of x, for a head that knows them.
+
+    Dequantised data are drawn uniformly in their cells: the mean is that of `variational_bound`
+    plus log q(x|k), but the noise of the cells is integrated out of the target. Each part of the
+    integral is positive, and zero where the head knows the score.
+
+    Args:
+        score_fn: the score of the model.
+        posterior: as `ScoreModel.levels`.
+        sde: of x_t given x.
+        x: data, [B, *d], in their cells (cells) or at their values (atoms).
+        keys: one per example.
+        proposal: law of the times; its t_min is the smallest time of the integral.
+        num_times: draws of (t, z) per example.
+
+    Reference: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, eq. (11).
+    """
+
+    def square(x_t: Batched, t: PerExample, z: Batched, keys: Key[Array, " b"]) -> PerExample:
+        del z, keys
+        return squared_norm(scale(sde.sigma(t), score_fn(x_t, t)) - posterior.target(x, x_t, t))
+
+    strata = _strata(square, sde, x, fold_in_all(keys, 0), proposal, num_times)
+    t_min = jnp.full(x.shape[:1], proposal.t_min, x.dtype)
+    x_t = sde.perturb(x, t_min, gaussian(fold_in_all(keys, 1), x))
+    return Bound(sde.prior_kl(x), strata, -posterior.log_probability(x, x_t, t_min))
+
+
+def _strata(
+    square: Callable[[Batched, PerExample, Batched, Key[Array, " b"]], PerExample],
+    sde: SDE,
+    x: Batched,
+    keys: Key[Array, " b"],
+    proposal: Uniform | Importance,
+    num_times: int,
+) -> Float[Array, "n b"]:
+    """½ (g²/σ²) square(x_t, t, z, keys)/p(t)/n, one row for each of n stratified times."""
 
     def term(number: Int[Array, ""]) -> PerExample:
-        keys_now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, number)))(keys_times)
+        keys_now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, number)))(keys)
         u = jax.vmap(lambda k: jax.random.uniform(k, (), x.dtype))(keys_now[:, 0])
         t = proposal.quantile((number.astype(x.dtype) + u) / num_times)
         z = gaussian(keys_now[:, 1], x)
-        weight = sde.g2(t) / sde.sigma(t) ** 2 / proposal.density(t)
-        if divergence is None:
-            return 0.5 * weight * _residual_square(score_fn, sde, x, t, z)
-        probes = divergence.draw(fold_in_all(keys_now[:, 1], 1), x)
-        return 0.5 * weight * _implicit_square(score_fn, sde, x, t, z, divergence, probes)
+        weight = sde.g2(t) / sde.sigma(t) ** 2 / proposal.density(t) / num_times
+        keys_square = fold_in_all(keys_now[:, 1], 1)
+        return 0.5 * weight * square(sde.perturb(x, t, z), t, z, keys_square)
 
     if num_times == 1:  # no loop: XLA on CPU is slow at gradients of convolutions inside one
-        diffusion = term(jnp.zeros((), jnp.int32))
-    else:
-        diffusion = jnp.mean(jax.lax.map(term, jnp.arange(num_times)), axis=0)
-    start = 0.5 * dimension(x) * (1.0 + math.log(2 * math.pi) + 2.0 * jnp.log(sde.sigma(t_min)))
-    if offset:
-        start = reconstruction_nll(score_fn, sde, x, t_min, gaussian(keys_end, x))
-    return Bound(sde.prior_kl(x), diffusion, start)
+        return term(jnp.zeros((), jnp.int32))[None]
+    return jax.lax.map(term, jnp.arange(num_times))
 
 
 def _implicit_square(
-    score_fn: ScoreFn, sde: SDE, x: Batched, t: PerExample, z: Batched,
+    score_fn: ScoreFn, sde: SDE, x: Batched, x_t: Batched, t: PerExample,
     divergence: Divergence, probes: Float[Array, "b p *d"],
 ) -> PerExample:  # fmt: skip
     """σ²‖s‖² + 2σ² div s + d at x_t, with the mean of ‖σ s + z‖² (Hyvärinen 2005).
@@ -229,7 +308,6 @@ def _implicit_square(
     Less the control variate c (‖x_t‖² − α²‖x‖² − σ² d), c = (σ²/(α² + σ²))²/σ²: the square of the
     score of unit-variance data.
     """
-    x_t = sde.perturb(x, t, z)
     score, div_score = divergence(lambda y: score_fn(y, t), x_t, probes)
     signal, noise = sde.alpha(t) ** 2, sde.sigma(t) ** 2
     centred = squared_norm(x_t) - signal * squared_norm(x) - noise * dimension(x)
@@ -237,27 +315,18 @@ def _implicit_square(
     return noise * (squared_norm(score) + 2.0 * div_score) + dimension(x) - variate
 
 
-def reconstruction_nll(
-    score_fn: ScoreFn, sde: SDE, x: Batched, t: PerExample, z: Batched
-) -> PerExample:
-    """−log N(x; (x_t + σ² s)/α, σ²/α²) at x_t = α x + σ z; x − mean = −(σ/α)(σ s + z)."""
-    log_std = jnp.log(sde.sigma(t)) - jnp.log(sde.alpha(t))
-    square = _residual_square(score_fn, sde, x, t, z)
-    return dimension(x) * (0.5 * math.log(2 * math.pi) + log_std) + 0.5 * square
-
-
 def _residual_square(
-    score_fn: ScoreFn, sde: SDE, x: Batched, t: PerExample, z: Batched
+    score_fn: ScoreFn, sde: SDE, x_t: Batched, t: PerExample, z: Batched
 ) -> PerExample:
     """‖e1‖² − κ(t)(‖z‖² − d), e1 = σ s + z: unbiased for E‖e1‖², whatever the score.
 
     κ = (α²/(α² + σ²))² is the coefficient of z in e1, squared, for data of unit variance; the
     control variate removes the noise of ‖z‖² where the score cannot know z.
     """
-    residual = first_order_residual(score_fn, x, t, z, sde)
+    residual = scale(sde.sigma(t), score_fn(x_t, t)) + z
     signal, noise = sde.alpha(t) ** 2, sde.sigma(t) ** 2
     kappa = (signal / (signal + noise)) ** 2
-    return squared_norm(residual) - kappa * (squared_norm(z) - dimension(x))
+    return squared_norm(residual) - kappa * (squared_norm(z) - dimension(x_t))
 
 
 def dequantizer_loss(

@@ -135,3 +135,14 @@ def arrays(batches: Iterable[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
     """The real examples of batches {image, mask}."""
     for batch in batches:
         yield batch["image"][batch["mask"]]
+
+
+def first(batches: Iterable[np.ndarray], number: int) -> np.ndarray:
+    """The first so many examples, or all where there are fewer."""
+    found, there = [], 0
+    for batch in batches:
+        found.append(batch)
+        there += len(batch)
+        if there >= number:
+            break
+    return np.concatenate(found)[:number]

@@ -5,24 +5,31 @@
     scaled_score  s = net/σ
 
 x_t = α x0 + σ z, velocity = α z − σ x0 (Salimans & Ho 2022). The networks know nothing of SDEs:
-only this file divides by σ or g.
+only this file and the heads divide by σ or g.
+
+These take one number per coordinate. `HEADS` take several, or know the moments of the training
+data; their arrays stand beside the network's in the parameters, {network, prior, …}.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from heads import Atoms, Cells
 from models.layers import QUICK
-from operators import Batched, PerExample, scale
+from operators import Batched, PerExample, inner, scale
+from real_heads import Mixture, Whitened
 from sde_lib import SDE
 
 Params = Any
 ScoreFn = Callable[[Batched, PerExample], Batched]
+DecoderFn = Callable[[Batched, Batched, PerExample], PerExample]
+Head = Cells | Atoms | Mixture | Whitened
 
 
 def score_from_score(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
@@ -64,6 +71,13 @@ PARAMETERIZATIONS = {
     "velocity": score_from_velocity,
 }
 
+HEADS: dict[str, type[Head]] = {
+    "cells": Cells,
+    "atoms": Atoms,
+    "mixture": Mixture,
+    "whitened": Whitened,
+}
+
 
 def time_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
     """999 t, the label of the published VP and sub-VP networks."""
@@ -103,6 +117,18 @@ TIME_LABELS = {
 }
 
 
+class LevelPosterior(NamedTuple):
+    """The levels k of quantised data given x_t, and x_t given the levels.
+
+    Attributes:
+        log_probability: (x0, x_t, t) ↦ Σ_j log P(level of x0_j | x_t) in nats.
+        target: (x0, x_t, t) ↦ σ ∇ log q(x_t | levels of x0); −z where the data have no noise.
+    """
+
+    log_probability: DecoderFn
+    target: Callable[[Batched, Batched, PerExample], Batched]
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoreModel:
     """A network, the SDE it belongs to and the meaning of its input and output."""
@@ -128,12 +154,84 @@ class ScoreModel:
 
     def score(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> ScoreFn:
         """s(x, t) at these parameters; dropout is on when a key is given, one mask per key."""
-        train = dropout_key is not None
-        rngs = {"dropout": dropout_key} if train else None
 
         def score_fn(x: Batched, t: PerExample) -> Batched:
-            label = self.label(t, self.sde, self.num_scales)
-            net = self.network.apply({"params": params}, x, label, train=train, rngs=rngs)
+            net = self._output(params, x, t, dropout_key)
             return self.to_score(net, x, t, self.sde)
 
         return score_fn
+
+    def decoder(self, params: Params) -> DecoderFn | None:
+        """(x0, x_t, t) ↦ log p(x0 | x_t) − log N(x_t/α; x0, σ²/α² I) of a head that has one."""
+        del params
+        return None
+
+    def levels(self, params: Params) -> LevelPosterior | None:
+        """What heads of quantised data know of the level, given x_t."""
+        del params
+        return None
+
+    def _output(
+        self, params: Params, x: Batched, t: PerExample, dropout_key: Key[Array, ""] | None
+    ) -> Array:
+        """The output of the network at its parameters."""
+        train = dropout_key is not None
+        rngs = {"dropout": dropout_key} if train else None
+        label = self.label(t, self.sde, self.num_scales)
+        return self.network.apply({"params": params}, x, label, train=train, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadModel(ScoreModel):
+    """A network with a head: its parameters are {network, prior, and what the head learns}."""
+
+    head: Head = dataclasses.field(kw_only=True)
+
+    def init_in_order(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
+        """The network's parameters, and the arrays of the head before it has seen data."""
+        return {"network": super().init_in_order(key, shape)} | self.head.arrays(shape)
+
+    def score(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> ScoreFn:
+        """s(x, t) at these parameters; dropout is on when a key is given, one mask per key."""
+        outputs, arrays = self._bound(params, dropout_key)
+
+        def score_fn(x: Batched, t: PerExample) -> Batched:
+            return self.head.score(arrays, outputs(x, t), x, t, self.sde)
+
+        return score_fn
+
+    def decoder(self, params: Params) -> DecoderFn | None:
+        """(x0, x_t, t) ↦ log p(x0 | x_t) − log N(x_t/α; x0, σ²/α² I) of cells and mixtures."""
+        return self._log_ratio(params) if isinstance(self.head, Cells | Mixture) else None
+
+    def levels(self, params: Params) -> LevelPosterior | None:
+        """What heads of quantised data know of the level, given x_t."""
+        head, log_ratio = self.head, self._log_ratio(params)
+        if not isinstance(head, Cells | Atoms):
+            return None
+
+        def log_probability(x0: Batched, x: Batched, t: PerExample) -> PerExample:
+            known, _ = head.known(x0, x, t, self.sde)
+            return log_ratio(x0, x, t) + inner(known, jnp.ones_like(known))
+
+        return LevelPosterior(log_probability, lambda x0, x, t: head.known(x0, x, t, self.sde)[1])
+
+    def _log_ratio(self, params: Params) -> DecoderFn:
+        outputs, arrays = self._bound(params, None)
+        return lambda x0, x, t: self.head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
+
+    def _bound(
+        self, params: Params, dropout_key: Key[Array, ""] | None
+    ) -> tuple[ScoreFn, dict[str, Any]]:
+        """(the network's output as a function of x and t, the arrays of the head).
+
+        The prior is not trained: it is what the data say before any network.
+        """
+        arrays = {name: leaf for name, leaf in params.items() if name != "network"}
+        arrays["prior"] = jax.lax.stop_gradient(arrays["prior"])
+
+        def outputs(x: Batched, t: PerExample) -> Array:
+            inputs = self.head.inputs(arrays, x, t, self.sde)
+            return self._output(params["network"], inputs, t, dropout_key)
+
+        return outputs, arrays

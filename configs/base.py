@@ -46,7 +46,9 @@ def _model() -> ConfigDict:
     return ConfigDict(
         {
             "name": "ddpm",  # a name in models.MODELS
-            "parameterization": "noise",  # score | scaled_score | noise | drift | velocity
+            # score | scaled_score | noise | drift | velocity, or a head, which knows the marginal
+            # law of the training data: cells | atoms (integers), mixture | whitened (real values)
+            "parameterization": "noise",
             "time_label": "time",  # time | unit_time | sigma | log_snr | reverse_index
             "ema_rate": 0.9999,
             "num_scales": 1000,  # noise levels of the discrete chains and of sampling
@@ -55,6 +57,11 @@ def _model() -> ConfigDict:
             "beta_max": placeholder(float),
             "sigma_min": placeholder(float),
             "sigma_max": placeholder(float),
+            # heads
+            "rank": placeholder(int),  # cells, atoms: features per coordinate, from 36 levels on
+            "components": placeholder(int),  # mixture: Gaussians per coordinate
+            "floor": placeholder(float),  # mixture: smallest width, in standard deviations
+            "whitening": placeholder(str),  # whitened: full | diagonal covariance
             # networks
             "dropout": placeholder(float),
             "hidden": placeholder(int),
@@ -204,7 +211,9 @@ def _eval() -> ConfigDict:
             "dequantizer": False,  # published name of dequantization=variational
             "tn_tau": 3.0,  # tn: half a cell in standard deviations of the noise at the start
             "enable_bpd": True,  # log-likelihood by the probability-flow ODE
-            "ode_start": "data",  # data, taken for x at t_min, as published | noised (a bound)
+            # data, taken for x at t_min, as published | noised (a bound) | auto: noised where the
+            # head has a decoder of its own
+            "ode_start": "auto",
             "num_importance": 1,  # ODE: draws of the noise that are averaged in p, not in log p
             "bound": True,  # variational bound
             "dsm": True,  # of the bound: denoising form; False: with divergence

@@ -40,6 +40,7 @@ from models.layers import (
     default_init,
     dropout,
     embed,
+    per_coordinate,
     rematerialized,
     sinusoidal_embedding,
 )
@@ -108,6 +109,7 @@ class DDPM(nn.Module):
         centered: images are in [−1, 1]; otherwise the network maps x to 2x − 1.
         dtype: of convolutions and products, `float32` (as the input) or `bfloat16`.
         remat: what the reverse pass computes again, a name in `layers.REMAT`.
+        outputs: numbers K per coordinate that a head asks for.
 
     Raises:
         ValueError: a field, or the size of the image, has a value that is not allowed.
@@ -129,6 +131,7 @@ class DDPM(nn.Module):
     centered: bool = True
     dtype: str = "float32"
     remat: str = "none"
+    outputs: int = 1
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -151,8 +154,10 @@ class DDPM(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Image, label: Float[Array, " b"], train: bool = False) -> Image:
-        """Map x: [B, H, W, C] and label: [B] to [B, H, W, C]; dropout only if `train`.
+    def __call__(self, x: Image, label: Float[Array, " b"], train: bool = False) -> Array:
+        """Map x: [B, H, W, C] and label: [B] to the same shape, or [B, H, W, C, K] for a head.
+
+        Dropout only if `train`.
 
         Raises:
             ValueError: x is not a batch of images, or H or W is not divisible by 2^(levels − 1).
@@ -165,8 +170,8 @@ class DDPM(nn.Module):
         h = self._res(h.shape[-1])(h, temb, train)
         h = self._up(h, skips, temb, train)
         h = ACTIVATIONS[self.nonlinearity](GroupNorm(self.num_groups)(h))
-        out = conv3x3(x.shape[-1], scale=0.0, init_mode=self.init_mode)(h)
-        return out.astype(x.dtype)
+        out = conv3x3(x.shape[-1] * self.outputs, scale=0.0, init_mode=self.init_mode)(h)
+        return per_coordinate(out, self.outputs).astype(x.dtype)
 
     @nn.nowrap
     def _embed(self, label: Float[Array, " b"], dtype: DTypeLike) -> Embedding:

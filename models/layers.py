@@ -185,6 +185,11 @@ def attention(
     return jnp.einsum("bij,bje->bie", share.astype(v.dtype), v)
 
 
+def per_coordinate(out: Image, number: int) -> jax.Array:
+    """[B, H, W, C K] as [B, H, W, C, K]; as it is for K = 1."""
+    return out if number == 1 else out.reshape(*out.shape[:-1], -1, number)
+
+
 def nearest_upsample(x: Image) -> Float[Array, "b 2*h 2*w c"]:
     """Every pixel becomes a 2×2 block."""
     b, h, w, c = x.shape

@@ -58,6 +58,7 @@ class MLP(nn.Module):
         embed_dim: size of the sinusoidal embedding of the label.
         dropout: rate, in [0, 1), inside each block.
         activation: a name in `layers.ACTIVATIONS`.
+        outputs: numbers K per coordinate that a head asks for; there is no gain with several.
 
     Raises:
         ValueError: a field has a value that is not allowed; names the field and what is allowed.
@@ -68,6 +69,7 @@ class MLP(nn.Module):
     embed_dim: int = 64
     dropout: float = 0.0
     activation: str = "swish"
+    outputs: int = 1
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -81,8 +83,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "b *d"], label: Float[Array, " b"], train: bool = False
-    ) -> Float[Array, "b *d"]:
-        """Map x: [B, *d] and label: [B] to [B, *d]; dropout only if `train`."""
+    ) -> Float[Array, "b *d_and_k"]:
+        """Map x: [B, *d] and label: [B] to [B, *d], or [B, *d, K]; dropout only if `train`."""
         act = ACTIVATIONS[self.activation]
         dim = math.prod(x.shape[1:])
         flat = x.reshape(x.shape[0], dim)
@@ -93,6 +95,9 @@ class MLP(nn.Module):
         h = h + nn.Dense(self.hidden, use_bias=False, name="time")(tau)
         for _ in range(self.depth):
             h = ResidualBlock(self.dropout, self.activation)(h, cond, train)
+        if self.outputs > 1:
+            out = nn.Dense(dim * self.outputs, kernel_init=default_init(0.0), name="output")(h)
+            return out.reshape(*x.shape, self.outputs)
         gain = nn.Dense(dim, kernel_init=default_init(0.0), name="gain")(cond)
         out = nn.Dense(dim, kernel_init=default_init(0.0), name="output")(h) + gain * flat
         return out.reshape(x.shape)

@@ -49,6 +49,7 @@ from models.layers import (
     embed,
     mean_downsample,
     nearest_upsample,
+    per_coordinate,
     rematerialized,
     sinusoidal_embedding,
 )
@@ -166,6 +167,7 @@ class NCSNpp(nn.Module):
         centered: images are in [−1, 1]; otherwise the network maps x to 2x − 1.
         dtype: of convolutions and products, `float32` (as the input) or `bfloat16`.
         remat: what the reverse pass computes again, a name in `layers.REMAT`.
+        outputs: numbers K per coordinate that a head asks for.
 
     GroupNorm has min(C/4, 32) groups.
 
@@ -195,6 +197,7 @@ class NCSNpp(nn.Module):
     centered: bool = True
     dtype: str = "float32"
     remat: str = "none"
+    outputs: int = 1
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -216,8 +219,10 @@ class NCSNpp(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Image, label: Float[Array, " b"], train: bool = False) -> Image:
-        """Map x: [B, H, W, C] and label: [B] to [B, H, W, C]; dropout only if `train`.
+    def __call__(self, x: Image, label: Float[Array, " b"], train: bool = False) -> Array:
+        """Map x: [B, H, W, C] and label: [B] to the same shape, or [B, H, W, C, K] for a head.
+
+        Dropout only if `train`.
 
         Raises:
             ValueError: x is not a batch of images, or H or W is not divisible by 2^(levels − 1).
@@ -229,11 +234,12 @@ class NCSNpp(nn.Module):
         h = self._res(h.shape[-1])(h, temb, train)
         h = self._attn()(h)
         h = self._res(h.shape[-1])(h, temb, train)
-        h, pyramid = self._up(h, skips, x.shape[-1], temb, train)
+        channels = x.shape[-1] * self.outputs
+        h, pyramid = self._up(h, skips, channels, temb, train)
         out = h if pyramid is None else pyramid
         if self.progressive != "output_skip":
-            out = self._to_image(h, x.shape[-1], self.init_scale)
-        return out.astype(x.dtype)
+            out = self._to_image(h, channels, self.init_scale)
+        return per_coordinate(out, self.outputs).astype(x.dtype)
 
     @nn.nowrap
     def _embed(self, label: Float[Array, " b"], dtype: DTypeLike) -> Embedding:

@@ -1,21 +1,25 @@
 """Settings to objects: the score model, losses, samplers and estimators of a run."""
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 import losses
 from dequantization import Draw, Encoding, FlowDequantizer, Pixels, Reals
 from fokker_planck import FokkerPlanck
+from heads import Levels
 from high_order import HighOrder
 from likelihood import Divergence
 from ode import Solver
-from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
+from operators import fold_in_each
+from parameterization import PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
 from restarted import time_of_noise
 from run_lib.settings import Settings, choose, require
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
@@ -24,6 +28,8 @@ from terms import Terms
 from time_sampling import Importance
 
 AXIS_NAME = "batch"
+PRIOR_BATCH = 500
+ENDLESS = 20_000  # examples that stand for an endless training split
 logger = logging.getLogger("fokker")
 
 
@@ -33,15 +39,54 @@ def score_model(settings: Settings, *, on_levels: bool = False) -> ScoreModel:
     `on_levels`: with training.continuous=False, the α and σ of the discrete chain, on which the
     network was trained and that the pc sampler walks; likelihoods are those of the SDE.
     """
-    number = settings.model.num_scales
+    number, label = settings.model.num_scales, TIME_LABELS[settings.model.time_label]
     chain = on_levels and not settings.training.continuous
-    return ScoreModel(
-        settings.network,
-        settings.sde.chain(number) if chain else settings.sde,
-        PARAMETERIZATIONS[settings.model.parameterization],
-        TIME_LABELS[settings.model.time_label],
-        number,
-    )
+    sde = settings.sde.chain(number) if chain else settings.sde
+    if settings.head is not None:
+        return HeadModel(
+            settings.network, sde, label=label, num_scales=number, head=settings.head
+        )  # fmt: skip
+    to_score = PARAMETERIZATIONS[settings.model.parameterization]
+    return ScoreModel(settings.network, sde, to_score, label, number)
+
+
+def training_examples(dataset: Dataset) -> Iterator[np.ndarray]:
+    """Batches [b, *d] of the training split in order, unaugmented; of an endless one the start."""
+    if dataset.size("train") is None:
+        batches = dataset.train_batches(batch_size=PRIOR_BATCH, seed=0, first_step=0)
+        batches = itertools.islice(batches, ENDLESS // PRIOR_BATCH)
+    else:
+        batches = dataset.eval_batches("train", batch_size=PRIOR_BATCH)
+    for batch in batches:
+        yield batch["image"][batch["mask"]]
+
+
+def with_prior(settings: Settings, dataset: Dataset, params: Any) -> Any:
+    """The parameters with what the head knows of the training data; published ones as they are.
+
+    Raises:
+        ValueError: the head is for integers and the data are real values.
+    """
+    head = settings.head
+    if head is None:
+        return params
+    batches, name = training_examples(dataset), settings.model.parameterization
+    if isinstance(head, Levels):
+        allowed = "'mixture' or 'whitened' for real-valued data"
+        require(dataset.levels is not None, "model.parameterization", name, allowed)
+    else:
+        batches = _encoded(encoding(settings, dataset), batches)
+    logger.info("the prior of model.parameterization=%r is taken from the training data", name)
+    return params | {"prior": head.prior(dataset.shape, batches)}
+
+
+def _encoded(found: Encoding, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The batches in model space."""
+    encode, first = jax.jit(found.encode), 0
+    for batch in batches:
+        keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(batch)))
+        yield np.asarray(encode(batch, keys))
+        first += len(batch)
 
 
 def encoding(settings: Settings, dataset: Dataset) -> Encoding:
@@ -279,7 +324,7 @@ def check_elbo(settings: Settings) -> None:
     """The ELBO starts at t = 0, where the score of the network must exist."""
     name = settings.model.parameterization
     at_zero = float(settings.sde.sigma(jnp.zeros(())))
-    if at_zero == 0.0 and name in ("noise", "velocity"):
+    if at_zero == 0.0 and name not in ("drift", "score"):
         raise ValueError(
             f"eval.elbo=True with model.parameterization={name!r}: the score is divided by σ, "
             f"which is 0 at t = 0 for training.sde={settings.training.sde!r}; need 'drift' or "

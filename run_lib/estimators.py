@@ -11,17 +11,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dequantization import Encoding
 from elbo import ESTIMATORS
+from heads import Atoms, Cells
 from likelihood import (
+    Bound,
     Divergence,
+    discrete_bound,
+    gaussian_decoder,
     importance_average,
     noised_start,
     ode_log_likelihood,
     variational_bound,
 )
 from operators import fold_in_all, fold_in_each
-from restarted import Restarted
+from real_heads import Mixture
+from restarted import Restarted, noise_to_signal
 from run_lib import build
 from run_lib.settings import Settings
 from streams import Dataset
@@ -34,6 +41,7 @@ OBJECTIVE_FIELDS = (
     "trace_weight", "third_order_weight", "third_order_form", "derivative_estimator",
     "num_probes", "alpha", "beta", "scalar_fp", "fp_wgt_type", "m", "fp_form", "fp_probes",
 )  # fmt: skip
+BINS = 16  # of the integral of a bound over log(σ/α), kept for every example
 Details = dict[str, str | int | float]
 
 
@@ -54,6 +62,7 @@ class Estimator:
     key: str  # a name in build.keys; likelihoods share their dequantisation noise
     # (parameters, key, batch with noise_id) → {value, nfe, converged, …}, each [B]
     function: Callable[[Parameters, jax.Array, dict], dict[str, jax.Array]]
+    edges: tuple[float, ...] = ()  # of a bound: log(σ/α) at the ends of its bins
 
     @property
     def protocol(self) -> str:
@@ -82,6 +91,8 @@ def estimators(settings: Settings, dataset: Dataset, dequantizer: str = "") -> l
             table.append(_bound(settings, dataset, noise))
         if config.elbo:
             table.append(_elbo(settings, dataset, noise))
+    if config.bound and isinstance(settings.head, Atoms):
+        table.append(_discrete_bound(settings, dataset))
     if config.enable_bpd and dataset.law is not None:
         table.append(_divergence_from_data(settings, dataset))
     if config.enable_loss:
@@ -93,7 +104,7 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
     model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
     tools, config = build.likelihood_tools(settings), settings.eval
     t_min = noise.start or settings.training.smallest_time
-    noised, number = config.ode_start == "noised" and not noise.start, config.num_importance
+    noised, number = _starts_noised(settings) and not noise.start, config.num_importance
     if number > 1 and dataset.levels is None and not noised:
         raise ValueError(
             f"eval.num_importance={number} with real-valued data: there is no noise to draw; "
@@ -107,7 +118,8 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
             draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, k))
             if noised:
                 keys_start = fold_in_all(fold_in_all(keys, 4), k)
-                draw = noised_start(score_fn, model.sde, draw, keys_start, t_min)
+                decoder = model.decoder(params.score) or gaussian_decoder(score_fn, model.sde)
+                draw = noised_start(decoder, model.sde, draw, keys_start, t_min)
             # The probes are those of k = 0 for all: their error is then common to all weights,
             # and its exponential does not raise their mean.
             found = ode_log_likelihood(
@@ -129,9 +141,22 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
         return result
 
     details = _ode_details(settings, t_min) | noise.details
-    details |= {"start": "noised"} if noised else {}
+    details |= {"start": "noised"} | _decoder_name(settings) if noised else {}
     details |= {"draws": number} if number > 1 else {}
     return Estimator("ODE", details, encoding.unit, "eval", function)
+
+
+def _starts_noised(settings: Settings) -> bool:
+    """Whether the ODE starts at x_{t_min}; "auto": where the head has a decoder for the rest."""
+    if settings.eval.ode_start == "auto":
+        return isinstance(settings.head, Cells | Mixture)
+    return settings.eval.ode_start == "noised"
+
+
+def _decoder_name(settings: Settings) -> Details:
+    """Which decoder a protocol has, for those that have one of their own."""
+    known = isinstance(settings.head, Cells | Mixture)
+    return {"decoder": settings.model.parameterization} if known else {}
 
 
 def draw_keys(keys: jax.Array, k: jax.Array | int) -> jax.Array:
@@ -168,28 +193,91 @@ def _ode_details(settings: Settings, t_min: float) -> Details:
 
 
 def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
+    """The variational bound of dequantised or real data; of cells the one that knows the cell."""
     model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
     tools, config = build.likelihood_tools(settings), settings.eval
     number, offset, t_min = config.num_times, config.offset, settings.training.smallest_time
     divergence = None if config.dsm else tools.divergence
     sde = Restarted(model.sde, noise.start) if noise.start else model.sde
     proposal = Importance(sde, noise.start + t_min)
+    uniform = noise.details.get("dequantisation") == "uniform"
+    knows_cell = isinstance(settings.head, Cells) and uniform and offset and config.dsm
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_each(key, batch["noise_id"])
         draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, 0))
-        bound = variational_bound(
-            model.score(params.score), sde, draw.x, fold_in_all(keys, 2),
-            proposal=proposal, num_times=number, divergence=divergence, offset=offset,
-        )  # fmt: skip
-        value = encoding.negative_log_likelihood(-bound.nll - draw.log_q, batch["image"])
-        nfe = jnp.full(value.shape, number + offset)
-        return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
+        score_fn, keys = model.score(params.score), fold_in_all(keys, 2)
+        if knows_cell:
+            posterior, log_q = model.levels(params.score), 0.0
+            bound = discrete_bound(
+                score_fn, posterior, sde, draw.x, keys, proposal=proposal, num_times=number
+            )  # fmt: skip
+        else:
+            log_q, decoder = draw.log_q, None if noise.start else model.decoder(params.score)
+            bound = variational_bound(
+                score_fn, sde, draw.x, keys, proposal=proposal, num_times=number,
+                divergence=divergence, decoder=decoder, offset=offset,
+            )  # fmt: skip
+        return _bound_row(bound, log_q, encoding, batch["image"], number + offset)
 
     form = {} if divergence is None else {"trace": trace(divergence)}
     details = {"stratified times": number, **form, "t_min": proposal.t_min, **noise.details}
+    details |= _decoder_name(settings) if offset and not noise.start else {}
     name = "bound" if offset else "bound at t_min"
-    return Estimator(name, details, encoding.unit, "eval", function)
+    return Estimator(name, details, encoding.unit, "eval", function, _edges(proposal, number))
+
+
+def _discrete_bound(settings: Settings, dataset: Dataset) -> Estimator:
+    """The bound on −log P(k) of atoms, without dequantisation."""
+    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
+    number, t_min = settings.eval.num_times, settings.training.smallest_time
+    proposal = Importance(model.sde, t_min)
+
+    def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        keys = fold_in_all(fold_in_each(key, batch["noise_id"]), 2)
+        bound = discrete_bound(
+            model.score(params.score), model.levels(params.score), model.sde,
+            encoding.encode(batch["image"], keys), keys, proposal=proposal, num_times=number,
+        )  # fmt: skip
+        return _bound_row(bound, 0.0, encoding, batch["image"], number + 1)
+
+    details = {"stratified times": number, "t_min": t_min, "dequantisation": "none"}
+    details |= {"decoder": "atoms"}
+    edges = _edges(proposal, number)
+    return Estimator("discrete bound", details, encoding.unit, "eval", function, edges)
+
+
+def _bound_row(
+    bound: Bound, log_q: jax.Array | float, encoding: Encoding, image: jax.Array, nfe: int
+) -> dict[str, jax.Array]:
+    """The value of a bound, and where it is spent: prior, decoder, and the integral in bins."""
+
+    def in_unit(nats: jax.Array) -> jax.Array:
+        return encoding.negative_log_likelihood(-nats, image)
+
+    groups = _groups(len(bound.strata))
+    bins = jnp.stack([in_unit(jnp.sum(bound.strata[g], axis=0)) for g in groups], axis=1)
+    value = in_unit(bound.nll + log_q)
+    return {
+        "value": value,
+        "nfe": jnp.full(value.shape, nfe),
+        "converged": jnp.isfinite(value),
+        "prior": in_unit(bound.prior),
+        "decoder": in_unit(bound.start + log_q),
+        "bins": bins,
+    }
+
+
+def _groups(number: int) -> list[np.ndarray]:
+    """The strata of a bound in at most so many bins, in order of time."""
+    return np.array_split(np.arange(number), min(BINS, number))
+
+
+def _edges(proposal: Importance, number: int) -> tuple[float, ...]:
+    """log(σ/α) at the ends of the bins."""
+    ends = [0, *(group[-1] + 1 for group in _groups(number))]
+    ratio = noise_to_signal(proposal.sde, proposal.quantile(jnp.asarray(ends) / number))
+    return tuple(float(f"{edge:.6g}") for edge in 0.5 * np.log(ratio))
 
 
 def _elbo(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:

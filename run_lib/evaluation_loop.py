@@ -148,7 +148,7 @@ def fill_rows(
             check_converged(estimator, rows, results.pop("converged"))
             shared = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
             records.append(
-                row | {name: values[i].item() for name, values in results.items()} | shared
+                row | {name: values[i].tolist() for name, values in results.items()} | shared
                 for i, row in enumerate(rows)
             )
             found = there()

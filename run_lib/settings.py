@@ -6,7 +6,8 @@ ModelConfig, and None means "the default of the class that has the field".
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -15,8 +16,9 @@ import elbo
 import models
 import sde_lib
 from datasets import DataConfig
+from dequantization import Pixels
 from models.flowpp import Flowpp
-from parameterization import PARAMETERIZATIONS, TIME_LABELS
+from parameterization import HEADS, PARAMETERIZATIONS, TIME_LABELS, Head
 from train_state import OptimizerConfig
 
 T = TypeVar("T")
@@ -35,7 +37,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         choose(models.MODELS, self.name, "model.name")
-        choose(PARAMETERIZATIONS, self.parameterization, "model.parameterization")
+        choose(PARAMETERIZATIONS | HEADS, self.parameterization, "model.parameterization")
         choose(TIME_LABELS, self.time_label, "model.time_label")
         require(0.0 <= self.ema_rate < 1.0, "model.ema_rate", self.ema_rate, "0 <= rate < 1")
         require(self.num_scales >= 2, "model.num_scales", self.num_scales, "at least 2")
@@ -193,7 +195,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         choose({"train": 0, "test": 0}, self.dataset, "eval.dataset")
         choose(elbo.ESTIMATORS, self.elbo_estimator, "eval.elbo_estimator")
-        choose({"data": 0, "noised": 0}, self.ode_start, "eval.ode_start")
+        choose({"auto": 0, "data": 0, "noised": 0}, self.ode_start, "eval.ode_start")
         for kind in self.dequantizations:
             choose(dict.fromkeys(DEQUANTIZATIONS), kind, "eval.dequantization")
         both = self.dequantizer and self.dequantization not in ("uniform", "variational")
@@ -228,6 +230,7 @@ class Settings:
     data: DataConfig
     model: ModelConfig
     network: Any  # a flax Module
+    head: Head | None  # None: one of the published parameterisations
     sde: sde_lib.SDE
     training: TrainingConfig
     optim: OptimizerConfig
@@ -252,7 +255,7 @@ class Settings:
             t_min = training.importance_smallest_time
             training = dataclasses.replace(training, smallest_time=t_min)
         data = section(DataConfig, sections["data"], "data")
-        model, network, sde = _model(sections["model"], training.sde.lower())
+        model, network, head, sde = _model(sections["model"], training.sde.lower(), data)
         if hasattr(network, "centered"):
             network = network.clone(centered=data.centered or data.logit)
         return cls(
@@ -260,6 +263,7 @@ class Settings:
             data=data,
             model=model,
             network=network,
+            head=head,
             sde=sde,
             training=training,
             optim=section(OptimizerConfig, sections["optim"], "optim"),
@@ -271,6 +275,7 @@ class Settings:
     def resolved(self) -> dict[str, Any]:
         """Plain nested dict in the layout of the config, defaults of network and SDE filled in."""
         model = dataclasses.asdict(self.model) | _fields(self.network) | _fields(self.sde)
+        model |= _fields(self.head) if self.head is not None else {}
         return {
             "seed": self.seed,
             "data": dataclasses.asdict(self.data),
@@ -283,26 +288,62 @@ class Settings:
         }
 
 
-def _model(values: Mapping[str, Any], sde_name: str) -> tuple[ModelConfig, Any, sde_lib.SDE]:
-    """Distribute the open `model` section over ModelConfig, the network and the SDE."""
+def _model(
+    values: Mapping[str, Any], sde_name: str, data: DataConfig
+) -> tuple[ModelConfig, Any, Head | None, sde_lib.SDE]:
+    """Distribute the open `model` section over ModelConfig, the network, the head and the SDE."""
     given = {name: value for name, value in dict(values).items() if value is not None}
     own = {f.name for f in dataclasses.fields(ModelConfig)}
     model = section(ModelConfig, {k: v for k, v in given.items() if k in own}, "model")
-    network_class, sde_class = models.MODELS[model.name], sde_lib.SDES[sde_name]
-    network_fields, sde_fields = _field_names(network_class), _field_names(sde_class)
-    for name in given.keys() - own - network_fields - sde_fields:
+    parts = {f"model.name={model.name!r}": models.MODELS[model.name]}
+    if model.parameterization in HEADS:
+        parts[f"model.parameterization={model.parameterization!r}"] = HEADS[model.parameterization]
+    parts[f"training.sde={sde_name!r}"] = sde_lib.SDES[sde_name]
+    fields = {name: _field_names(cls) for name, cls in parts.items()}
+    known = own.union(*fields.values())
+    for name in given.keys() - known:
+        used = " nor by ".join(f"{part} (fields {sorted(there)})" for part, there in fields.items())
         raise ValueError(
-            f"model.{name}={given[name]!r} is used neither by model.name={model.name!r} (fields "
-            f"{sorted(network_fields)}) nor by training.sde={sde_name!r} (fields "
-            f"{sorted(sde_fields)}){_nearest(name, own | network_fields | sde_fields)}"
+            f"model.{name}={given[name]!r} is used neither by {used}{_nearest(name, known)}"
         )
-    network = network_class(**{k: v for k, v in given.items() if k in network_fields})
-    sde = sde_class(**{k: v for k, v in given.items() if k in sde_fields})
-    return model, network, sde
+    made = [
+        functools.partial(cls, **{k: v for k, v in given.items() if k in _field_names(cls)})
+        for cls in parts.values()
+    ]
+    head = _head(model, made[1], data) if model.parameterization in HEADS else None
+    return model, _network(model, made[0](), head), head, made[-1]()
+
+
+def _head(model: ModelConfig, make: Callable[..., Head], data: DataConfig) -> Head:
+    """The head; those of quantised data take levels and range from the encoding."""
+    name = model.parameterization
+    if name not in ("cells", "atoms"):
+        return make()
+    noisy = data.uniform_dequantization
+    field = f"data.uniform_dequantization with model.parameterization={name!r}"
+    require(noisy == (name == "cells"), field, noisy, str(not noisy))
+    field = f"data.logit with model.parameterization={name!r}"
+    require(not data.logit, field, data.logit, "False: its levels are at unequal distances")
+    pixels = Pixels(data.levels, data.centered, dequantize_uniformly=noisy)
+    return make(levels=data.levels, low=pixels.from_unit(0.0), high=pixels.from_unit(1.0))
+
+
+def _network(model: ModelConfig, network: Any, head: Head | None) -> Any:
+    """The network, with as many numbers per coordinate as the head asks for."""
+    if head is None or head.outputs == 1:
+        return network
+    able = sorted(n for n, c in models.MODELS.items() if hasattr(c, "outputs"))
+    allowed = f"one of {able} for model.parameterization={model.parameterization!r}"
+    require(hasattr(network, "outputs"), "model.name", model.name, allowed)
+    return network.clone(outputs=head.outputs)
+
+
+# What follows from other fields, and is no field of the config.
+IMPLIED = ("parent", "name", "outputs", "levels", "low", "high")
 
 
 def _field_names(cls: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(cls) if f.name not in ("parent", "name")}
+    return {f.name for f in dataclasses.fields(cls) if f.name not in IMPLIED}
 
 
 def _fields(instance: Any) -> dict[str, Any]:

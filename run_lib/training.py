@@ -77,7 +77,7 @@ def check(settings: Settings, dataset: Dataset) -> None:
 def score_trainer(settings: Settings, dataset: Dataset, workdir: Path) -> Trainer:
     """The training of the score network in a run folder, from where it is."""
     checkpoints = Checkpoints(workdir, keep_every=settings.training.snapshot_freq)
-    state = start(settings, dataset.shape, checkpoints, workdir)
+    state = start(settings, dataset, checkpoints, workdir)
     return Trainer(settings, dataset, score_task(settings, dataset, workdir), state, checkpoints)
 
 
@@ -114,7 +114,7 @@ def score_task(settings: Settings, dataset: Dataset, workdir: Path) -> Task:
 
 
 def start(
-    settings: Settings, shape: tuple[int, ...], checkpoints: Checkpoints, workdir: Path
+    settings: Settings, dataset: Dataset, checkpoints: Checkpoints, workdir: Path
 ) -> TrainState:
     """The state to go on from: the latest checkpoint, else a given one, else a fresh one.
 
@@ -125,12 +125,14 @@ def start(
         ValueError: a checkpoint does not fit the network, or the given one has all steps already.
     """
     steps, source = checkpoints.steps(), given_checkpoint(settings, workdir)
+    shape = dataset.shape
     if steps:
         if source is not None:
             logger.warning("%s has checkpoints of its own: %s is not used", workdir, source)
         return checkpoints.restore_latest(jax.eval_shape(lambda: fresh_state(settings, shape)))
     if source is None:
-        return fresh_state(settings, shape)
+        params = build.score_model(settings).init(build.keys(settings)["init"], shape)
+        return created(settings, build.with_prior(settings, dataset, params))
     state, last = given_state(settings, shape, source), settings.training.n_iters
     allowed = f"more than the {int(state.step)} steps that {source} has already"
     require(int(state.step) < last, "training.n_iters", last, allowed)
@@ -138,8 +140,12 @@ def start(
 
 
 def fresh_state(settings: Settings, shape: tuple[int, ...]) -> TrainState:
-    """The state before the first step."""
-    params = build.score_model(settings).init(build.keys(settings)["init"], shape)
+    """The state before the first step, of a head before it has seen data."""
+    return created(settings, build.score_model(settings).init(build.keys(settings)["init"], shape))
+
+
+def created(settings: Settings, params: Any) -> TrainState:
+    """The state of these parameters, before the first step."""
     return train_state.create(params, settings.optim.chain(settings.training.n_iters))
 
 

@@ -1,0 +1,294 @@
+"""Heads: what the noise itself says of a coordinate is computed, and only the rest is learned.
+
+The noise of a diffusion is independent per coordinate. So for any law of the data, with y = x_t/α
+and τ = σ/α,
+
+    p(x0_j | x_t) ∝ N(y_j; x0_j, τ²) r_j(x0_j),      r_j(x0_j) = p(x0_j | x_t without coordinate j)
+
+The first factor is known. A network gives numbers for the second, a mixture r_j = Σ_k π_k c_k of
+components of known shape. The score follows with π and c held fixed:
+
+    σ s_j = Σ_k p_k u_k,   p = softmax_k(log π_k + ℓ_k),   ℓ_k = log ∫ c_k(v) N(y_j; v, τ²) dv,
+    u_k = τ ∂ℓ_k/∂y
+
+| head  | data                               | c_k            | ℓ_k                              |
+| cells | integers with noise in their cells | U[e_k, e_k+h]  | log(Φ(e_k+h−y)/τ − Φ(e_k−y)/τ)   |
+| atoms | integers as they are               | δ(value k)     | −(value k − y)²/(2τ²)            |
+
+`real_heads` has those of real values. At the zero start of the network r_j is the marginal law of
+the training data, the `prior` (from `marginals`): the model starts as the independent model of the
+data, which is exact where coordinates are independent, at every time and for every SDE.
+
+The decoder of a head is log p(x0 | x_t) = Σ_j log r_j(x0_j) + log N(y_j; x0_j, τ²) − log ρ_j(y_j),
+ρ_j(y) = Σ_k π_k e^{ℓ_k}; of atoms it is the categorical law log p_k.
+
+Reference: the decoder of atoms with π = 1/L is that of Kingma et al. 2021,
+https://arxiv.org/abs/2107.00630, eq. (11).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+import marginals
+from operators import Batched, PerExample, expand, scale
+from sde_lib import SDE
+from tails import hazard, log_tail
+
+Arrays = dict[str, Any]  # the arrays of a head: `prior`, fixed, and what is learned beside it
+Outputs = Float[Array, "b *d k"]
+Shape = tuple[int, ...]
+LOG_2PI = math.log(2.0 * math.pi)
+WINDOW = 17  # cells on either side of y with exact masses: 8 τ and one cell at τ = 2h
+SPAN = 2 * WINDOW + 1  # so many levels, or fewer, have exact masses in all cells
+
+
+def cell_terms(
+    m: Float[Array, "b *d k"], w: Float[Array, "b *ones"]
+) -> tuple[Float[Array, "b *d k"], Float[Array, "b *d k"]]:
+    """(log(Φ(m + w/2) − Φ(m − w/2)), τ ∂/∂y of it) of cells of width w τ centred at y + m τ.
+
+    The mass is that of the tail the cell lies in, so that nothing cancels. Cells narrower than
+    w = eps^{1/6} (.07 in float32, .0025 in float64), where the difference would, are taken for
+    Gaussians of the same variance, see `narrow_terms`.
+    """
+    threshold = float(jnp.finfo(m.dtype).eps) ** (1.0 / 6.0)
+    is_narrow = w < threshold
+    log_narrow, u_narrow = narrow_terms(m, w)
+    safe = jnp.where(is_narrow, 1.0, w)
+    sign = jnp.where(m >= 0, 1.0, -1.0).astype(m.dtype)
+    near, far = sign * m - 0.5 * safe, sign * m + 0.5 * safe
+    log_near = log_tail(near)
+    drop = log_tail(far) - log_near  # log Q(far) − log Q(near) < 0
+    part = -jnp.expm1(drop)
+    u = sign * (hazard(near) - hazard(far) * jnp.exp(drop)) / part
+    return (
+        jnp.where(is_narrow, log_narrow, log_near + jnp.log(part)),
+        jnp.where(is_narrow, u_narrow, u),
+    )
+
+
+def narrow_terms(
+    m: Float[Array, "b *d k"], w: Float[Array, "b *ones"] | float
+) -> tuple[Float[Array, "b *d k"], Float[Array, "b *d k"]]:
+    """The same of Gaussians in the place of the cells: variance w²/12, that of the cell.
+
+    The fourth cumulant −w⁴/120 is what is neglected: of the log-mass w⁴/2880 |m⁴ − 6m² + 3|, of its
+    derivative w⁴/720 |m³ − 3m|, which at τ = 2h (w = ½) is 8.7e-5 |m³ − 3m|. With w = 0, points:
+    the logarithms of the densities φ(m).
+    """
+    variance = 1.0 + w**2 / 12.0
+    log_density = -0.5 * (m**2 / variance + jnp.log(variance) + LOG_2PI)
+    is_point = isinstance(w, float) and w == 0.0
+    return log_density if is_point else log_density + jnp.log(w), m / variance
+
+
+def posterior_mean(logits: Outputs, terms: Outputs, values: Outputs) -> Batched:
+    """Σ_k softmax_k(logits + terms) values."""
+    return jnp.sum(jax.nn.softmax(logits + terms, axis=-1) * values, axis=-1)
+
+
+def _spread(c: PerExample, like: Outputs) -> Float[Array, "b *ones"]:
+    return expand(c, like)
+
+
+def _noise(x: Batched, t: PerExample, sde: SDE) -> tuple[Batched, PerExample]:
+    """(y = x/α, τ = σ/α)."""
+    alpha = sde.alpha(t)
+    return scale(1.0 / alpha, x), sde.sigma(t) / alpha
+
+
+def total(values: Batched) -> PerExample:
+    """Sum over the coordinates of every example."""
+    return jnp.sum(values, axis=tuple(range(1, values.ndim)))
+
+
+def _at(rows: Outputs, index: Int[Array, "b *d"]) -> Batched:
+    return jnp.take_along_axis(rows, index[..., None], axis=-1)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """What `Cells` and `Atoms` share: L levels at equal distances, and the logits of their law.
+
+    Up to 35 levels the network gives all logits. Of more it gives `rank` features per coordinate,
+    and the logits are prior + features · matrix with a learned [rank, L] matrix that all
+    coordinates share; it starts as the cosines of a discrete cosine transform.
+
+    Attributes:
+        levels: L.
+        low: the lower end of the first cell (cells), or the first value (atoms), in model space.
+        high: the upper end of the last cell, or the last value.
+        rank: features per coordinate, for more than 35 levels.
+    """
+
+    levels: int
+    low: float
+    high: float
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"model.rank={self.rank}: need at least 1")
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the network gives per coordinate."""
+        return self.levels if self.levels <= SPAN else self.rank
+
+    def arrays(self, shape: Shape) -> Arrays:
+        """The arrays before the training data are seen: a uniform prior."""
+        dtype = jnp.result_type(float)
+        rows = shape if marginals.by_position(shape, self.levels) else shape[-1:]
+        found = {"prior": jnp.full((*rows, self.levels), -math.log(self.levels), dtype)}
+        if self.levels > SPAN:
+            phase = (jnp.arange(self.levels, dtype=dtype) + 0.5) * math.pi / self.levels
+            order = jnp.arange(1, self.rank + 1, dtype=dtype)
+            found["matrix"] = jnp.cos(order[:, None] * phase[None, :])
+        return found
+
+    def prior(self, shape: Shape, batches: Iterable[np.ndarray]) -> Array:
+        """log π of batches of integers [b, *d]: the smoothed histogram, by position or channel."""
+        number = marginals.counts(batches, self.levels)
+        if not marginals.by_position(shape, self.levels):
+            number = marginals.pooled(number)
+        return jnp.asarray(marginals.log_histogram(number), jnp.result_type(float))
+
+    def inputs(self, arrays: Arrays, x: Batched, t: PerExample, sde: SDE) -> Batched:
+        """x/√(α² + σ²), what the network sees: of about unit size at every time for every SDE."""
+        del arrays
+        return scale((sde.alpha(t) ** 2 + sde.sigma(t) ** 2) ** -0.5, x)
+
+    def logits(self, arrays: Arrays, net: Outputs) -> Outputs:
+        """log π + constant, [B, *d, L]."""
+        prior = jnp.expand_dims(arrays["prior"], tuple(range(net.ndim - arrays["prior"].ndim)))
+        return prior + (net @ arrays["matrix"] if "matrix" in arrays else net)
+
+    def index(self, x0: Batched) -> Int[Array, "b *d"]:
+        """The level of noise-free or dequantised data."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells(Levels):
+    """r_j = Σ_k π_k U[e_k, e_k + h], e_k = low + k h: integers that are dequantised uniformly.
+
+    Exact masses in all cells up to 35 levels. Of more levels: exact masses in a window around y
+    where τ < 2h (cells beyond 8 τ weigh less than e^{−32}), Gaussians of the cells' variance where
+    τ ≥ 2h, see `narrow_terms` for the error.
+    """
+
+    @property
+    def width(self) -> float:
+        """h."""
+        return (self.high - self.low) / self.levels
+
+    def score(self, arrays: Arrays, net: Outputs, x: Batched, t: PerExample, sde: SDE) -> Batched:
+        """s of x: [B, *d] at t: [B], from the output of the network [B, *d, outputs]."""
+        y, tau = _noise(x, t, sde)
+        logits = self.logits(arrays, net)
+        return scale(1.0 / sde.sigma(t), self._mean_and_log_density(logits, y, tau)[0])
+
+    def log_ratio(
+        self, arrays: Arrays, net: Outputs, x0: Batched, x: Batched, t: PerExample, sde: SDE
+    ) -> PerExample:
+        """Σ_j log r_j(x0_j)/ρ_j(y_j) in nats: the decoder less log N(y; x0, τ² I)."""
+        y, tau = _noise(x, t, sde)
+        logits = self.logits(arrays, net)
+        _, log_density = self._mean_and_log_density(logits, y, tau)
+        return total(_at(logits, self.index(x0)) - log_density)
+
+    def known(self, x0: Batched, x: Batched, t: PerExample, sde: SDE) -> tuple[Batched, Batched]:
+        """(log P(y + τ z in the cell of x0), σ ∇ log q(x | the cell of x0)), per coordinate.
+
+        q is the law of x_t where the cell is known: uniform in it, then noised.
+        """
+        y, tau = _noise(x, t, sde)
+        m, w = self._position(y, tau, self.index(x0)[..., None].astype(y.dtype))
+        return tuple(term[..., 0] for term in cell_terms(m, w))
+
+    def index(self, x0: Batched) -> Int[Array, "b *d"]:
+        """The cell of x0."""
+        k = jnp.floor((x0 - self.low) / self.width).astype(jnp.int32)
+        return jnp.clip(k, 0, self.levels - 1)
+
+    def _mean_and_log_density(
+        self, logits: Outputs, y: Batched, tau: PerExample
+    ) -> tuple[Batched, Batched]:
+        """(Σ_k p_k u_k, log Σ_k exp(logit_k) P(y + τ z in cell k))."""
+        cells = jnp.arange(self.levels, dtype=y.dtype)
+        if self.levels <= SPAN:
+            return _mixed(logits, *cell_terms(*self._position(y, tau, cells)))
+        is_coarse = expand(tau >= 2.0 * self.width, y)
+        coarse_tau = jnp.where(tau >= 2.0 * self.width, tau, 2.0 * self.width)
+        coarse = _mixed(logits, *narrow_terms(*self._position(y, coarse_tau, cells)))
+        start = jnp.clip(self.index(jax.lax.stop_gradient(y)) - WINDOW, 0, self.levels - SPAN)
+        window = start[..., None] + jnp.arange(SPAN)
+        fine_tau = jnp.where(tau >= 2.0 * self.width, 2.0 * self.width, tau)
+        near = jnp.take_along_axis(logits, window, axis=-1)
+        fine = _mixed(near, *cell_terms(*self._position(y, fine_tau, window.astype(y.dtype))))
+        return tuple(jnp.where(is_coarse, a, b) for a, b in zip(coarse, fine, strict=True))
+
+    def _position(
+        self, y: Batched, tau: PerExample, cells: Array
+    ) -> tuple[Outputs, Float[Array, "b *ones"]]:
+        """Centres of the cells from y, and their width, both in units of τ."""
+        centers = self.low + (cells + 0.5) * self.width
+        if centers.ndim == 1:
+            centers = jnp.expand_dims(centers, tuple(range(y.ndim)))
+        m = (centers - y[..., None]) / _spread(tau, y[..., None])
+        return m, _spread(self.width / tau, m)
+
+
+def _mixed(logits: Outputs, terms: Outputs, u: Outputs) -> tuple[Batched, Batched]:
+    return posterior_mean(logits, terms, u), jax.nn.logsumexp(logits + terms, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Atoms(Levels):
+    """r_j = Σ_k π_k δ(value k): integers without dequantisation.
+
+    The posterior of a level is the categorical law softmax_k(log π_k − (y − y_k)²/(2τ²)), which is
+    the decoder of the discrete bound.
+    """
+
+    def score(self, arrays: Arrays, net: Outputs, x: Batched, t: PerExample, sde: SDE) -> Batched:
+        """s of x: [B, *d] at t: [B], from the output of the network [B, *d, outputs]."""
+        terms, m = narrow_terms(self._position(x, t, sde), 0.0)
+        return scale(1.0 / sde.sigma(t), posterior_mean(self.logits(arrays, net), terms, m))
+
+    def log_ratio(
+        self, arrays: Arrays, net: Outputs, x0: Batched, x: Batched, t: PerExample, sde: SDE
+    ) -> PerExample:
+        """Σ_j log π_k/ρ_j(y_j), k the level of x0_j, in nats."""
+        terms, _ = narrow_terms(self._position(x, t, sde), 0.0)
+        logits = self.logits(arrays, net)
+        log_density = jax.nn.logsumexp(logits + terms, axis=-1)
+        return total(_at(logits, self.index(x0)) - log_density)
+
+    def known(self, x0: Batched, x: Batched, t: PerExample, sde: SDE) -> tuple[Batched, Batched]:
+        """(log N(y; x0, τ²) + log τ, σ ∇ log q(x | x0) = −z), per coordinate."""
+        y, tau = _noise(x, t, sde)
+        return narrow_terms(scale(1.0 / tau, x0 - y), 0.0)
+
+    def index(self, x0: Batched) -> Int[Array, "b *d"]:
+        """The level of the value x0."""
+        k = jnp.round((x0 - self.low) / self._distance).astype(jnp.int32)
+        return jnp.clip(k, 0, self.levels - 1)
+
+    @property
+    def _distance(self) -> float:
+        return (self.high - self.low) / (self.levels - 1)
+
+    def _position(self, x: Batched, t: PerExample, sde: SDE) -> Outputs:
+        """The values from y, in units of τ."""
+        y, tau = _noise(x, t, sde)
+        values = self.low + jnp.arange(self.levels, dtype=y.dtype) * self._distance
+        values = jnp.expand_dims(values, tuple(range(y.ndim)))
+        return (values - y[..., None]) / _spread(tau, y[..., None])
