@@ -138,17 +138,20 @@ class Checkpoints:
         steps = self.steps()
         if step not in steps:
             raise ValueError(f"no checkpoint of step {step} in {self.directory}: there are {steps}")
+        with self._reading(step):
+            written = self._written_shapes(step)
+        wanted, like = like, _with_law_as_written(like, written)
         # On all devices there are now, which may be others than those that wrote it.
         everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), "all"), PartitionSpec())
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like
         )
         with self._reading(step):
-            if self._written_shapes(step) != _shapes(like):
+            if written != _shapes(like):
                 self._check_shapes(step, like)
             state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             self._compare(step, state)
-            return state
+            return _with_law_as_wanted(state, wanted)
 
     def _compare(self, step: int, state: TrainState) -> None:
         """Values that are not those that were saved: nothing else tells of a flipped bit."""
@@ -247,6 +250,22 @@ class Checkpoints:
         """Wait until everything is on disk; OSError as `save`."""
         self._wait()
         self._manager.close()
+
+
+def _with_law_as_written(like: TrainState, written: dict[str, tuple[int, ...]]) -> TrainState:
+    """What an adaptive law of times had learned is read where it is there."""
+    shape = written.get("time_law")
+    law = None if shape is None else jax.ShapeDtypeStruct(shape, np.float32)
+    return like.replace(time_law=law)
+
+
+def _with_law_as_wanted(state: TrainState, wanted: TrainState) -> TrainState:
+    """An adaptive law that the checkpoint knows nothing of starts anew; another needs nothing."""
+    if wanted.time_law is None:
+        return state.replace(time_law=None)
+    if state.time_law is None or state.time_law.shape != wanted.time_law.shape:
+        return state.replace(time_law=np.ones(wanted.time_law.shape, np.float32))
+    return state
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

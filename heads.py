@@ -204,15 +204,6 @@ class Cells(Levels):
         _, log_density = self._mean_and_log_density(logits, y, tau)
         return total(_at(logits, self.index(x0)) - log_density)
 
-    def known(self, x0: Batched, x: Batched, t: PerExample, sde: SDE) -> tuple[Batched, Batched]:
-        """(log P(y + τ z in the cell of x0), σ ∇ log q(x | the cell of x0)), per coordinate.
-
-        q is the law of x_t where the cell is known: uniform in it, then noised.
-        """
-        y, tau = _noise(x, t, sde)
-        m, w = self._position(y, tau, self.index(x0)[..., None].astype(y.dtype))
-        return tuple(term[..., 0] for term in cell_terms(m, w))
-
     def index(self, x0: Batched) -> Int[Array, "b *d"]:
         """The cell of x0."""
         k = jnp.floor((x0 - self.low) / self.width).astype(jnp.int32)
@@ -225,14 +216,15 @@ class Cells(Levels):
         cells = jnp.arange(self.levels, dtype=y.dtype)
         if self.levels <= SPAN:
             return _mixed(logits, *cell_terms(*self._position(y, tau, cells)))
-        is_coarse = expand(tau >= 2.0 * self.width, y)
-        coarse_tau = jnp.where(tau >= 2.0 * self.width, tau, 2.0 * self.width)
+        limit = 2.0 * self.width
+        coarse_tau, fine_tau = jnp.maximum(tau, limit), jnp.minimum(tau, limit)
         coarse = _mixed(logits, *narrow_terms(*self._position(y, coarse_tau, cells)))
         start = jnp.clip(self.index(jax.lax.stop_gradient(y)) - WINDOW, 0, self.levels - SPAN)
-        window = start[..., None] + jnp.arange(SPAN)
-        fine_tau = jnp.where(tau >= 2.0 * self.width, 2.0 * self.width, tau)
+        span = jnp.expand_dims(jnp.arange(SPAN, dtype=start.dtype), tuple(range(start.ndim)))
+        window = start[..., None] + span
         near = jnp.take_along_axis(logits, window, axis=-1)
         fine = _mixed(near, *cell_terms(*self._position(y, fine_tau, window.astype(y.dtype))))
+        is_coarse = expand(tau, y) >= limit
         return tuple(jnp.where(is_coarse, a, b) for a, b in zip(coarse, fine, strict=True))
 
     def _position(
@@ -263,32 +255,27 @@ class Atoms(Levels):
         terms, m = narrow_terms(self._position(x, t, sde), 0.0)
         return scale(1.0 / sde.sigma(t), posterior_mean(self.logits(arrays, net), terms, m))
 
-    def log_ratio(
+    def log_probability(
         self, arrays: Arrays, net: Outputs, x0: Batched, x: Batched, t: PerExample, sde: SDE
     ) -> PerExample:
-        """Σ_j log π_k/ρ_j(y_j), k the level of x0_j, in nats."""
+        """Σ_j log P(level of x0_j | x_t) in nats."""
         terms, _ = narrow_terms(self._position(x, t, sde), 0.0)
-        logits = self.logits(arrays, net)
-        log_density = jax.nn.logsumexp(logits + terms, axis=-1)
-        return total(_at(logits, self.index(x0)) - log_density)
-
-    def known(self, x0: Batched, x: Batched, t: PerExample, sde: SDE) -> tuple[Batched, Batched]:
-        """(log N(y; x0, τ²) + log τ, σ ∇ log q(x | x0) = −z), per coordinate."""
-        y, tau = _noise(x, t, sde)
-        return narrow_terms(scale(1.0 / tau, x0 - y), 0.0)
+        log_p = jax.nn.log_softmax(self.logits(arrays, net) + terms, axis=-1)
+        return total(_at(log_p, self.index(x0)))
 
     def index(self, x0: Batched) -> Int[Array, "b *d"]:
         """The level of the value x0."""
-        k = jnp.round((x0 - self.low) / self._distance).astype(jnp.int32)
+        k = jnp.round((x0 - self.low) / self.width).astype(jnp.int32)
         return jnp.clip(k, 0, self.levels - 1)
 
     @property
-    def _distance(self) -> float:
+    def width(self) -> float:
+        """Distance of two values."""
         return (self.high - self.low) / (self.levels - 1)
 
     def _position(self, x: Batched, t: PerExample, sde: SDE) -> Outputs:
         """The values from y, in units of τ."""
         y, tau = _noise(x, t, sde)
-        values = self.low + jnp.arange(self.levels, dtype=y.dtype) * self._distance
+        values = self.low + jnp.arange(self.levels, dtype=y.dtype) * self.width
         values = jnp.expand_dims(values, tuple(range(y.ndim)))
         return (values - y[..., None]) / _spread(tau, y[..., None])

@@ -92,7 +92,10 @@ class HighOrder:
 
     Attributes:
         order: 2 or 3; order 3 contains order 2.
-        second_order_weight: of frobenius + trace_weight × trace.
+        second_order_weight: of frobenius_weight × frobenius + trace_weight × trace.
+        frobenius_weight: of the Frobenius part within order 2; 0 leaves the quadratic form alone,
+            the second order of Zheng et al. 2023, https://arxiv.org/abs/2305.03935, eq. (25): with
+            the velocity F, tr A = −α (σ vᵀ(∂F/∂x)v − α(d − ‖F − F*‖²)).
         trace_weight: of the trace part within order 2.
         third_order_weight: of the third part.
         third_order_form: of the third part by probes, "gradient" ∇ₓ(vᵀHv), or "directional"
@@ -102,6 +105,7 @@ class HighOrder:
 
     order: int
     second_order_weight: float = 1.0
+    frobenius_weight: float = 1.0
     trace_weight: float = 1.0
     third_order_weight: float = 1.0
     third_order_form: str = "gradient"
@@ -115,7 +119,8 @@ class HighOrder:
                 f"training.third_order_form={self.third_order_form!r}: allowed "
                 f"{sorted(THIRD_ORDER_FORMS)}"
             )
-        for name in ("second_order_weight", "trace_weight", "third_order_weight"):
+        names = ("second_order_weight", "frobenius_weight", "trace_weight", "third_order_weight")
+        for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}={getattr(self, name)}: need 0 or more")
 
@@ -156,8 +161,9 @@ class HighOrder:
         return parts
 
     def weighted(self, parts: Parts) -> PerExample:
-        """λ2 (frobenius + λtr trace) + λ3 third."""
-        total = self.second_order_weight * (parts["frobenius"] + self.trace_weight * parts["trace"])
+        """λ2 (λF frobenius + λtr trace) + λ3 third."""
+        second = self.frobenius_weight * parts["frobenius"] + self.trace_weight * parts["trace"]
+        total = self.second_order_weight * second
         if self.order == 3:
             total = total + self.third_order_weight * parts["third"]
         return total

@@ -6,19 +6,20 @@
 
 The decoder p(x | x_{t_min}) is that of the head (`heads`), or N((x_{t_min} + σ² s)/α, σ²/α² I).
 The ODE starts at the data at t_min (as published), or at x_{t_min}, the noised data, with
-`noised_start`. Where a head knows the levels k of quantised data, with x_t noised from k,
-
-    discrete bound   −log P(k) ≤ KL(q(x_T|k) ‖ π) + ½ ∫ g² E‖s − ∇log q(x_t|k)‖² dt
-                                 − E log P(k | x_{t_min})
+`noised_start`. The discrete bound is that of integers k themselves, without dequantisation: x is
+the value of k, and the last term −E log P(k | x_{t_min}).
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.special
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dequantization import Draw, FlowDequantizer
@@ -39,7 +40,7 @@ from operators import (
     value_and_divergence,
     value_and_probed_divergence,
 )
-from parameterization import DecoderFn, LevelPosterior, Params, ScoreFn, ScoreModel
+from parameterization import DecoderFn, Params, ScoreFn, ScoreModel
 from sde_lib import SDE
 from time_sampling import Importance, Uniform
 
@@ -239,26 +240,24 @@ def variational_bound(
 
 def discrete_bound(
     score_fn: ScoreFn,
-    posterior: LevelPosterior,
+    log_probability: DecoderFn,
     sde: SDE,
     x: Batched,
     keys: Key[Array, " b"],
     *,
+    distance: float,
     proposal: Uniform | Importance,
     num_times: int,
 ) -> Bound:
-    """Unbiased estimate of the bound on −log P(k), k the levels of x, for a head that knows them.
-
-    Dequantised data are drawn uniformly in their cells: the mean is that of `variational_bound`
-    plus log q(x|k), but the noise of the cells is integrated out of the target. Each part of the
-    integral is positive, and zero where the head knows the score.
+    """Unbiased estimate of the bound on −log P(k), x the values of integers k without noise.
 
     Args:
         score_fn: the score of the model.
-        posterior: as `ScoreModel.levels`.
+        log_probability: as `HeadModel.log_probability`.
         sde: of x_t given x.
-        x: data, [B, *d], in their cells (cells) or at their values (atoms).
+        x: values of the levels, [B, *d].
         keys: one per example.
+        distance: of two values; the noise that is larger hides the level, for the control variate.
         proposal: law of the times; its t_min is the smallest time of the integral.
         num_times: draws of (t, z) per example.
 
@@ -266,13 +265,47 @@ def discrete_bound(
     """
 
     def square(x_t: Batched, t: PerExample, z: Batched, keys: Key[Array, " b"]) -> PerExample:
-        del z, keys
-        return squared_norm(scale(sde.sigma(t), score_fn(x_t, t)) - posterior.target(x, x_t, t))
+        del keys
+        known = _noise_share(sde, t, distance**2 / 12.0) * _centred_square(z)
+        return _residual_square(score_fn, sde, x_t, t, z) + known
 
     strata = _strata(square, sde, x, fold_in_all(keys, 0), proposal, num_times)
     t_min = jnp.full(x.shape[:1], proposal.t_min, x.dtype)
     x_t = sde.perturb(x, t_min, gaussian(fold_in_all(keys, 1), x))
-    return Bound(sde.prior_kl(x), strata, -posterior.log_probability(x, x_t, t_min))
+    return Bound(sde.prior_kl(x), strata, -log_probability(x, x_t, t_min))
+
+
+def cell_shares(edges: np.ndarray, width: float) -> np.ndarray:
+    """½ ∫ E(σ s + z)² dW for one coordinate that is uniform in a cell, between log(σ/α) = edges.
+
+    What the noise in a cell costs in the integral of a bound, in nats: x_t tells where in its cell
+    x lies, which is no information about the level. With J the Fisher information of y/τ,
+    y = x0 + τ z, E(σ s + z)² = 1 − J.
+
+    Args:
+        edges: log(σ/α) at the ends of n bins, growing.
+        width: of the cell, in model space.
+
+    Returns:
+        [n]. Their sum over all noise levels is log h less the reconstruction, −∞ for edges that
+        go to −∞.
+    """
+    shares = []
+    for low, high in itertools.pairwise(edges):
+        nodes, weights = np.polynomial.legendre.leggauss(8)
+        log_tau = 0.5 * (high - low) * nodes + 0.5 * (high + low)
+        costs = np.asarray([1.0 - _cell_information(width / math.exp(v)) for v in log_tau])
+        shares.append(0.5 * (high - low) * float(weights @ costs))  # dW = 2 d log τ
+    return np.asarray(shares)
+
+
+def _cell_information(w: float) -> float:
+    """J = ∫ (φ(a) − φ(b))²/(w (Φ(b) − Φ(a))) dy of U[−w/2, w/2] + N(0, 1), a, b = ∓w/2 − y."""
+    distance = np.linspace(-10.0, min(10.0, 0.5 * w), 2001)  # of y from the nearer edge, inwards
+    far = w - distance
+    phi = (np.exp(-0.5 * distance**2) - np.exp(-0.5 * far**2)) / math.sqrt(2.0 * math.pi)
+    mass = scipy.special.ndtr(distance) - scipy.special.ndtr(-far)
+    return float(2.0 * np.trapezoid(phi**2 / (w * np.maximum(mass, 1e-300)), distance))
 
 
 def _strata(
@@ -318,15 +351,24 @@ def _implicit_square(
 def _residual_square(
     score_fn: ScoreFn, sde: SDE, x_t: Batched, t: PerExample, z: Batched
 ) -> PerExample:
-    """‖e1‖² − κ(t)(‖z‖² − d), e1 = σ s + z: unbiased for E‖e1‖², whatever the score.
+    """‖e1‖² − κ(‖z‖² − d), e1 = σ s + z: unbiased for E‖e1‖², whatever the score.
 
-    κ = (α²/(α² + σ²))² is the coefficient of z in e1, squared, for data of unit variance; the
-    control variate removes the noise of ‖z‖² where the score cannot know z.
+    The control variate, with κ of data of unit variance, removes the noise of ‖z‖² where the score
+    cannot know z.
     """
     residual = scale(sde.sigma(t), score_fn(x_t, t)) + z
-    signal, noise = sde.alpha(t) ** 2, sde.sigma(t) ** 2
-    kappa = (signal / (signal + noise)) ** 2
-    return squared_norm(residual) - kappa * (squared_norm(z) - dimension(x_t))
+    return squared_norm(residual) - _noise_share(sde, t, 1.0) * _centred_square(z)
+
+
+def _noise_share(sde: SDE, t: PerExample, variance: float) -> PerExample:
+    """κ = (α²v/(α²v + σ²))², the square of the coefficient of z in e1 for data of variance v."""
+    signal = variance * sde.alpha(t) ** 2
+    return (signal / (signal + sde.sigma(t) ** 2)) ** 2
+
+
+def _centred_square(z: Batched) -> PerExample:
+    """‖z‖² − d, of mean zero."""
+    return squared_norm(z) - dimension(z)
 
 
 def dequantizer_loss(

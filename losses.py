@@ -6,7 +6,8 @@
 
 The terms are those of `terms`; order 1 is denoising or implicit score matching.
 
-A batch is {image: [B, *d], noise_id: int32 [B], mask: bool [B]}. The noise of an example is a
+A batch is {image: [B, *d], noise_id: int32 [B], mask: bool [B]}; a training step adds its number,
+`step`, and what an adaptive law of times has learned, `time_law`. The noise of an example is a
 function of (rng, noise_id) only. The importance proposal's constant Z is left out of the optimised
 loss.
 """
@@ -20,11 +21,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from dequantization import Encoding
-from operators import Batched, PerExample, fold_in_each, gaussian, scale
+from operators import PerExample, fold_in_each, gaussian
 from parameterization import Params, ScoreFn, ScoreModel
 from sde_lib import SDE
 from terms import Point, Terms
-from time_sampling import UNIFORMS, Debias, Importance, Levels, Proposal, Uniform
+from time_sampling import (
+    UNIFORMS,
+    Binned,
+    Debias,
+    Importance,
+    Levels,
+    Proposal,
+    Uniform,
+    Velocity,
+)
 
 Metrics = dict[str, Float[Array, ""]]
 Batch = dict[str, Array]
@@ -42,16 +52,6 @@ def likelihood_weight(t: PerExample, sde: SDE) -> PerExample:
     return sde.g2(t) / sde.sigma(t) ** 2
 
 
-def first_order_residual(
-    score_fn: ScoreFn, x0: Batched, t: PerExample, z: Batched, sde: SDE
-) -> Batched:
-    """e1 = σ s(x_t, t) + z at x_t = α x0 + σ z.
-
-    Reference: Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (7).
-    """
-    return scale(sde.sigma(t), score_fn(sde.perturb(x0, t, z), t)) + z
-
-
 @dataclasses.dataclass(frozen=True)
 class TimeLaw:
     """How times are drawn and weighted: a proposal, its uniforms, and the weight w(t)."""
@@ -60,12 +60,65 @@ class TimeLaw:
     weight: Callable[[PerExample, SDE], PerExample]
     stratified: bool = False
 
+    def at(self, batch: Batch) -> "TimeLaw":
+        """The law of this step: itself, unless it learns from former ones."""
+        del batch
+        return self
+
     def sample(
         self, key: Key[Array, ""], batch: Batch, batch_size: int, dtype: DTypeLike = jnp.float32
     ) -> PerExample:
         """One time per example of the batch."""
         u = UNIFORMS[self.stratified](key, batch["noise_id"], batch_size, dtype)
         return self.proposal.quantile(u)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveLaw(TimeLaw):
+    """Bins of equal width in W with masses m_j ∝ √E[h² | bin j], never below FLOOR/n.
+
+    h is what is integrated, ∫ h dW. The second moments come from former steps (`bin_moments`), so
+    the masses of a step do not depend on its noise, and its estimate is unbiased whatever they are.
+    """
+
+    def at(self, batch: Batch) -> TimeLaw:
+        """The law of this step, from the moments [2, n] in the batch: ΣE h², Σ1 of every bin."""
+        squares, counts = batch["time_law"]
+        roots = jnp.sqrt(squares / counts)
+        masses = (1.0 - FLOOR) * roots / jnp.sum(roots) + FLOOR / len(roots)
+        proposal = Binned(self.proposal.sde, self.proposal.t_min, masses)
+        return TimeLaw(proposal, _relative_weight(proposal), self.stratified)
+
+
+NUM_BINS = 16
+FLOOR = 0.2  # share of the times that are spread evenly over W, whatever was learned
+
+
+def bin_moments(law: TimeLaw, t: PerExample, h: PerExample) -> Float[Array, "b 2 n"]:
+    """(h², 1) of every example in the column of its bin, zero elsewhere."""
+    which = jax.nn.one_hot(law.proposal.bin(t), NUM_BINS, dtype=h.dtype)
+    h = jax.lax.stop_gradient(h)
+    return jnp.stack([(h**2)[:, None] * which, which], axis=1)
+
+
+def _relative_weight(proposal: Velocity | Binned) -> Callable[[PerExample, SDE], PerExample]:
+    """w = density of the importance law over that of the proposal: the same mean as under it."""
+    return lambda t, sde: proposal.relative_weight(t)
+
+
+def _velocity_law(sde: SDE, t_min: float, stratified: bool) -> TimeLaw:
+    proposal = Velocity(sde, t_min)
+    return TimeLaw(proposal, _relative_weight(proposal), stratified)
+
+
+# Proposals of the likelihood weight g²/σ², by name: (sde, t_min, stratified) → law.
+LIKELIHOOD_LAWS: dict[str, Callable[[SDE, float, bool], TimeLaw]] = {
+    "uniform": lambda sde, t_min, s: TimeLaw(Uniform(sde, t_min), likelihood_weight, s),
+    "importance": lambda sde, t_min, s: TimeLaw(Importance(sde, t_min), noise_weight, s),
+    "debias": lambda sde, t_min, s: TimeLaw(Debias(sde, t_min), noise_weight, s),
+    "velocity": _velocity_law,
+    "adaptive": lambda sde, t_min, s: AdaptiveLaw(Importance(sde, t_min), noise_weight, s),
+}
 
 
 def time_law(
@@ -77,20 +130,25 @@ def time_law(
     debias: bool = False,
     stratified: bool = False,
     levels: int = 0,
+    name: str = "",
 ) -> TimeLaw:
-    """The published switches, resolved once. Under `debias`, t_eps is the smallest time and w = 1.
+    """The law by its name, or by the published switches where the name is "".
 
-    With levels > 0 times are those of a discrete chain, w = 1: the objectives of SMLD (Song and
-    Ermon 2019, σ² weight) and DDPM (Ho et al. 2020, eq. 14).
+    Under `debias`, t_eps is the smallest time. With levels > 0 times are those of a discrete
+    chain, w = 1: the objectives of SMLD (Song and Ermon 2019, σ² weight) and DDPM (Ho et al. 2020,
+    eq. 14). All laws but those of w = 1 at uniform times estimate ∫ (g²/σ²) h dt; those of
+    `importance`, `velocity` and `adaptive` divided by W(T) − W(t_min).
 
     Raises:
-        ValueError: importance weighting without likelihood weighting (it would have no effect),
-            debias together with either, or levels together with any of them.
+        ValueError: the name is unknown or contradicts a switch; importance weighting without
+            likelihood weighting (it would have no effect), debias together with either, or levels
+            together with any of them.
     """
-    if levels and (likelihood_weighting or importance_weighting or debias):
+    if levels and (likelihood_weighting or importance_weighting or debias or name):
         raise ValueError(
             "training.continuous=False takes uniform levels of weight 1; set "
-            "training.likelihood_weighting, training.importance_weighting and training.debias False"
+            "training.likelihood_weighting, training.importance_weighting and training.debias "
+            "False and training.time_law=''"
         )
     if levels:
         return TimeLaw(Levels(sde, levels), noise_weight, stratified)
@@ -99,17 +157,32 @@ def time_law(
             "training.debias=True already weights by g²/σ² through its proposal; set "
             "training.likelihood_weighting=False and training.importance_weighting=False"
         )
-    if debias:
-        return TimeLaw(Debias(sde, smallest_time), noise_weight, stratified)
     if importance_weighting and not likelihood_weighting:
         raise ValueError(
             "training.importance_weighting=True needs training.likelihood_weighting=True: "
             "it is the proposal for the likelihood weight g²/σ²"
         )
-    if importance_weighting:
-        return TimeLaw(Importance(sde, smallest_time), noise_weight, stratified)
-    weight = likelihood_weight if likelihood_weighting else noise_weight
-    return TimeLaw(Uniform(sde, smallest_time), weight, stratified)
+    switched = "debias" if debias else "importance" if importance_weighting else ""
+    _check_name(name, switched, likelihood_weighting or debias)
+    if not (likelihood_weighting or debias):
+        return TimeLaw(Uniform(sde, smallest_time), noise_weight, stratified)
+    return LIKELIHOOD_LAWS[name or switched or "uniform"](sde, smallest_time, stratified)
+
+
+def _check_name(name: str, switched: str, weighted: bool) -> None:
+    """A name must be known, go with the switches, and have the likelihood weight to propose for."""
+    if name and name not in LIKELIHOOD_LAWS:
+        raise ValueError(f"training.time_law={name!r}: allowed '', {sorted(LIKELIHOOD_LAWS)}")
+    if name and switched and name != switched:
+        raise ValueError(
+            f"training.time_law={name!r} contradicts the switch that means {switched!r}: set "
+            "training.importance_weighting=False and training.debias=False"
+        )
+    if name not in ("", "uniform") and not weighted:
+        raise ValueError(
+            f"training.time_law={name!r} proposes times for the likelihood weight g²/σ²: set "
+            "training.likelihood_weighting=True"
+        )
 
 
 PerExampleLoss = Callable[[Params, Key[Array, ""], Batch], tuple[PerExample, dict[str, PerExample]]]
@@ -149,15 +222,20 @@ def score_matching(
         key_data, key_time, key_noise, key_dropout, key_probe = jax.random.split(rng, 5)
         ids = batch["noise_id"]
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
-        t = law.sample(key_time, batch, batch_size, x0.dtype)
+        law_now = law.at(batch) if train else law
+        t = law_now.sample(key_time, batch, batch_size, x0.dtype)
         z = gaussian(fold_in_each(key_noise, ids), x0)
         # Devices hold different ids, so their masks differ.
         key_dropout = jax.random.fold_in(key_dropout, ids[0])
         score_fn = model.score(params, key_dropout if train else None)
         point = Point(sde.perturb(x0, t, z), t, z, fold_in_each(key_probe, ids))
         parts = _parts_of_step(terms, score_fn, sde, point, batch)
-        to_uniform = 1.0 / (law.proposal.density(t) * law.proposal.length)
-        return terms.weighted(parts, sde, t, law.weight(t, sde), to_uniform), parts
+        to_uniform = 1.0 / (law_now.proposal.density(t) * law_now.proposal.length)
+        weight = law_now.weight(t, sde)
+        values = terms.weighted(parts, sde, t, weight, to_uniform)
+        if isinstance(law, AdaptiveLaw) and train:
+            parts = parts | {"time_law": bin_moments(law_now, t, values / weight)}
+        return values, parts
 
     return per_example
 
@@ -197,7 +275,8 @@ def mean_loss(per_example: Callable[..., tuple[PerExample, dict[str, PerExample]
     return loss_fn
 
 
-def masked_mean(values: PerExample, mask: Array) -> Float[Array, ""]:
-    """Mean of the values of real examples; padding counts neither above nor below the line."""
+def masked_mean(values: Float[Array, "b *s"], mask: Array) -> Float[Array, "*s"]:
+    """Mean over real examples [B, ...]; padding counts neither above nor below the line."""
     count = jnp.sum(mask, dtype=values.dtype)
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, 1.0)
+    real = jnp.where(jnp.expand_dims(mask, tuple(range(1, values.ndim))), values, 0.0)
+    return jnp.sum(real, axis=0) / jnp.maximum(count, 1.0)

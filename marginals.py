@@ -16,6 +16,7 @@ import numpy as np
 
 SMOOTHING = 5.0  # examples that the pooled histogram counts for, at every position
 MAX_ENTRIES = 2**20  # of a histogram by position; larger ones are pooled over the positions
+EMPTY = 0.01  # examples that every component of a mixture has at least
 MAX_COVARIANCE = 4000  # dimensions with a full covariance
 
 
@@ -109,7 +110,7 @@ def mixtures(values: np.ndarray, components: int, *, floor: float, rounds: int =
     """A mixture of Gaussians for every column of values [b, n], by expectation–maximisation.
 
     The start is deterministic: means at quantiles. No standard deviation falls below `floor`; to
-    the statistics of every component the whole column adds one example, so none is ever empty.
+    the statistics of every component the whole column adds 1/100 of an example, so none is empty.
 
     Reference: Dempster et al. 1977, Maximum likelihood from incomplete data via the EM algorithm.
     """
@@ -123,9 +124,10 @@ def mixtures(values: np.ndarray, components: int, *, floor: float, rounds: int =
         logs = np.log(weights) - 0.5 * ((x - means) ** 2 / variances + np.log(variances))
         share = np.exp(logs - logs.max(axis=2, keepdims=True))
         share /= share.sum(axis=2, keepdims=True)
-        mass = share.sum(axis=0) + 1.0
-        means = ((share * x).sum(axis=0) + center) / mass
-        squares = (share * (x - means) ** 2).sum(axis=0) + spread + (center - means) ** 2
+        mass = share.sum(axis=0) + EMPTY
+        means = ((share * x).sum(axis=0) + EMPTY * center) / mass
+        squares = (share * (x - means) ** 2).sum(axis=0)
+        squares = squares + EMPTY * (spread + (center - means) ** 2)
         variances = np.maximum(squares / mass, floor**2)
         weights = mass / mass.sum(axis=1, keepdims=True)
     return Mixtures(np.log(weights), means, np.sqrt(variances))

@@ -13,7 +13,7 @@ data; their arrays stand beside the network's in the parameters, {network, prior
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from jaxtyping import Array, Key
 
 from heads import Atoms, Cells
 from models.layers import QUICK
-from operators import Batched, PerExample, inner, scale
+from operators import Batched, PerExample, scale
 from real_heads import Mixture, Whitened
 from sde_lib import SDE
 
@@ -117,18 +117,6 @@ TIME_LABELS = {
 }
 
 
-class LevelPosterior(NamedTuple):
-    """The levels k of quantised data given x_t, and x_t given the levels.
-
-    Attributes:
-        log_probability: (x0, x_t, t) ↦ Σ_j log P(level of x0_j | x_t) in nats.
-        target: (x0, x_t, t) ↦ σ ∇ log q(x_t | levels of x0); −z where the data have no noise.
-    """
-
-    log_probability: DecoderFn
-    target: Callable[[Batched, Batched, PerExample], Batched]
-
-
 @dataclasses.dataclass(frozen=True)
 class ScoreModel:
     """A network, the SDE it belongs to and the meaning of its input and output."""
@@ -166,11 +154,6 @@ class ScoreModel:
         del params
         return None
 
-    def levels(self, params: Params) -> LevelPosterior | None:
-        """What heads of quantised data know of the level, given x_t."""
-        del params
-        return None
-
     def _output(
         self, params: Params, x: Batched, t: PerExample, dropout_key: Key[Array, ""] | None
     ) -> Array:
@@ -202,23 +185,15 @@ class HeadModel(ScoreModel):
 
     def decoder(self, params: Params) -> DecoderFn | None:
         """(x0, x_t, t) ↦ log p(x0 | x_t) − log N(x_t/α; x0, σ²/α² I) of cells and mixtures."""
-        return self._log_ratio(params) if isinstance(self.head, Cells | Mixture) else None
-
-    def levels(self, params: Params) -> LevelPosterior | None:
-        """What heads of quantised data know of the level, given x_t."""
-        head, log_ratio = self.head, self._log_ratio(params)
-        if not isinstance(head, Cells | Atoms):
+        if not isinstance(self.head, Cells | Mixture):
             return None
-
-        def log_probability(x0: Batched, x: Batched, t: PerExample) -> PerExample:
-            known, _ = head.known(x0, x, t, self.sde)
-            return log_ratio(x0, x, t) + inner(known, jnp.ones_like(known))
-
-        return LevelPosterior(log_probability, lambda x0, x, t: head.known(x0, x, t, self.sde)[1])
-
-    def _log_ratio(self, params: Params) -> DecoderFn:
         outputs, arrays = self._bound(params, None)
         return lambda x0, x, t: self.head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
+
+    def log_probability(self, params: Params) -> DecoderFn:
+        """(x0, x_t, t) ↦ log P(levels of x0 | x_t) of atoms."""
+        outputs, arrays = self._bound(params, None)
+        return lambda x0, x, t: self.head.log_probability(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def _bound(
         self, params: Params, dropout_key: Key[Array, ""] | None

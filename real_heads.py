@@ -181,7 +181,7 @@ class Whitened:
         """s of x: [B, *d] at t: [B], from the output of the network [B, *d]."""
         prior = arrays["prior"]
         v, net = self._variances(prior, t, sde), net.reshape(net.shape[0], -1)
-        signal = scale(sde.alpha(t) / sde.sigma(t), jnp.sqrt(prior["variances"] / v))
+        signal = scale(sde.alpha(t) / sde.sigma(t), jnp.sqrt(prior["variances"][None] / v))
         learned = self._along(prior, net) if x.ndim > 2 else net
         s = -self._gap(prior, x, t, sde) / v - signal * learned
         return self._back(prior, s, x)

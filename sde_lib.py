@@ -62,6 +62,14 @@ class SDE:
         """Inverse of `cumulative_weight`."""
         raise NotImplementedError
 
+    def velocity_share(self, t: Time) -> Time:
+        """(d log σ²/dt)/(g²/σ²) = 1 + 2aσ²/g²; α² for VP."""
+        return 1.0 + 2.0 * self.drift_coefficient(t) * self.sigma(t) ** 2 / self.g2(t)
+
+    def time_of_sigma(self, sigma: Time) -> Time:
+        """Inverse of σ(t)."""
+        raise NotImplementedError
+
     def g(self, t: Time) -> Time:
         """Diffusion coefficient g = √(g²)."""
         return jnp.sqrt(self.g2(t))
@@ -217,6 +225,14 @@ class VPSDE(_LinearBeta):
         """B = log(1 + e^W)."""
         return self.time_of_integral_beta(jax.nn.softplus(w))
 
+    def velocity_share(self, t: Time) -> Time:
+        """α²."""
+        return self.alpha(t) ** 2
+
+    def time_of_sigma(self, sigma: Time) -> Time:
+        """B = −log(1 − σ²)."""
+        return self.time_of_integral_beta(-jnp.log1p(-(sigma**2)))
+
     def discretize(
         self, x: Batched, t: PerExample, dt: float, num_steps: int
     ) -> tuple[Batched, PerExample]:
@@ -290,6 +306,15 @@ class SubVPSDE(_LinearBeta):
         """B = 2 asinh(½ e^{W/2})."""
         return self.time_of_integral_beta(2.0 * jnp.arcsinh(0.5 * jnp.exp(0.5 * w)))
 
+    def velocity_share(self, t: Time) -> Time:
+        """2α²/(1 + α²)."""
+        signal = self.alpha(t) ** 2
+        return 2.0 * signal / (1.0 + signal)
+
+    def time_of_sigma(self, sigma: Time) -> Time:
+        """B = −log(1 − σ)."""
+        return self.time_of_integral_beta(-jnp.log1p(-sigma))
+
 
 @dataclasses.dataclass(frozen=True)
 class VESDE(SDE):
@@ -343,6 +368,10 @@ class VESDE(SDE):
     def time_of_weight(self, w: Time) -> Time:
         """t = W/(2 ln(σmax/σmin))."""
         return w / (2.0 * self.log_ratio)
+
+    def time_of_sigma(self, sigma: Time) -> Time:
+        """t = ln(σ/σmin)/ln(σmax/σmin)."""
+        return jnp.log(sigma / self.sigma_min) / self.log_ratio
 
     def chain_variances(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
         """(σ_i², σ_{i−1}²) of the geometric chain, σ_{−1} = 0, i = ⌊t(N − 1)/T⌋."""
@@ -416,5 +445,75 @@ class LinearVESDE(SDE):
         """t = e^{W/2}."""
         return jnp.exp(0.5 * w)
 
+    def time_of_sigma(self, sigma: Time) -> Time:
+        """t = σ/σmax."""
+        return sigma / self.sigma_max
 
-SDES = {"vpsde": VPSDE, "subvpsde": SubVPSDE, "vesde": VESDE, "linearvesde": LinearVESDE}
+
+@dataclasses.dataclass(frozen=True)
+class LinearPath(SDE):
+    """The linear path x_t = (1 − t) x0 + t z of flow matching and rectified flow, as an SDE.
+
+    dx = −x/(1 − t) dt + √(2t/(1 − t)) dw up to T < 1, where W(T) = log(σ²/α²) = 10: at t = 1 the
+    drift has a pole. The drift of its probability-flow ODE is E[z − x0 | x_t]; the flow-matching
+    loss is ‖u − (z − x0)‖² = ‖e1‖²/α² for u = f − ½g²s.
+    Reference: Lipman et al. 2023, https://arxiv.org/abs/2210.02747; Liu et al. 2023,
+    https://arxiv.org/abs/2209.03003.
+    """
+
+    end: float = 1.0 / (1.0 + math.exp(-5.0))
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.end < 1.0:
+            raise ValueError(f"model.end={self.end}: need 0 < end < 1, the drift has a pole at 1")
+
+    @property
+    def T(self) -> float:
+        """Largest time."""
+        return self.end
+
+    @property
+    def prior_std(self) -> float:
+        """σ(T)."""
+        return self.end
+
+    def drift_coefficient(self, t: Time) -> Time:
+        """a = −1/(1 − t)."""
+        return -1.0 / (1.0 - t)
+
+    def alpha(self, t: Time) -> Time:
+        """α = 1 − t."""
+        return 1.0 - t
+
+    def sigma(self, t: Time) -> Time:
+        """σ = t."""
+        return t
+
+    def g2(self, t: Time) -> Time:
+        """g² = 2t/(1 − t)."""
+        return 2.0 * t / (1.0 - t)
+
+    def cumulative_weight(self, t: Time) -> Time:
+        """W = 2 log(t/(1 − t))."""
+        return 2.0 * (jnp.log(t) - jnp.log1p(-t))
+
+    def time_of_weight(self, w: Time) -> Time:
+        """t = 1/(1 + e^{−W/2})."""
+        return jax.nn.sigmoid(0.5 * w)
+
+    def velocity_share(self, t: Time) -> Time:
+        """α."""
+        return 1.0 - t
+
+    def time_of_sigma(self, sigma: Time) -> Time:
+        """t = σ."""
+        return sigma
+
+
+SDES = {
+    "vpsde": VPSDE,
+    "subvpsde": SubVPSDE,
+    "vesde": VESDE,
+    "linearvesde": LinearVESDE,
+    "linear": LinearPath,
+}

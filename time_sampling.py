@@ -3,6 +3,8 @@
     uniform     p(t) = 1/(T − t_min)
     importance  p(t) = (g²/σ²)/Z,  Z = W(T) − W(t_min)
     debias      p(t) = r(max(t, t_eps))/Z on [0, T],  r = g²/σ²
+    velocity    p(t) ∝ d log σ²/dt
+    binned      as importance within each of n bins of equal width in W, with given masses
     levels      the N levels of a discrete chain
 
 An integral ∫ h dt is E[h(t)/p(t)]. A proposal turns u ∈ [0, 1) into t, so stratified times need
@@ -139,6 +141,90 @@ class Debias:
 
 
 @dataclasses.dataclass(frozen=True)
+class Velocity:
+    """p(t) = (d log σ²/dt)/Z on [t_min, T]: log σ² is uniform.
+
+    Against the importance law, fewer times where little of the signal is left.
+    Reference: Zheng et al. 2023, https://arxiv.org/abs/2305.03935, section 3.3.
+    """
+
+    sde: SDE
+    t_min: float
+
+    def __post_init__(self) -> None:
+        _check_t_min(self.t_min, self.sde, positive=True)
+
+    @property
+    def length(self) -> float:
+        """Of the interval, T − t_min."""
+        return self.sde.T - self.t_min
+
+    def bounds(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """log σ² at t_min and T."""
+        ends = jnp.asarray(self.t_min, dtype), jnp.asarray(self.sde.T, dtype)
+        return tuple(2.0 * jnp.log(self.sde.sigma(t)) for t in ends)
+
+    def quantile(self, u: Time) -> Time:
+        """Inverse CDF."""
+        low, high = self.bounds(u.dtype)
+        t = self.sde.time_of_sigma(jnp.exp(0.5 * (low + (high - low) * u)))
+        return jnp.clip(t, self.t_min, self.sde.T)
+
+    def density(self, t: Time) -> Time:
+        """p(t)."""
+        return Importance(self.sde, self.t_min).density(t) / self.relative_weight(t)
+
+    def relative_weight(self, t: Time) -> Time:
+        """The density of the importance law over this one: 1/α² for VP, times a constant."""
+        low, high = self.bounds(t.dtype)
+        first, last = Importance(self.sde, self.t_min).bounds(t.dtype)
+        return (high - low) / (last - first) / self.sde.velocity_share(t)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Binned:
+    """n bins of equal width in W = ∫ g²/σ², bin j with mass m_j; the importance law inside a bin.
+
+    Attributes:
+        sde: the SDE.
+        t_min: smallest time.
+        masses: [n], positive, of sum one.
+    """
+
+    sde: SDE
+    t_min: float
+    masses: Float[Array, " n"]
+
+    @property
+    def length(self) -> float:
+        """Of the interval, T − t_min."""
+        return self.sde.T - self.t_min
+
+    def quantile(self, u: Time) -> Time:
+        """Inverse CDF: the bin of u, and the place in it."""
+        masses, n = self.masses.astype(u.dtype), self.masses.shape[0]
+        ends = jnp.cumsum(masses)
+        j = jnp.minimum(jnp.searchsorted(ends, u, side="right"), n - 1)
+        inside = jnp.clip((u - (ends - masses)[j]) / masses[j], 0.0, 1.0)
+        return Importance(self.sde, self.t_min).quantile((j.astype(u.dtype) + inside) / n)
+
+    def bin(self, t: Time) -> Int[Array, "*t"]:
+        """The bin of t."""
+        low, high = Importance(self.sde, self.t_min).bounds(t.dtype)
+        place = (self.sde.cumulative_weight(t) - low) / (high - low)
+        n = self.masses.shape[0]
+        return jnp.clip(jnp.floor(n * place).astype(jnp.int32), 0, n - 1)
+
+    def density(self, t: Time) -> Time:
+        """p(t)."""
+        return Importance(self.sde, self.t_min).density(t) / self.relative_weight(t)
+
+    def relative_weight(self, t: Time) -> Time:
+        """The density of the importance law over this one, 1/(n m_j)."""
+        return 1.0 / (self.masses.shape[0] * self.masses.astype(t.dtype)[self.bin(t)])
+
+
+@dataclasses.dataclass(frozen=True)
 class Levels:
     """t uniform on the N levels i T/(N − 1) of a discrete chain; a stand-in for uniform t."""
 
@@ -160,7 +246,7 @@ class Levels:
         return jnp.full_like(t, 1.0 / self.length)
 
 
-Proposal = Uniform | Importance | Debias | Levels
+Proposal = Uniform | Importance | Debias | Velocity | Binned | Levels
 
 
 def _check_t_min(t_min: float, sde: SDE, *, positive: bool) -> None:

@@ -8,6 +8,7 @@ at the step that k steps precede, L_i the loss of microbatch i of n.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from losses import Batch, LossFn, Metrics
+from losses import NUM_BINS, Batch, LossFn, Metrics
 from parameterization import Params
 
+OF_THE_STEP = ("step", "time_law")  # what a batch holds once, and not per example
+MOMENTS_RATE = 0.99  # of the moving average of the moments of an adaptive law of times
 # (state, seed key, batch, *frozen) → (state, metrics), for one step or for several.
 Step = Callable[..., tuple["TrainState", Metrics]]
 
@@ -39,6 +42,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: Params
     ema_params: Params
     opt_state: Any
+    time_law: Any = None  # of an adaptive law of times: [2, bins], Σ h² and Σ 1 of its bins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +95,30 @@ class OptimizerConfig:
         return optax.chain(
             clip,
             optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps),
-            optax.add_decayed_weights(self.weight_decay),
+            decayed_weights(self.weight_decay),
             optax.scale_by_learning_rate(self.learning_rate(num_steps)),
         )
 
 
-def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step; the moving average starts at the parameters."""
+def decayed_weights(rate: float) -> optax.GradientTransformation:
+    """Add rate × parameter to every update, but those of the prior of a head, which stays."""
+
+    def add(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
+        return update if path[0] == jax.tree_util.DictKey("prior") else update + rate * param
+
+    return optax.stateless(functools.partial(jax.tree_util.tree_map_with_path, add))
+
+
+def create(
+    params: Params, optimizer: optax.GradientTransformation, *, adaptive: bool = False
+) -> TrainState:
+    """State before the first step; the moving average starts at the parameters.
+
+    With `adaptive` all bins of the law of times have the same mass at first.
+    """
     copy = jax.tree.map(jnp.array, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, copy, optimizer.init(params))
+    moments = jnp.ones((2, NUM_BINS), jnp.float32) if adaptive else None
+    return TrainState(jnp.zeros((), jnp.int32), params, copy, optimizer.init(params), moments)
 
 
 def moving_average_rate(ema_rate: float, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -126,7 +145,7 @@ def accumulated_gradient(loss_fn: LossFn, num_microbatches: int) -> Callable[...
         return gradient
 
     def accumulated(params: Params, rng: Key[Array, ""], batch: Batch, *frozen: Any) -> tuple:
-        shared = {name: leaf for name, leaf in batch.items() if jnp.ndim(leaf) == 0}
+        shared = {name: leaf for name, leaf in batch.items() if name in OF_THE_STEP}
         parts = {
             name: leaf.reshape(num_microbatches, -1, *leaf.shape[1:])
             for name, leaf in batch.items()
@@ -166,8 +185,12 @@ def train_step(
 
     def step_fn(state: TrainState, seed_key: Key[Array, ""], batch: Batch, *frozen: Any) -> tuple:
         rng = jax.random.fold_in(seed_key, state.step)
-        grads, metrics = gradient(state.params, rng, batch | {"step": state.step}, *frozen)
+        known = {"step": state.step, "time_law": state.time_law}
+        grads, metrics = gradient(state.params, rng, batch | known, *frozen)
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        moments = metrics.pop("time_law", None)
+        if moments is not None:
+            moments = MOMENTS_RATE * state.time_law + (1.0 - MOMENTS_RATE) * moments
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = moving_average_rate(ema_rate, state.step)
@@ -175,7 +198,7 @@ def train_step(
         # The norm of the new parameters: finite exactly when what a checkpoint would hold is.
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         metrics = metrics | norms
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+        return TrainState(state.step + 1, params, ema_params, opt_state, moments), metrics
 
     return step_fn
 

@@ -57,6 +57,7 @@ def _model() -> ConfigDict:
             "beta_max": placeholder(float),
             "sigma_min": placeholder(float),
             "sigma_max": placeholder(float),
+            "end": placeholder(float),  # largest time of the linear path, below 1
             # heads
             "rank": placeholder(int),  # cells, atoms: features per coordinate, from 36 levels on
             "components": placeholder(int),  # mixture: Gaussians per coordinate
@@ -102,7 +103,7 @@ def _training() -> ConfigDict:
     return ConfigDict(
         {
             "objective": "dsm",  # dsm | ism (implicit score matching, the ELBO)
-            "sde": "vpsde",  # vpsde | subvpsde | vesde | linearvesde
+            "sde": "vpsde",  # vpsde | subvpsde | vesde | linearvesde | linear
             "continuous": True,  # False: times are model.num_scales levels (DDPM, SMLD; VP, VE)
             "n_iters": 1_300_001,
             "batch_size": 128,  # over all devices and hosts
@@ -114,8 +115,12 @@ def _training() -> ConfigDict:
             "importance_weighting": False,  # and times from p(t) ∝ g²/σ²
             "debias": False,  # times from the truncated law of the drift ELBO
             "stratified": False,  # one time per cell of a batch
+            # law of the times by name, for likelihood_weighting: uniform | importance | debias |
+            # velocity (log σ² uniform) | adaptive (learns where the loss varies); '': as switched
+            "time_law": "",
             "score_matching_order": 1,  # 1 | 2 | 3; order k contains order k − 1
             "second_order_weight": 1.0,  # of frobenius + trace_weight × trace
+            "frobenius_weight": 1.0,  # of its parts; 0 and 1: the quadratic form alone (i-DODE)
             "trace_weight": 1.0,
             "third_order_weight": 1.0,
             "third_order_form": "gradient",  # gradient | directional (cheaper, forward only)

@@ -26,6 +26,7 @@ from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
 from streams import Dataset
 from terms import Terms
 from time_sampling import Importance
+from train_state import TrainState, create
 
 AXIS_NAME = "batch"
 PRIOR_BATCH = 500
@@ -59,6 +60,12 @@ def training_examples(dataset: Dataset) -> Iterator[np.ndarray]:
         batches = dataset.eval_batches("train", batch_size=PRIOR_BATCH)
     for batch in batches:
         yield batch["image"][batch["mask"]]
+
+
+def train_state(settings: Settings, params: Any) -> TrainState:
+    """The state of these parameters before the first step."""
+    optimizer = settings.optim.chain(settings.training.n_iters)
+    return create(params, optimizer, adaptive=settings.training.time_law == "adaptive")
 
 
 def with_prior(settings: Settings, dataset: Dataset, params: Any) -> Any:
@@ -201,6 +208,7 @@ def per_example_loss(settings: Settings, dataset: Dataset, *, train: bool) -> lo
         debias=training.debias,
         stratified=training.stratified and train,
         levels=0 if training.continuous else settings.model.num_scales,
+        name=training.time_law,
     )
     return losses.score_matching(
         model,
@@ -233,6 +241,7 @@ def high_order(settings: Settings) -> HighOrder | None:
     return HighOrder(
         training.score_matching_order,
         second_order_weight=training.second_order_weight,
+        frobenius_weight=training.frobenius_weight,
         trace_weight=training.trace_weight,
         third_order_weight=training.third_order_weight,
         third_order_form=training.third_order_form,

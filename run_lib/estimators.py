@@ -19,6 +19,7 @@ from heads import Atoms, Cells
 from likelihood import (
     Bound,
     Divergence,
+    cell_shares,
     discrete_bound,
     gaussian_decoder,
     importance_average,
@@ -26,7 +27,7 @@ from likelihood import (
     ode_log_likelihood,
     variational_bound,
 )
-from operators import fold_in_all, fold_in_each
+from operators import dimension, fold_in_all, fold_in_each
 from real_heads import Mixture
 from restarted import Restarted, noise_to_signal
 from run_lib import build
@@ -37,9 +38,10 @@ from time_sampling import Importance
 # Fields of `training` that the value of the objective depends on.
 OBJECTIVE_FIELDS = (
     "objective", "continuous", "smallest_time", "reduce_mean", "likelihood_weighting",
-    "importance_weighting", "debias", "score_matching_order", "second_order_weight",
-    "trace_weight", "third_order_weight", "third_order_form", "derivative_estimator",
-    "num_probes", "alpha", "beta", "scalar_fp", "fp_wgt_type", "m", "fp_form", "fp_probes",
+    "importance_weighting", "debias", "time_law", "score_matching_order", "second_order_weight",
+    "frobenius_weight", "trace_weight", "third_order_weight", "third_order_form",
+    "derivative_estimator", "num_probes", "alpha", "beta", "scalar_fp", "fp_wgt_type", "m",
+    "fp_form", "fp_probes",
 )  # fmt: skip
 BINS = 16  # of the integral of a bound over log(σ/α), kept for every example
 Details = dict[str, str | int | float]
@@ -193,38 +195,32 @@ def _ode_details(settings: Settings, t_min: float) -> Details:
 
 
 def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
-    """The variational bound of dequantised or real data; of cells the one that knows the cell."""
     model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
     tools, config = build.likelihood_tools(settings), settings.eval
     number, offset, t_min = config.num_times, config.offset, settings.training.smallest_time
     divergence = None if config.dsm else tools.divergence
     sde = Restarted(model.sde, noise.start) if noise.start else model.sde
     proposal = Importance(sde, noise.start + t_min)
-    uniform = noise.details.get("dequantisation") == "uniform"
-    knows_cell = isinstance(settings.head, Cells) and uniform and offset and config.dsm
+    edges = _edges(proposal, number)
+    uniform = noise.details.get("dequantisation") == "uniform" and not settings.data.logit
+    shares = cell_shares(np.asarray(edges), 2.0 * encoding.half_cell) if uniform else 0.0
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_each(key, batch["noise_id"])
         draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, 0))
-        score_fn, keys = model.score(params.score), fold_in_all(keys, 2)
-        if knows_cell:
-            posterior, log_q = model.levels(params.score), 0.0
-            bound = discrete_bound(
-                score_fn, posterior, sde, draw.x, keys, proposal=proposal, num_times=number
-            )  # fmt: skip
-        else:
-            log_q, decoder = draw.log_q, None if noise.start else model.decoder(params.score)
-            bound = variational_bound(
-                score_fn, sde, draw.x, keys, proposal=proposal, num_times=number,
-                divergence=divergence, decoder=decoder, offset=offset,
-            )  # fmt: skip
-        return _bound_row(bound, log_q, encoding, batch["image"], number + offset)
+        decoder = None if noise.start else model.decoder(params.score)
+        bound = variational_bound(
+            model.score(params.score), sde, draw.x, fold_in_all(keys, 2), proposal=proposal,
+            num_times=number, divergence=divergence, decoder=decoder, offset=offset,
+        )  # fmt: skip
+        row = _bound_row(bound, draw.log_q, encoding, batch["image"], number + offset)
+        return _without_cells(row, shares, encoding, batch["image"])
 
     form = {} if divergence is None else {"trace": trace(divergence)}
     details = {"stratified times": number, **form, "t_min": proposal.t_min, **noise.details}
     details |= _decoder_name(settings) if offset and not noise.start else {}
     name = "bound" if offset else "bound at t_min"
-    return Estimator(name, details, encoding.unit, "eval", function, _edges(proposal, number))
+    return Estimator(name, details, encoding.unit, "eval", function, edges)
 
 
 def _discrete_bound(settings: Settings, dataset: Dataset) -> Estimator:
@@ -236,8 +232,9 @@ def _discrete_bound(settings: Settings, dataset: Dataset) -> Estimator:
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_all(fold_in_each(key, batch["noise_id"]), 2)
         bound = discrete_bound(
-            model.score(params.score), model.levels(params.score), model.sde,
-            encoding.encode(batch["image"], keys), keys, proposal=proposal, num_times=number,
+            model.score(params.score), model.log_probability(params.score), model.sde,
+            encoding.encode(batch["image"], keys), keys, distance=settings.head.width,
+            proposal=proposal, num_times=number,
         )  # fmt: skip
         return _bound_row(bound, 0.0, encoding, batch["image"], number + 1)
 
@@ -265,6 +262,22 @@ def _bound_row(
         "prior": in_unit(bound.prior),
         "decoder": in_unit(bound.start + log_q),
         "bins": bins,
+    }
+
+
+def _without_cells(
+    row: dict[str, jax.Array], shares: np.ndarray | float, encoding: Encoding, image: jax.Array
+) -> dict[str, jax.Array]:
+    """The row with what the noise in the cells costs taken from the bins, and from log q.
+
+    The shares of all noise levels and of the decoder sum to −log q; so does what is left to the
+    value, and says at which noise the levels become known.
+    """
+    d = dimension(image)
+    per_bin = encoding.negative_log_likelihood(-d * jnp.atleast_1d(jnp.asarray(shares)), image)
+    return row | {
+        "bins": row["bins"] - per_bin[None],
+        "decoder": row["decoder"] + jnp.sum(per_bin),
     }
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 import datasets
-import train_state
 from checkpoints import Checkpoints
 from run_lib import build, folder, parallel
 from run_lib.settings import Settings
 from streams import Dataset
+from train_state import TrainState
 
 logger = logging.getLogger("fokker")
 POLL_S = 5.0
@@ -97,16 +97,12 @@ def _missing(settings: Settings, workdir: Path, available: list[int]) -> str:
     )
 
 
-def load_state(
-    settings: Settings, dataset: Dataset, workdir: Path, step: int | None
-) -> train_state.TrainState:
+def load_state(settings: Settings, dataset: Dataset, workdir: Path, step: int | None) -> TrainState:
     """The score network at a checkpoint; None: at the latest that can be read."""
     model = build.score_model(settings)
-    optimizer = settings.optim.chain(settings.training.n_iters)
 
-    def fresh() -> train_state.TrainState:
-        params = model.init(jax.random.key(0), dataset.shape)
-        return train_state.create(params, optimizer)
+    def fresh() -> TrainState:
+        return build.train_state(settings, model.init(jax.random.key(0), dataset.shape))
 
     checkpoints = Checkpoints(workdir)
     try:

@@ -60,8 +60,10 @@ class TrainingConfig:
     importance_weighting: bool
     debias: bool
     stratified: bool
+    time_law: str
     score_matching_order: int
     second_order_weight: float
+    frobenius_weight: float
     trace_weight: float
     third_order_weight: float
     third_order_form: str

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import datasets
 import importers
 import plotting
-import train_state
 from checkpoints import Checkpoints
-from losses import mean_loss
+from losses import NUM_BINS, mean_loss
 from operators import fold_in_each
 from run_lib import build, folder, parallel, report
 from run_lib.sampling_loop import Generator
@@ -60,6 +59,7 @@ def check(settings: Settings, dataset: Dataset) -> None:
         ),
         "noise_id": rows,
         "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "time_law": jax.ShapeDtypeStruct((2, NUM_BINS), jnp.float32),
     }
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
     per_example = build.per_example_loss(settings, dataset, train=True)
@@ -132,7 +132,7 @@ def start(
         return checkpoints.restore_latest(jax.eval_shape(lambda: fresh_state(settings, shape)))
     if source is None:
         params = build.score_model(settings).init(build.keys(settings)["init"], shape)
-        return created(settings, build.with_prior(settings, dataset, params))
+        return build.train_state(settings, build.with_prior(settings, dataset, params))
     state, last = given_state(settings, shape, source), settings.training.n_iters
     allowed = f"more than the {int(state.step)} steps that {source} has already"
     require(int(state.step) < last, "training.n_iters", last, allowed)
@@ -141,12 +141,8 @@ def start(
 
 def fresh_state(settings: Settings, shape: tuple[int, ...]) -> TrainState:
     """The state before the first step, of a head before it has seen data."""
-    return created(settings, build.score_model(settings).init(build.keys(settings)["init"], shape))
-
-
-def created(settings: Settings, params: Any) -> TrainState:
-    """The state of these parameters, before the first step."""
-    return train_state.create(params, settings.optim.chain(settings.training.n_iters))
+    params = build.score_model(settings).init(build.keys(settings)["init"], shape)
+    return build.train_state(settings, params)
 
 
 def given_state(settings: Settings, shape: tuple[int, ...], source: Path) -> TrainState:
