@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from models.flowpp import Flowpp
@@ -101,6 +102,19 @@ class Pixels:
     def uniform_log_q(self, y: Batched) -> PerExample:
         """log q(y | k) of uniform noise: d log L − log|dy/dw|."""
         return dimension(y) * math.log(self.levels) - self.log_det(y)
+
+    def moments_of_cells(self) -> tuple[np.ndarray, np.ndarray]:
+        """E[y | k] and Var[y | k] of uniform noise for k = 0, …, L − 1, float64 [L].
+
+        By Gauss–Legendre nodes: exact without logit, where they are the centre of the cell and
+        (2 half_cell)²/12.
+        """
+        nodes, weights = np.polynomial.legendre.leggauss(16)
+        w = (np.arange(self.levels)[:, None] + 0.5 * (nodes + 1.0)) / self.levels
+        with jax.enable_x64(True):
+            y = np.asarray(self.from_unit(jnp.asarray(w)))
+        mean = 0.5 * y @ weights
+        return mean, 0.5 * (y - mean[:, None]) ** 2 @ weights
 
     def truncated_normal_draw(
         self, image: Images, keys: Key[Array, " b"], alpha: float, sigma: float

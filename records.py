@@ -10,6 +10,7 @@ lines need no library to read and survive a kill at any byte.
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,19 +83,24 @@ def key_of(row: Row) -> Key:
     return tuple(row[field] for field in KEY)
 
 
+def example_means(rows: Iterable[Row], field: str = "value") -> dict[int, float]:
+    """The mean over repeats of every example, by its index."""
+    by_example: dict[int, list[float]] = {}
+    for row in rows:
+        by_example.setdefault(row["index"], []).append(row[field])
+    return {index: sum(v) / len(v) for index, v in by_example.items()}
+
+
 def summarize(rows: list[Row], field: str = "value") -> Summary:
     """Mean ± s.e. over examples; the repeats of an example are averaged first.
 
     The examples are the independent draws: repeats share their image, so they do not count as n.
     """
-    by_example: dict[int, list[float]] = {}
-    for row in rows:
-        by_example.setdefault(row["index"], []).append(row[field])
-    values = [sum(v) / len(v) for v in by_example.values()]
+    values = list(example_means(rows, field).values())
     n = len(values)
     if n == 0:
         raise ValueError("no rows to summarize")
     mean = math.fsum(values) / n
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else math.nan
-    repeats = min(len(v) for v in by_example.values())
+    repeats = min(Counter(row["index"] for row in rows).values())
     return Summary(mean, math.sqrt(variance / n), n, repeats)

@@ -225,6 +225,7 @@ def _eval() -> ConfigDict:
             "offset": True,  # of the bound: with the way from x at t_min to x
             "elbo": False,  # ELBO of the plug-in reverse SDE on [0, T] (drift networks)
             "elbo_estimator": "low_variance",  # low_variance | published
+            "baselines": True,  # beside likelihoods: uniform, histogram, Gaussians of training data
             "enable_loss": False,  # training objective
             "enable_sampling": True,
             "num_samples": 100,

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 import plotting
 import run_lib
-from run_lib import folder, report
+from run_lib import comparison, folder, report
 from run_lib.settings import Settings, choose, require
 
 logger = logging.getLogger("fokker")
@@ -191,6 +191,7 @@ def write(results: dict[str, Results], workdir: Path) -> str:
     panels = {
         quantity: {name: list(r[quantity].values()) for name, r in results.items() if quantity in r}
         for quantity in _quantities(results)
+        if quantity not in comparison.BASELINES  # one value, whatever the config and the seed
     }
     plotting.save_comparison(workdir / "compare.png", panels)
     return text

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 import losses
+import marginals
 from dequantization import Draw, Encoding, FlowDequantizer, Pixels, Reals
 from fokker_planck import FokkerPlanck
 from heads import Levels
@@ -58,8 +59,7 @@ def training_examples(dataset: Dataset) -> Iterator[np.ndarray]:
         batches = itertools.islice(batches, ENDLESS // PRIOR_BATCH)
     else:
         batches = dataset.eval_batches("train", batch_size=PRIOR_BATCH)
-    for batch in batches:
-        yield batch["image"][batch["mask"]]
+    yield from marginals.arrays(batches)
 
 
 def train_state(settings: Settings, params: Any) -> TrainState:

@@ -63,8 +63,10 @@ class Estimator:
     unit: str
     key: str  # a name in build.keys; likelihoods share their dequantisation noise
     # (parameters, key, batch with noise_id) → {value, nfe, converged, …}, each [B]
-    function: Callable[[Parameters, jax.Array, dict], dict[str, jax.Array]]
+    function: Callable[[Any, jax.Array, dict], dict[str, jax.Array]]
     edges: tuple[float, ...] = ()  # of a bound: log(σ/α) at the ends of its bins
+    # of parameters of its own, in place of the model's; called where a row is missing
+    fit: Callable[[], Any] | None = None
 
     @property
     def protocol(self) -> str:

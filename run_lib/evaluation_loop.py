@@ -5,6 +5,7 @@ repeat), so results of different tolerances or probes never mix. The noise of an
 (seed, repeat, index) only, not on the batch it is in.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import plotting
 from records import Records, Row, summarize
 from run_lib import build, folder, loading, parallel, quality, quality_loop, report
+from run_lib.baseline_estimators import baseline_estimators
 from run_lib.dequantizer_training import load_dequantizer
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.settings import Settings
@@ -38,13 +40,15 @@ def evaluate(
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
+    trivial: list[Estimator] = []  # the same for all checkpoints, so that each is fitted once
     for step, dataset, params, target in loading.checkpoints_of(settings, workdir, eval_folder):
         scorer = quality_loop.scorer(settings, dataset, target, step)  # its errors come first
         found, name = Parameters(params), ""
         if "variational" in settings.eval.dequantizations:
             dequantizer, name = load_dequantizer(settings, dataset, workdir, deq_folder)
             found = Parameters(params, dequantizer)
-        table = estimators(settings, dataset, name)
+        trivial = trivial or baseline_estimators(settings, dataset)
+        table = [*estimators(settings, dataset, name), *trivial]
         evaluate_checkpoint(settings, dataset, found, step, target, table)
         if settings.eval.enable_sampling:
             quality_loop.sample(settings, dataset, params, step, target, scorer)
@@ -59,6 +63,8 @@ def _tell(workdir: Path, eval_folder: str) -> None:
     results = report.summaries(target)
     report.write_summaries(target, results)
     logger.info("\n%s", report.table_text(results))
+    for sentence in report.sentences(results):
+        logger.warning("%s", sentence)
     if rows := quality.read(target):
         logger.info("\n%s", report.aligned(quality.HEADER, map(quality.cells, rows)))
     logger.info("open %s", report.write(workdir))
@@ -129,6 +135,11 @@ def fill_rows(
         "split": config.dataset,
     }
     timed = _timed(estimator.function)
+
+    @functools.cache
+    def parameters() -> Any:  # asked for where a row is missing
+        return params if estimator.fit is None else parallel.replicate(estimator.fit())
+
     number = _number(settings, dataset)
     total = -(-config.num_repeats * number // parallel.host().count)  # of the one with most
 
@@ -144,7 +155,7 @@ def fill_rows(
             rows = [identity | {"index": int(index), "repeat": repeat} for index in ids]
             if not records.missing(rows):
                 continue
-            seconds, results = timed(params, key, batch)
+            seconds, results = timed(parameters(), key, batch)
             check_converged(estimator, rows, results.pop("converged"))
             shared = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
             records.append(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import plotting
 from records import Records, Row, Summary, summarize
-from run_lib import folder, quality
+from run_lib import comparison, folder, quality
 
 
 class Result(NamedTuple):
@@ -27,6 +27,7 @@ class Result(NamedTuple):
     seconds: float
     commits: list[str]
     solver_error: float | None  # mean estimate; None where steps are adaptive
+    worse_than: list[comparison.Defeat]
 
     def _solver_error(self) -> str:
         return "" if self.solver_error is None else f" (solver {self.solver_error:.1g})"
@@ -48,6 +49,7 @@ class Result(NamedTuple):
             "git_commits": self.commits,
             "solver_error": self.solver_error,
             "protocol": self.protocol,
+            "worse_than": [defeat.as_json() for defeat in self.worse_than],
         }
 
     def cells(self) -> list[str]:
@@ -72,9 +74,22 @@ PROTOCOLS = "protocols.json"
 
 
 def summaries(eval_folder: Path) -> list[Result]:
-    """One result per group of rows in an evaluation folder."""
+    """One result per group of rows in an evaluation folder; baselines after the models."""
     groups = by(Records(eval_folder).rows.values(), "step", "split", "estimator", "protocol")
-    return [_result(group, groups[group]) for group in sorted(groups)]
+    others = [groups[group] for group in sorted(groups, key=_place)]
+    return [_result(rows, comparison.defeats(rows, others)) for rows in others]
+
+
+def _place(group: tuple[int, str, str, str]) -> tuple:
+    step, split, estimator, protocol = group
+    names = list(comparison.BASELINES)
+    baseline = names.index(estimator) if estimator in names else -1
+    return step, split, baseline, estimator, protocol
+
+
+def sentences(results: list[Result]) -> list[str]:
+    """What has to be said of models that lose to a baseline."""
+    return [defeat.sentence() for result in results for defeat in result.worse_than]
 
 
 def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
@@ -100,12 +115,14 @@ def write_summaries(eval_folder: Path, results: list[Result]) -> None:
     lines = [HEADER, ["---"] * len(HEADER), *(result.cells() for result in results)]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     text = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+    text += "".join(f"\n{sentence}\n" for sentence in sentences(results))
     (eval_folder / "table.md").write_text(text, encoding="utf-8")
     page = f"<!doctype html><meta charset='utf-8'><style>{STYLE}</style>{table_html(results)}\n"
     (eval_folder / "table.html").write_text(page, encoding="utf-8")
 
 
-def _result(group: tuple, rows: list[Row]) -> Result:
+def _result(rows: list[Row], worse_than: list[comparison.Defeat]) -> Result:
+    group = (rows[0][field] for field in ("step", "split", "estimator", "protocol"))
     nfe = [row["nfe"] for row in rows]
     seconds = sum(row["seconds"] for row in rows) / len(rows)
     unit = rows[0]["unit"]
@@ -113,7 +130,9 @@ def _result(group: tuple, rows: list[Row]) -> Result:
     value, mean_nfe = summarize(rows), sum(nfe) / len(nfe)
     errors = [row["error"] for row in rows if "error" in row]
     solver_error = sum(errors) / len(errors) if errors else None
-    return Result(*group, unit, value, mean_nfe, max(nfe), seconds, commits, solver_error)
+    return Result(
+        *group, unit, value, mean_nfe, max(nfe), seconds, commits, solver_error, worse_than
+    )
 
 
 def table_text(results: list[Result]) -> str:
@@ -130,8 +149,9 @@ def aligned(header: Sequence[str], rows: Iterable[list[str]]) -> str:
 
 
 def table_html(results: list[Result]) -> str:
-    """The table for the report."""
-    return as_html(HEADER, (result.cells() for result in results))
+    """The table for the report, and below it what has to be said."""
+    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(results))
+    return as_html(HEADER, (result.cells() for result in results)) + said
 
 
 def as_html(header: Sequence[str], rows: Iterable[list[str]]) -> str:
@@ -183,6 +203,7 @@ def write(workdir: Path) -> Path:
             "averaged first. ODE: change of variables along the probability-flow ODE, over the "
             "noise of the protocol. bound: variational upper bound on the negative log-likelihood; "
             "bound at t_min: the same of the noised data; -ELBO: that of the plug-in reverse SDE. "
+            "uniform, histogram, Gaussian: trivial models fitted on the training data. "
             "Lower is better.</p>"
         ]
     for path in sorted(workdir.glob(f"*/{quality.FILE}")):

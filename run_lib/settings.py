@@ -177,6 +177,7 @@ class EvalConfig:
     offset: bool
     elbo: bool
     elbo_estimator: str
+    baselines: bool
     enable_loss: bool
     enable_sampling: bool
     num_samples: int

@@ -19,13 +19,15 @@ LEVELS = {
     "fokker_planck": 3, "ode": 3, "terms": 4, "losses": 5, "likelihood": 6, "elbo": 7,
     "sampling": 6, "train_state": 6, "records": 6, "diagnostics": 6, "checkpoints": 7,
     "streams": 3, "point_samplers": 3, "restarted": 2, "datasets": 7, "plotting": 7,
-    "marginals": 0, "tails": 0, "heads": 1.5, "real_heads": 1.7, "run_lib": 8, "main": 9,
+    "marginals": 0, "tails": 0, "heads": 1.5, "real_heads": 1.7, "baselines": 3, "run_lib": 8,
+    "main": 9,
 }  # fmt: skip
 RUN_LIB = {
     "settings": 0, "memory": 0, "profiling": 0, "build": 1, "distributed": 1, "parallel": 2,
-    "estimators": 2, "folder": 3, "interruption": 3, "quality": 4, "sampling_loop": 4,
-    "figures": 4, "loading": 4, "trainer": 4, "report": 5, "training": 6, "quality_loop": 6,
-    "dequantizer_training": 7, "evaluation_loop": 8, "diagnosis_loop": 9, "__init__": 10,
+    "estimators": 2, "baseline_estimators": 3, "folder": 3, "interruption": 3, "quality": 4,
+    "comparison": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "report": 5,
+    "training": 6, "quality_loop": 6, "dequantizer_training": 7, "evaluation_loop": 8,
+    "diagnosis_loop": 9, "__init__": 10,
 }  # fmt: skip
 
 

@@ -1,0 +1,134 @@
+"""The trivial baselines as estimators: what each is fitted on, and its value of an example.
+
+They are fitted on the training split, in order and without augmentation, or on the first samples
+of an endless one; read once for each that lacks a row, and not at all where none does.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import baselines
+import marginals
+from dequantization import Encoding, Pixels
+from operators import PerExample, fold_in_each
+from run_lib import build
+from run_lib.estimators import Details, Estimator, draw_keys
+from run_lib.settings import Settings
+from streams import Dataset
+
+logger = logging.getLogger("fokker")
+
+
+def baseline_estimators(settings: Settings, dataset: Dataset) -> list[Estimator]:
+    """The baselines of these data, where likelihoods are evaluated that they can stand beside."""
+    config = settings.eval
+    if not config.baselines or not (config.enable_bpd or config.bound or config.elbo):
+        return []
+    encoding = build.evaluation_encoding(settings, dataset)
+    batches = functools.partial(build.training_examples, dataset)
+    full = math.prod(dataset.shape) <= marginals.MAX_COVARIANCE
+    if isinstance(encoding, Pixels):
+        levels = [_uniform(encoding), _histogram(encoding, dataset, batches)]
+        return [*levels, _gaussian_pixels(encoding, dataset, batches, full)]
+    kinds = (False, True) if full else (False,)
+    return [_gaussian_reals(encoding, dataset, batches, kind) for kind in kinds]
+
+
+def _fitted_on(dataset: Dataset) -> Details:
+    return {"fitted on": dataset.size("train") or build.ENDLESS}
+
+
+Batches = Callable[[], Iterator[np.ndarray]]
+LogProbability = Callable[[Any, jax.Array, dict], PerExample]  # (fitted, key, batch), in nats
+
+
+def _estimator(
+    name: str, details: Details, encoding: Encoding, fit: Callable[[], Any], log_p: LogProbability
+) -> Estimator:
+    """An estimator with parameters of its own and no evaluation of the network."""
+
+    def function(fitted: Any, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        value = encoding.negative_log_likelihood(log_p(fitted, key, batch), batch["image"])
+        nfe = jnp.zeros(value.shape, jnp.int32)
+        return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
+
+    @functools.cache
+    def once() -> Any:
+        logger.info("%s (%s): fitting", name, ", ".join(f"{k} {v}" for k, v in details.items()))
+        return fit()
+
+    return Estimator(name, details, encoding.unit, "eval", function, fit=once)
+
+
+def _uniform(encoding: Pixels) -> Estimator:
+    def log_p(fitted: Any, key: jax.Array, batch: dict) -> PerExample:
+        del fitted, key
+        return baselines.log_uniform(batch["image"], encoding.levels)
+
+    return _estimator("uniform", {"levels": encoding.levels}, encoding, tuple, log_p)
+
+
+def _histogram(encoding: Pixels, dataset: Dataset, batches: Batches) -> Estimator:
+    shape, levels = dataset.shape, encoding.levels
+    histogram = baselines.histograms_of(shape, levels)
+
+    def fit() -> np.ndarray:
+        return baselines.fit_histogram(batches(), shape, levels)
+
+    def log_p(fitted: jax.Array, key: jax.Array, batch: dict) -> PerExample:
+        del key
+        return baselines.log_histogram(fitted, histogram, batch["image"])
+
+    place = "every position" if marginals.by_position(shape, levels) else "every channel"
+    details = {"of": place, "smoothing": marginals.SMOOTHING} | _fitted_on(dataset)
+    return _estimator("histogram", details, encoding, fit, log_p)
+
+
+def _gaussian_name(full: bool) -> str:
+    return "Gaussian" if full else "diagonal Gaussian"
+
+
+def _gaussian_pixels(encoding: Pixels, dataset: Dataset, batches: Batches, full: bool) -> Estimator:
+    means, variances = encoding.moments_of_cells()
+
+    def fit() -> baselines.Gaussian:
+        found = marginals.moments((means[k] for k in batches()), full=full)
+        noise = np.full(found.mean.shape, variances[0])
+        if encoding.logit:  # no two cells have the same
+            noise = marginals.moments((variances[k] for k in batches()), full=False).mean
+        return baselines.fit_pixels(found, noise, dataset.shape)
+
+    def log_p(fitted: baselines.Gaussian, key: jax.Array, batch: dict) -> PerExample:
+        keys = draw_keys(fold_in_each(key, batch["noise_id"]), 0)
+        draw = encoding.draw(batch["image"], keys)  # that of the ODE under uniform noise
+        return baselines.log_gaussian(fitted, draw.x) - draw.log_q
+
+    details = _gaussian_details(dataset, full, "pooled variance") | {"dequantisation": "uniform"}
+    return _estimator(_gaussian_name(full), details, encoding, fit, log_p)
+
+
+def _gaussian_reals(
+    encoding: Encoding, dataset: Dataset, batches: Batches, full: bool
+) -> Estimator:
+    def fit() -> baselines.Gaussian:
+        return baselines.fit_reals(marginals.moments(batches(), full=full), dataset.shape)
+
+    def log_p(fitted: baselines.Gaussian, key: jax.Array, batch: dict) -> PerExample:
+        del key
+        return baselines.log_gaussian(fitted, batch["image"])
+
+    details = _gaussian_details(dataset, full, "diagonal")
+    return _estimator(_gaussian_name(full), details, encoding, fit, log_p)
+
+
+def _gaussian_details(dataset: Dataset, full: bool, target: str) -> Details:
+    kind = {"covariance": "full" if full else "diagonal"}
+    shrinkage = {"shrinkage": f"{marginals.SMOOTHING:g} examples of the {target}"}
+    return kind | shrinkage | _fitted_on(dataset)
