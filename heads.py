@@ -89,15 +89,6 @@ def narrow_terms(
     return log_density if is_point else log_density + jnp.log(w), m / variance
 
 
-def posterior_mean(logits: Outputs, terms: Outputs, values: Outputs) -> Batched:
-    """Σ_k softmax_k(logits + terms) values."""
-    return jnp.sum(jax.nn.softmax(logits + terms, axis=-1) * values, axis=-1)
-
-
-def _spread(c: PerExample, like: Outputs) -> Float[Array, "b *ones"]:
-    return expand(c, like)
-
-
 def _noise(x: Batched, t: PerExample, sde: SDE) -> tuple[Batched, PerExample]:
     """(y = x/α, τ = σ/α)."""
     alpha = sde.alpha(t)
@@ -118,8 +109,17 @@ class Levels:
     """What `Cells` and `Atoms` share: L levels at equal distances, and the logits of their law.
 
     Up to 35 levels the network gives all logits. Of more it gives `rank` features per coordinate,
-    and the logits are prior + features · matrix with a learned [rank, L] matrix that all
-    coordinates share; it starts as the cosines of a discrete cosine transform.
+    a and b: with a learned [rank, L] matrix that all coordinates share,
+
+        log π_k = prior_k + features · matrix_k + a v_k − ½ b̃ v_k²,
+        v_k = (value_k − y)/√(τ² + h²),   b̃ = softplus(b − 3) − softplus(−3)
+
+    so that a narrow law about y needs no large numbers. The matrix starts as the lowest and the
+    highest level by themselves and a discrete cosine transform.
+
+    The network sees x/√(α² + σ²), of about unit size at every time for every SDE, and what the
+    independent model says, p(level j | x_t,j) ∝ prior × noise: all probabilities up to 35 levels,
+    of more the mean and the probabilities of the lowest and the highest level.
 
     Attributes:
         levels: L.
@@ -134,13 +134,18 @@ class Levels:
     rank: int = 16
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"model.rank={self.rank}: need at least 1")
+        if self.rank < 2:
+            raise ValueError(f"model.rank={self.rank}: need at least 2")
+
+    @property
+    def width(self) -> float:
+        """h, the width of a cell or the distance of two values."""
+        raise NotImplementedError
 
     @property
     def outputs(self) -> int:
         """Numbers that the network gives per coordinate."""
-        return self.levels if self.levels <= SPAN else self.rank
+        return self.levels if self.levels <= SPAN else self.rank + 2
 
     def arrays(self, shape: Shape) -> Arrays:
         """The arrays before the training data are seen: a uniform prior."""
@@ -149,8 +154,10 @@ class Levels:
         found = {"prior": jnp.full((*rows, self.levels), -math.log(self.levels), dtype)}
         if self.levels > SPAN:
             phase = (jnp.arange(self.levels, dtype=dtype) + 0.5) * math.pi / self.levels
-            order = jnp.arange(1, self.rank + 1, dtype=dtype)
-            found["matrix"] = jnp.cos(order[:, None] * phase[None, :])
+            order = jnp.arange(1, self.rank - 1, dtype=dtype)
+            ends = 3.0 * jnp.eye(self.levels, dtype=dtype)[jnp.asarray([0, self.levels - 1])]
+            waves = math.sqrt(2.0) * jnp.cos(order[:, None] * phase[None, :])
+            found["matrix"] = jnp.concatenate([ends, waves])
         return found
 
     def prior(self, shape: Shape, batches: Iterable[np.ndarray]) -> Array:
@@ -160,19 +167,48 @@ class Levels:
             number = marginals.pooled(number)
         return jnp.asarray(marginals.log_histogram(number), jnp.result_type(float))
 
-    def inputs(self, arrays: Arrays, x: Batched, t: PerExample, sde: SDE) -> Batched:
-        """x/√(α² + σ²), what the network sees: of about unit size at every time for every SDE."""
-        del arrays
-        return scale((sde.alpha(t) ** 2 + sde.sigma(t) ** 2) ** -0.5, x)
+    def inputs(
+        self, arrays: Arrays, x: Batched, t: PerExample, sde: SDE
+    ) -> tuple[Batched, Outputs]:
+        """(x/√(α² + σ²), what the posterior of the prior says): the input of the network."""
+        y, tau = _noise(x, t, sde)
+        m, w = self.position(y, jnp.maximum(tau, 0.5 * self.width), self._every(y))
+        terms, _ = narrow_terms(m, w)
+        p = jax.nn.softmax(_spread_prior(arrays["prior"], terms) + terms, axis=-1)
+        if self.levels > SPAN:
+            mean = jnp.sum(p * self._values(self._every(y)), axis=-1)
+            p = jnp.stack([mean, p[..., 0], p[..., -1]], axis=-1)
+        return scale((sde.alpha(t) ** 2 + sde.sigma(t) ** 2) ** -0.5, x), p
 
-    def logits(self, arrays: Arrays, net: Outputs) -> Outputs:
+    def logits(self, arrays: Arrays, net: Outputs, y: Batched, tau: PerExample) -> Outputs:
         """log π + constant, [B, *d, L]."""
-        prior = jnp.expand_dims(arrays["prior"], tuple(range(net.ndim - arrays["prior"].ndim)))
-        return prior + (net @ arrays["matrix"] if "matrix" in arrays else net)
+        if self.levels <= SPAN:
+            return _spread_prior(arrays["prior"], net) + net
+        features, a, b = net[..., :-2], net[..., -2:-1], net[..., -1:]
+        found = _spread_prior(arrays["prior"], net) + features @ arrays["matrix"]
+        unit = jnp.sqrt(tau**2 + self.width**2)
+        v, _ = self.position(y, unit, self._every(y))
+        curvature = jax.nn.softplus(b - 3.0) - math.log1p(math.exp(-3.0))
+        return found + (a - 0.5 * curvature * v) * v
 
     def index(self, x0: Batched) -> Int[Array, "b *d"]:
         """The level of noise-free or dequantised data."""
         raise NotImplementedError
+
+    def position(
+        self, y: Batched, tau: PerExample, levels: Array
+    ) -> tuple[Outputs, Float[Array, "b *ones"] | float]:
+        """Values (cells: centres) of levels from y in units of τ; width of the cells in these."""
+        m = (self._values(levels) - y[..., None]) / expand(tau, y[..., None])
+        return m, expand(self.width / tau, m)
+
+    def _every(self, y: Batched) -> Float[Array, "*ones l"]:
+        levels = jnp.arange(self.levels, dtype=y.dtype)
+        return jnp.expand_dims(levels, tuple(range(y.ndim)))
+
+    def _values(self, levels: Array) -> Array:
+        """Value, or centre of the cell, of each level."""
+        return self.low + levels * self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,54 +228,53 @@ class Cells(Levels):
     def score(self, arrays: Arrays, net: Outputs, x: Batched, t: PerExample, sde: SDE) -> Batched:
         """s of x: [B, *d] at t: [B], from the output of the network [B, *d, outputs]."""
         y, tau = _noise(x, t, sde)
-        logits = self.logits(arrays, net)
-        return scale(1.0 / sde.sigma(t), self._mean_and_log_density(logits, y, tau)[0])
+        mean, _ = self.mean_and_log_mass(self.logits(arrays, net, y, tau), y, tau)
+        return scale(1.0 / sde.sigma(t), mean)
 
     def log_ratio(
         self, arrays: Arrays, net: Outputs, x0: Batched, x: Batched, t: PerExample, sde: SDE
     ) -> PerExample:
         """Σ_j log r_j(x0_j)/ρ_j(y_j) in nats: the decoder less log N(y; x0, τ² I)."""
         y, tau = _noise(x, t, sde)
-        logits = self.logits(arrays, net)
-        _, log_density = self._mean_and_log_density(logits, y, tau)
-        return total(_at(logits, self.index(x0)) - log_density)
+        logits = self.logits(arrays, net, y, tau)
+        _, log_mass = self.mean_and_log_mass(logits, y, tau)
+        return total(_at(logits, self.index(x0)) - log_mass)
+
+    def known_noise(self, x0: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
+        """E[z | x_t, the cell of x0] = −σ ∇ log q(x_t | cell), at x = x_t.
+
+        As the target of score matching it has the gradient of z in expectation, with less noise:
+        where in its cell x0 lies is integrated out.
+        """
+        y, tau = _noise(x, t, sde)
+        m, w = self.position(y, tau, self.index(x0)[..., None].astype(y.dtype))
+        return -cell_terms(m, w)[1][..., 0]
 
     def index(self, x0: Batched) -> Int[Array, "b *d"]:
         """The cell of x0."""
         k = jnp.floor((x0 - self.low) / self.width).astype(jnp.int32)
         return jnp.clip(k, 0, self.levels - 1)
 
-    def _mean_and_log_density(
+    def mean_and_log_mass(
         self, logits: Outputs, y: Batched, tau: PerExample
     ) -> tuple[Batched, Batched]:
-        """(Σ_k p_k u_k, log Σ_k exp(logit_k) P(y + τ z in cell k))."""
-        cells = jnp.arange(self.levels, dtype=y.dtype)
+        """(σ s, log Σ_k exp(logit_k) P(y + τ z in cell k)), per coordinate."""
         if self.levels <= SPAN:
-            return _mixed(logits, *cell_terms(*self._position(y, tau, cells)))
+            return mixed(logits, *cell_terms(*self.position(y, tau, self._every(y))))
         limit = 2.0 * self.width
         coarse_tau, fine_tau = jnp.maximum(tau, limit), jnp.minimum(tau, limit)
-        coarse = _mixed(logits, *narrow_terms(*self._position(y, coarse_tau, cells)))
+        coarse = mixed(logits, *narrow_terms(*self.position(y, coarse_tau, self._every(y))))
         start = jnp.clip(self.index(jax.lax.stop_gradient(y)) - WINDOW, 0, self.levels - SPAN)
         span = jnp.expand_dims(jnp.arange(SPAN, dtype=start.dtype), tuple(range(start.ndim)))
         window = start[..., None] + span
         near = jnp.take_along_axis(logits, window, axis=-1)
-        fine = _mixed(near, *cell_terms(*self._position(y, fine_tau, window.astype(y.dtype))))
+        fine = mixed(near, *cell_terms(*self.position(y, fine_tau, window.astype(y.dtype))))
         is_coarse = expand(tau, y) >= limit
         return tuple(jnp.where(is_coarse, a, b) for a, b in zip(coarse, fine, strict=True))
 
-    def _position(
-        self, y: Batched, tau: PerExample, cells: Array
-    ) -> tuple[Outputs, Float[Array, "b *ones"]]:
-        """Centres of the cells from y, and their width, both in units of τ."""
-        centers = self.low + (cells + 0.5) * self.width
-        if centers.ndim == 1:
-            centers = jnp.expand_dims(centers, tuple(range(y.ndim)))
-        m = (centers - y[..., None]) / _spread(tau, y[..., None])
-        return m, _spread(self.width / tau, m)
-
-
-def _mixed(logits: Outputs, terms: Outputs, u: Outputs) -> tuple[Batched, Batched]:
-    return posterior_mean(logits, terms, u), jax.nn.logsumexp(logits + terms, axis=-1)
+    def _values(self, levels: Array) -> Array:
+        """Centres of the cells."""
+        return self.low + (levels + 0.5) * self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,17 +285,25 @@ class Atoms(Levels):
     the decoder of the discrete bound.
     """
 
+    @property
+    def width(self) -> float:
+        """Distance of two values."""
+        return (self.high - self.low) / (self.levels - 1)
+
     def score(self, arrays: Arrays, net: Outputs, x: Batched, t: PerExample, sde: SDE) -> Batched:
         """s of x: [B, *d] at t: [B], from the output of the network [B, *d, outputs]."""
-        terms, m = narrow_terms(self._position(x, t, sde), 0.0)
-        return scale(1.0 / sde.sigma(t), posterior_mean(self.logits(arrays, net), terms, m))
+        y, tau = _noise(x, t, sde)
+        terms, m = narrow_terms(*self.position(y, tau, self._every(y)))
+        mean, _ = mixed(self.logits(arrays, net, y, tau), terms, m)
+        return scale(1.0 / sde.sigma(t), mean)
 
     def log_probability(
         self, arrays: Arrays, net: Outputs, x0: Batched, x: Batched, t: PerExample, sde: SDE
     ) -> PerExample:
         """Σ_j log P(level of x0_j | x_t) in nats."""
-        terms, _ = narrow_terms(self._position(x, t, sde), 0.0)
-        log_p = jax.nn.log_softmax(self.logits(arrays, net) + terms, axis=-1)
+        y, tau = _noise(x, t, sde)
+        terms, _ = narrow_terms(*self.position(y, tau, self._every(y)))
+        log_p = jax.nn.log_softmax(self.logits(arrays, net, y, tau) + terms, axis=-1)
         return total(_at(log_p, self.index(x0)))
 
     def index(self, x0: Batched) -> Int[Array, "b *d"]:
@@ -268,14 +311,17 @@ class Atoms(Levels):
         k = jnp.round((x0 - self.low) / self.width).astype(jnp.int32)
         return jnp.clip(k, 0, self.levels - 1)
 
-    @property
-    def width(self) -> float:
-        """Distance of two values."""
-        return (self.high - self.low) / (self.levels - 1)
+    def position(self, y: Batched, tau: PerExample, levels: Array) -> tuple[Outputs, float]:
+        """Values of levels from y in units of τ; points have no width."""
+        return super().position(y, tau, levels)[0], 0.0
 
-    def _position(self, x: Batched, t: PerExample, sde: SDE) -> Outputs:
-        """The values from y, in units of τ."""
-        y, tau = _noise(x, t, sde)
-        values = self.low + jnp.arange(self.levels, dtype=y.dtype) * self.width
-        values = jnp.expand_dims(values, tuple(range(y.ndim)))
-        return (values - y[..., None]) / _spread(tau, y[..., None])
+
+def mixed(logits: Outputs, terms: Outputs, u: Outputs) -> tuple[Batched, Batched]:
+    """(Σ_k p_k u_k, log Σ_k exp(logit_k + term_k)), p = softmax(logits + terms)."""
+    joint = logits + terms
+    return jnp.sum(jax.nn.softmax(joint, axis=-1) * u, axis=-1), jax.nn.logsumexp(joint, axis=-1)
+
+
+def _spread_prior(prior: Array, like: Outputs) -> Array:
+    """The prior of positions [*d, L], or of channels [C, L], with the axes that it lacks."""
+    return jnp.expand_dims(prior, tuple(range(like.ndim - prior.ndim)))

@@ -228,7 +228,8 @@ def score_matching(
         # Devices hold different ids, so their masks differ.
         key_dropout = jax.random.fold_in(key_dropout, ids[0])
         score_fn = model.score(params, key_dropout if train else None)
-        point = Point(sde.perturb(x0, t, z), t, z, fold_in_each(key_probe, ids))
+        x_t = sde.perturb(x0, t, z)
+        point = Point(x_t, t, z, fold_in_each(key_probe, ids), model.target(x0, x_t, t, z))
         parts = _parts_of_step(terms, score_fn, sde, point, batch)
         to_uniform = 1.0 / (law_now.proposal.density(t) * law_now.proposal.length)
         weight = law_now.weight(t, sde)

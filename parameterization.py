@@ -154,14 +154,25 @@ class ScoreModel:
         del params
         return None
 
+    def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
+        """What −σ s is matched to at x = α x0 + σ z: the noise z."""
+        del x0, x, t
+        return z
+
     def _output(
-        self, params: Params, x: Batched, t: PerExample, dropout_key: Key[Array, ""] | None
+        self,
+        params: Params,
+        x: Batched,
+        t: PerExample,
+        dropout_key: Key[Array, ""] | None,
+        features: Array | None = None,
     ) -> Array:
         """The output of the network at its parameters."""
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
         label = self.label(t, self.sde, self.num_scales)
-        return self.network.apply({"params": params}, x, label, train=train, rngs=rngs)
+        more = {} if features is None else {"features": features}
+        return self.network.apply({"params": params}, x, label, train=train, rngs=rngs, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +183,11 @@ class HeadModel(ScoreModel):
 
     def init_in_order(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
         """The network's parameters, and the arrays of the head before it has seen data."""
-        return {"network": super().init_in_order(key, shape)} | self.head.arrays(shape)
+        x, t, arrays = jnp.zeros((1, *shape)), jnp.ones((1,)), self.head.arrays(shape)
+        inputs, features = self.head.inputs(arrays, x, t, self.sde)
+        more = {} if features is None else {"features": features}
+        label = self.label(t, self.sde, self.num_scales)
+        return {"network": self.network.init(key, inputs, label, **more)["params"]} | arrays
 
     def score(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> ScoreFn:
         """s(x, t) at these parameters; dropout is on when a key is given, one mask per key."""
@@ -190,6 +205,11 @@ class HeadModel(ScoreModel):
         outputs, arrays = self._bound(params, None)
         return lambda x0, x, t: self.head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
 
+    def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
+        """What −σ s is matched to: of cells, the noise as it is known from x_t and the cell."""
+        known = isinstance(self.head, Cells)
+        return self.head.known_noise(x0, x, t, self.sde) if known else z
+
     def log_probability(self, params: Params) -> DecoderFn:
         """(x0, x_t, t) ↦ log P(levels of x0 | x_t) of atoms."""
         outputs, arrays = self._bound(params, None)
@@ -206,7 +226,7 @@ class HeadModel(ScoreModel):
         arrays["prior"] = jax.lax.stop_gradient(arrays["prior"])
 
         def outputs(x: Batched, t: PerExample) -> Array:
-            inputs = self.head.inputs(arrays, x, t, self.sde)
-            return self._output(params["network"], inputs, t, dropout_key)
+            inputs, features = self.head.inputs(arrays, x, t, self.sde)
+            return self._output(params["network"], inputs, t, dropout_key, features)
 
         return outputs, arrays

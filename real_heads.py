@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import marginals
-from heads import Arrays, Outputs, Shape, posterior_mean, total
+from heads import Arrays, Outputs, Shape, mixed, total
 from operators import Batched, PerExample, expand, scale
 from sde_lib import SDE
 
@@ -88,17 +88,17 @@ class Mixture:
             "log_deviations": shaped(np.log(found.deviations)),
         }
 
-    def inputs(self, arrays: Arrays, x: Batched, t: PerExample, sde: SDE) -> Batched:
+    def inputs(self, arrays: Arrays, x: Batched, t: PerExample, sde: SDE) -> tuple[Batched, None]:
         """(x_j − α μ_j)/√(α² var x_j + σ²), what the network sees: of unit variance at every t."""
         prior, alpha, sigma = arrays["prior"], expand(sde.alpha(t), x), expand(sde.sigma(t), x)
         variance = (alpha * prior["scale"][None]) ** 2 + sigma**2
-        return (x - alpha * prior["location"][None]) * jax.lax.rsqrt(variance)
+        return (x - alpha * prior["location"][None]) * jax.lax.rsqrt(variance), None
 
     def score(self, arrays: Arrays, net: Outputs, x: Batched, t: PerExample, sde: SDE) -> Batched:
         """s of x: [B, *d] at t: [B], from the output of the network [B, *d, outputs]."""
         logits, means, variances = self._law(arrays, net)
         terms, slopes = self._terms(means, variances, x, t, sde)
-        return posterior_mean(logits, terms, slopes)
+        return mixed(logits, terms, slopes)[0]
 
     def log_ratio(
         self, arrays: Arrays, net: Outputs, x0: Batched, x: Batched, t: PerExample, sde: SDE
@@ -171,11 +171,12 @@ class Whitened:
             arrays |= {"variances": np.maximum(values, 0.0), "basis": basis}
         return {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
 
-    def inputs(self, arrays: Arrays, x: Batched, t: PerExample, sde: SDE) -> Batched:
+    def inputs(self, arrays: Arrays, x: Batched, t: PerExample, sde: SDE) -> tuple[Batched, None]:
         """v^{-1/2} Uᵀ (x − αμ), what the network sees: of unit variance at every time."""
         prior = arrays["prior"]
         whitened = self._gap(prior, x, t, sde) * jax.lax.rsqrt(self._variances(prior, t, sde))
-        return self._back(prior, whitened, x) if x.ndim > 2 else whitened.reshape(x.shape)
+        seen = self._back(prior, whitened, x) if x.ndim > 2 else whitened.reshape(x.shape)
+        return seen, None
 
     def score(self, arrays: Arrays, net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
         """s of x: [B, *d] at t: [B], from the output of the network [B, *d]."""

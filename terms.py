@@ -41,16 +41,20 @@ SHARED_THIRD = {"gradient": "gradient", "advective": "directional"}
 
 
 class Point(NamedTuple):
-    """Where the terms are taken: x_t = α x0 + σ z at t, and one key per example for its probes."""
+    """Where the terms are taken: x_t = α x0 + σ z at t, and one key per example for its probes.
+
+    `target` takes the place of z in order 1: z as it is known from x_t and part of x0.
+    """
 
     x: Batched
     t: PerExample
     z: Batched
     keys: Key[Array, " b"]
+    target: Batched | None = None
 
     def rows(self, index: np.ndarray) -> "Point":
         """The examples of these rows."""
-        return self if len(index) == len(self.t) else Point(*(part[index] for part in self))
+        return self if len(index) == len(self.t) else jax.tree.map(lambda part: part[index], self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +191,9 @@ class Terms:
         """dsm, and ism where div s is known."""
         d = dimension(point.x)
         reduce = (1.0 / d) if self.reduce_mean else 0.5
-        parts = {"dsm": reduce * squared_norm(_residual(score, sde, point))}
+        target = point.z if point.target is None else point.target
+        e1 = scale(sde.sigma(point.t), score) + target
+        parts = {"dsm": reduce * squared_norm(e1)}
         if div is not None and self.objective == "ism":
             variance = sde.sigma(point.t) ** 2
             parts["ism"] = reduce * (variance * (squared_norm(score) + 2.0 * div) + d)
@@ -234,7 +240,7 @@ class Terms:
         self, score_fn: ScoreFn, sde: SDE, point: Point, v: Batched, curvature: bool, residual: bool
     ) -> Derivatives:
         """What the terms need along one probe, by as few sweeps as there are."""
-        x, t, _, _ = point
+        x, t = point.x, point.t
         field = lambda y: score_fn(y, t)  # noqa: E731
         third = curvature and self.high_order is not None and self.high_order.order == 3
         if not residual and not third:

@@ -61,7 +61,7 @@ class PublishedThirdOrder(Terms):
 
     def shared_parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
         """dsm, frobenius, trace and third."""
-        x, t, z, keys = point
+        x, t, z, keys = point.x, point.t, point.z, point.keys
         d, sigma, v = dimension(x), sde.sigma(t), rademacher(fold_in_all(keys, 0), x)
         field = lambda y: score_fn(y, t)  # noqa: E731
 
@@ -90,7 +90,7 @@ class PublishedFokkerPlanck(Terms):
 
     def shared_parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
         """dsm and fp."""
-        x, t, z, keys = point
+        x, t, z, keys = point.x, point.t, point.z, point.keys
         d, v, h, k = dimension(x), rademacher(fold_in_all(keys, 0), x), 1e-3, 5e-4
         t = jnp.clip(t, 2.0 * h, sde.T - k)
         a, half_g2 = sde.drift_coefficient(t), 0.5 * sde.g2(t)

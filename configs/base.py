@@ -93,6 +93,11 @@ def _model() -> ConfigDict:
             "trainable_embedding": placeholder(bool),
             "init_scale": placeholder(float),
             "widths": placeholder(tuple),
+            "channels": placeholder(tuple),  # unet: of every level, from the finest
+            "blocks": placeholder(tuple),  # unet: number in every level
+            "patch": placeholder(int),  # unet: pixels on a side of a position of the finest level
+            "attention": placeholder(bool),  # unet: at the coarsest level
+            "summary": placeholder(int),  # unet: width of a perceptron of the whole input
             "dtype": placeholder(str),  # float32 | bfloat16, of convolutions and products
             "remat": placeholder(str),  # none | block | keep_convs
         }

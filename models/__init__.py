@@ -9,15 +9,17 @@ from models.ddpm import DDPM
 from models.mlp import MLP
 from models.ncsnpp import NCSNpp
 from models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+from models.unet import UNet
 
 MODELS = {
     "mlp": MLP,
     "concat_mlp": ConcatMLP,
     "ddpm": DDPM,
     "ncsnpp": NCSNpp,
+    "unet": UNet,
     "ncsnv2_64": NCSNv2,
     "ncsnv2_128": NCSNv2Deeper,
     "ncsnv2_256": NCSNv2Deepest,
 }
 
-__all__ = ["DDPM", "MLP", "MODELS", "ConcatMLP", "NCSNpp", "NCSNv2"]
+__all__ = ["DDPM", "MLP", "MODELS", "ConcatMLP", "NCSNpp", "NCSNv2", "UNet"]

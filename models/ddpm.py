@@ -40,6 +40,7 @@ from models.layers import (
     default_init,
     dropout,
     embed,
+    joined,
     per_coordinate,
     rematerialized,
     sinusoidal_embedding,
@@ -154,17 +155,24 @@ class DDPM(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Image, label: Float[Array, " b"], train: bool = False) -> Array:
+    def __call__(
+        self,
+        x: Image,
+        label: Float[Array, " b"],
+        train: bool = False,
+        features: Float[Array, "b h w c f"] | None = None,
+    ) -> Array:
         """Map x: [B, H, W, C] and label: [B] to the same shape, or [B, H, W, C, K] for a head.
 
-        Dropout only if `train`.
+        `features` are more numbers per coordinate, as input; dropout only if `train`.
 
         Raises:
             ValueError: x is not a batch of images, or H or W is not divisible by 2^(levels − 1).
         """
         check_levels(self.nf, self.ch_mult, x.shape)
         temb = self._embed(label, x.dtype) if self.conditional else None
-        h, skips = self._down(x if self.centered else 2.0 * x - 1.0, temb, train)
+        image = x if self.centered else 2.0 * x - 1.0
+        h, skips = self._down(joined(image, features), temb, train)
         h = self._res(h.shape[-1])(h, temb, train)
         h = self._attn()(h)
         h = self._res(h.shape[-1])(h, temb, train)

@@ -166,6 +166,26 @@ def conv3x3(
     )
 
 
+class Dropout(nn.Module):
+    """x with elements dropped at rate ⌊256 rate⌋/256, from 8 random bits each.
+
+    Four elements share one call of the generator, which on a CPU costs as much as a convolution.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """x without change unless `train`."""
+        threshold = int(256 * self.rate)
+        if not train or threshold == 0:
+            return x
+        words = jax.random.bits(self.make_rng("dropout"), (-(-x.size // 4),), jnp.uint32)
+        octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size]
+        kept = jax.lax.optimization_barrier(octets.reshape(x.shape) >= threshold)
+        return jnp.where(kept, x * (256.0 / (256 - threshold)), 0.0).astype(x.dtype)
+
+
 def dropout(rate: float, mode: str = "element") -> nn.Dropout:
     """Dropout of single elements, or of whole channels (one draw for all positions of an image)."""
     return nn.Dropout(rate, broadcast_dims=DROPOUT_SHARED_AXES[mode])
@@ -183,6 +203,14 @@ def attention(
     logits = jnp.einsum("bic,bjc->bij", q, k, preferred_element_type=exact)
     share = nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("bij,bje->bie", share.astype(v.dtype), v)
+
+
+def joined(x: jax.Array, features: jax.Array | None) -> jax.Array:
+    """x: [B, *d] with its features [B, *d, F] as more channels: [B, …, C (1 + F)]."""
+    if features is None:
+        return x
+    flat = features.reshape(*x.shape[:-1], x.shape[-1] * features.shape[-1])
+    return jnp.concatenate([x, flat], axis=-1)
 
 
 def per_coordinate(out: Image, number: int) -> jax.Array:

@@ -24,6 +24,7 @@ from models.layers import (
     check_positive,
     check_rate,
     default_init,
+    joined,
     sinusoidal_embedding,
     standardize,
 )
@@ -82,16 +83,24 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b *d"], label: Float[Array, " b"], train: bool = False
+        self,
+        x: Float[Array, "b *d"],
+        label: Float[Array, " b"],
+        train: bool = False,
+        features: Float[Array, "b *d f"] | None = None,
     ) -> Float[Array, "b *d_and_k"]:
-        """Map x: [B, *d] and label: [B] to [B, *d], or [B, *d, K]; dropout only if `train`."""
+        """Map x: [B, *d] and label: [B] to [B, *d], or [B, *d, K] for a head.
+
+        `features` are more numbers per coordinate, as input; dropout only if `train`.
+        """
         act = ACTIVATIONS[self.activation]
         dim = math.prod(x.shape[1:])
         flat = x.reshape(x.shape[0], dim)
         tau = sinusoidal_embedding(label, self.embed_dim)
         cond = act(nn.Dense(self.hidden, name="cond_in")(tau))
         cond = act(nn.Dense(self.hidden, name="cond_out")(cond))
-        h = nn.Dense(self.hidden, name="input")(flat)
+        seen = joined(x, features).reshape(x.shape[0], -1)
+        h = nn.Dense(self.hidden, name="input")(seen)
         h = h + nn.Dense(self.hidden, use_bias=False, name="time")(tau)
         for _ in range(self.depth):
             h = ResidualBlock(self.dropout, self.activation)(h, cond, train)

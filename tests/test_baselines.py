@@ -332,7 +332,7 @@ def test_real_values_have_two_gaussians_of_finite_or_endless_data(num_train):
     gain, expected = diagonal - full, -0.5 * math.log(1 - 0.6**2)
     assert abs(gain.mean() - expected) < 4 * gain.std() / math.sqrt(2000) + 4 * excess
     examples = [
-        np.concatenate(list(wiring.training_examples(datasets.load(settings.data), 12)))
+        np.concatenate(list(build.training_examples(datasets.load(settings.data))))
         for _ in range(2)
     ]
     np.testing.assert_array_equal(*examples)

@@ -154,7 +154,7 @@ def test_whitened_starts_as_the_gaussian_of_the_data_and_adds_the_velocity(sde, 
     many = jnp.asarray(data.reshape(-1, *shape))
     t = jnp.full((len(many),), 0.4 * sde.T)
     x = sde.perturb(many, t, jnp.asarray(rng.standard_normal(many.shape)))
-    seen = np.asarray(head.inputs(arrays, x, t, sde)).reshape(len(many), n)
+    seen = np.asarray(head.inputs(arrays, x, t, sde)[0]).reshape(len(many), n)
     np.testing.assert_allclose(np.cov(seen.T), np.eye(n), atol=0.35)
 
 
@@ -212,7 +212,7 @@ def test_ode_of_independent_cells_is_their_probability(sde, levels):
     end = jnp.full(number, sde.T)
     tau = sde.sigma(end) / sde.alpha(end)
     logits = jnp.broadcast_to(jnp.asarray(law)[None], (number, *law.shape))
-    _, log_mass = head._mean_and_log_density(logits, found.latent / sde.alpha(end)[:, None], tau)
+    _, log_mass = head.mean_and_log_mass(logits, found.latent / sde.alpha(end)[:, None], tau)
     log_p_end = log_mass.sum(axis=1) - math.prod(shape) * jnp.log(head.width * sde.alpha(end))
     expected = log_pi - math.prod(shape) * math.log(head.width)
     expected = expected + sde.prior_logp(found.latent) - log_p_end
@@ -287,6 +287,23 @@ def test_what_cells_cost_in_a_bound_is_what_the_noise_in_a_cell_costs():
     assert error.max() < 0.03 < sampled.mean(axis=1)[:3].min()
 
 
+@every_sde
+@pytest.mark.usefixtures("x64")
+def test_known_noise_is_the_mean_of_the_noise_given_the_cell(sde):
+    """E[z | x_t, cell] by numerical integration over the place in the cell."""
+    head = Cells(5, LOW, HIGH)
+    for t, k, x in ((0.05, 1, -0.3), (0.3, 4, 0.2), (0.6, 0, 1.5)):
+        u = LOW + head.width * (k + (np.arange(20_000) + 0.5) / 20_000)
+        t = jnp.asarray([t])
+        alpha, sigma = float(sde.alpha(t)[0]), float(sde.sigma(t)[0])
+        z = (x - alpha * u) / sigma
+        weight = np.exp(-0.5 * (z**2 - np.min(z**2)))
+        expected = (weight * z).sum() / weight.sum()
+        x0 = jnp.asarray([[LOW + head.width * (k + 0.3)]])
+        found = head.known_noise(x0, jnp.asarray([[x]]), t, sde)
+        np.testing.assert_allclose(found, [[expected]], rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.usefixtures("x64")
 def test_decoder_of_a_mixture_is_bayes_rule():
     """log p(x0 | x_t) by numerical integration over x0."""
@@ -322,10 +339,10 @@ def test_window_and_coarse_cells_are_within_their_stated_errors():
     ratio = jnp.asarray(np.geomspace(0.05, 50.0, 400))
     tau = ratio * head.width
     y = jnp.asarray(rng.uniform(-1.0, 1.0, (400, 1)) + np.asarray(tau)[:, None] * 0.5)
-    cells = jnp.arange(256, dtype=y.dtype)
-    terms, u = cell_terms(*head._position(y, tau, cells))
+    cells = jnp.arange(256, dtype=y.dtype)[None, None]
+    terms, u = cell_terms(*head.position(y, tau, cells))
     exact = jnp.sum(jax.nn.softmax(logits + terms, axis=-1) * u, axis=-1)
-    found, _ = head._mean_and_log_density(logits, y, tau)
+    found, _ = head.mean_and_log_mass(logits, y, tau)
     error = np.abs(np.asarray(found - exact))[:, 0]
     fine = np.asarray(ratio) < 2.0
     assert error[fine].max() < 1e-10
@@ -349,7 +366,7 @@ def test_float32_is_float64_from_1e_4_to_1e4_cells(levels):
         logits = rng.standard_normal((number, 1, levels)).astype(np.float32)
 
         def mean(y, tau, logits):
-            return head._mean_and_log_density(logits, y, tau)
+            return head.mean_and_log_mass(logits, y, tau)
 
         inputs = y[:, None], tau, logits
         double = mean(*(jnp.asarray(a, jnp.float64) for a in inputs))
@@ -366,7 +383,7 @@ def test_float32_is_float64_from_1e_4_to_1e4_cells(levels):
 
 def test_score_far_outside_is_that_of_the_nearest_edge():
     head, tau = Cells(17, LOW, HIGH), jnp.asarray([0.01], jnp.float32)
-    found, _ = head._mean_and_log_density(jnp.zeros((1, 1, 17)), jnp.asarray([[1.5]]), tau)
+    found, _ = head.mean_and_log_mass(jnp.zeros((1, 1, 17)), jnp.asarray([[1.5]]), tau)
     expected = -float(hazard(jnp.asarray(50.0)))  # (1 − y)/τ = −50, and 1/50 from the tail
     np.testing.assert_allclose(found, [[expected]], rtol=1e-5)
 
@@ -449,8 +466,10 @@ def test_levels_of_large_images_are_pooled_over_positions():
     expected = np.mean(images[..., 1] == 7)
     assert math.exp(prior[1, 7]) == pytest.approx(expected, rel=0.05)
     net = jnp.zeros((2, 64, 64, 3, head.outputs))
-    arrays = {"prior": jnp.asarray(prior), "matrix": jnp.ones((head.outputs, 256))}
-    np.testing.assert_allclose(head.logits(arrays, net)[1, 5, 6, 1], prior[1], rtol=1e-6)
+    arrays = {"prior": jnp.asarray(prior), "matrix": jnp.ones((head.rank, 256))}
+    y = jnp.zeros((2, 64, 64, 3))
+    found = head.logits(arrays, net, y, jnp.ones(2))[1, 5, 6, 1]
+    np.testing.assert_allclose(found, prior[1], rtol=1e-5)
 
 
 def test_moments_and_mixtures_of_a_stream_are_those_of_the_whole():
@@ -472,5 +491,5 @@ def test_moments_and_mixtures_of_a_stream_are_those_of_the_whole():
 @pytest.mark.parametrize("levels", [SPAN, SPAN + 1])
 def test_more_levels_than_a_window_share_a_matrix(levels):
     head = Cells(levels, LOW, HIGH, rank=3)
-    assert head.outputs == (levels if levels == SPAN else 3)
+    assert head.outputs == (levels if levels == SPAN else 5)
     assert ("matrix" in head.arrays((2,))) == (levels > SPAN)
