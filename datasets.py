@@ -34,11 +34,14 @@ class DataConfig:
     logit: bool
     num_train: int  # the first so many examples; 0 = all (toy sets: fresh samples for ever)
     num_test: int  # the first so many examples; 0 = all (toy sets: at least 1)
+    num_validation: int = 0  # the last so many training examples are a split of their own
     category: str = ""  # of lsun, as church_outdoor
 
 
 def _points(config: DataConfig, sampler: Sampler) -> Dataset:
     require(config.path == "", "data.path", config.path, f"'' for {config.dataset}")
+    number = config.num_validation
+    require(number == 0, "data.num_validation", number, f"0 for {config.dataset}")
     require(config.num_train >= 0, "data.num_train", config.num_train, "at least 0")
     require(config.num_test >= 1, "data.num_test", config.num_test, "at least 1 for a toy set")
 
@@ -66,14 +69,27 @@ def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:
 def _image_set(config: DataConfig, shape: Shape, train: Finite, test: Finite) -> Dataset:
     """The data set of the first num_train and num_test examples (0: all) of the splits."""
 
-    def first(field: str, n: int, split: Finite, flip: bool = False) -> Finite:
+    def first(field: str, n: int, split: Finite) -> Finite:
         require(0 <= n <= split.size, field, n, f"0 (all) to {split.size}")
         n = n or split.size
-        return Finite(n, split.examples, flip, None if split.labels is None else split.labels[:n])
+        return Finite(n, split.examples, labels=None if split.labels is None else split.labels[:n])
 
-    train = first("data.num_train", config.num_train, train, config.random_flip)
+    train, validation = _held_out(config, first("data.num_train", config.num_train, train))
+    train = dataclasses.replace(train, flip=config.random_flip)
     test = first("data.num_test", config.num_test, test)
-    return Dataset(config.dataset.lower(), shape, config.levels, train, test)
+    name = config.dataset.lower()
+    return Dataset(name, shape, config.levels, train, test, validation=validation)
+
+
+def _held_out(config: DataConfig, train: Finite) -> tuple[Finite, Finite | None]:
+    """Training and validation split: the latter is the last `data.num_validation` examples."""
+    number, left = config.num_validation, train.size - config.num_validation
+    require(0 <= number < train.size, "data.num_validation", number, f"0 to {train.size - 1}")
+    if number == 0:
+        return train, None
+    labels = (None, None) if train.labels is None else (train.labels[:left], train.labels[left:])
+    validation = Finite(number, lambda ids: train.examples(ids + left), labels=labels[1])
+    return Finite(left, train.examples, labels=labels[0]), validation
 
 
 def _check_array(key: str, array: np.ndarray, config: DataConfig) -> np.ndarray:

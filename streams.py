@@ -119,7 +119,9 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A train and a test split; a batch is {image [b, *shape], index int32 [b], mask bool [b]}.
+    """A train and a test split, and perhaps one for validation.
+
+    A batch is {image [b, *shape], index int32 [b], mask bool [b]}.
 
     Images are uint8 in 0, …, levels − 1; toy points are float32 and have levels None. `index` is
     the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹). `law`
@@ -132,10 +134,20 @@ class Dataset:
     train: Finite | Fresh
     test: Finite
     law: Law | None = None
+    validation: Finite | None = None
+
+    @property
+    def held_out(self) -> str:
+        """The split that training watches: validation where there is one, else test."""
+        return "test" if self.validation is None else "validation"
 
     def _split(self, name: str) -> Finite | Fresh:
-        require(name in ("train", "test"), "split", name, "'train' or 'test'")
-        return self.train if name == "train" else self.test
+        splits = {"train": self.train, "test": self.test}
+        if self.validation is not None:
+            splits["validation"] = self.validation
+        allowed = f"one of {sorted(splits)} (data.num_validation makes a validation split)"
+        require(name in splits, "split", name, allowed)
+        return splits[name]
 
     def size(self, split: str) -> int | None:
         """Number of examples; None for an endless stream."""

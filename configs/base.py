@@ -36,6 +36,7 @@ def _data() -> ConfigDict:
             "logit": False,  # logit transform instead of centring
             "uniform_dequantization": True,  # (k + u)/levels in training, too
             "random_flip": False,  # left-right, in training only
+            "num_validation": 0,  # the last so many training images, to choose settings by
             "num_train": 0,  # 0: all (2-D sets: fresh samples for ever)
             "num_test": 0,  # 0: all (2-D sets: at least 1)
         }
@@ -59,7 +60,7 @@ def _model() -> ConfigDict:
             "sigma_max": placeholder(float),
             "end": placeholder(float),  # largest time of the linear path, below 1
             # heads
-            "rank": placeholder(int),  # cells, atoms: features per coordinate, from 36 levels on
+            "rank": placeholder(int),  # cells, atoms: features per coordinate, from 30 levels on
             "components": placeholder(int),  # mixture: Gaussians per coordinate
             "floor": placeholder(float),  # mixture: smallest width, in standard deviations
             "whitening": placeholder(str),  # whitened: full | diagonal covariance
@@ -213,7 +214,7 @@ def _eval() -> ConfigDict:
             "begin_ckpt": 0,  # evaluate checkpoints begin..end × training.snapshot_freq;
             "end_ckpt": 0,  # 0: the latest only
             "batch_size": 256,
-            "dataset": "test",  # train | test
+            "dataset": "test",  # train | validation | test
             "num_examples": 0,  # the first so many of the split; 0: all
             "num_repeats": 1,  # draws of dequantisation, probe and times per example
             "wait_s": 0.0,  # seconds to wait for a checkpoint that training has yet to write

@@ -6,7 +6,7 @@
     up      per level but the coarsest: doubled, + the skip of the level, n × Block
     out     conv3×3(act(N(h))), started near zero, back to pixels
 
-    Block(h, c) = h + conv3×3(dropout(act(N(conv3×3(act(N(h)))) ⊙ (1 + γ) + δ))),  (γ, δ) = W c
+    Block(h, c) = h + conv3×3(dropout(act(N(conv3×3(act(N(h) ⊙ (1 + γ) + δ)))))),  (γ, δ) = W c
 
 N standardises the channels of every position. c is the embedding of the label, and with `summary`
 of a perceptron that sees the whole input: what convolutions would need many blocks to learn. With
@@ -41,7 +41,7 @@ from models.layers import (
 
 
 class ModulatedBlock(nn.Module):
-    """h + conv3×3(dropout(act(N(conv3×3(act(N(h)))) ⊙ (1 + γ) + δ))), (γ, δ) = W c."""
+    """h + conv3×3(dropout(act(N(conv3×3(act(N(h) ⊙ (1 + γ) + δ)))))), (γ, δ) = W c."""
 
     dropout: float
     activation: str
@@ -53,8 +53,9 @@ class ModulatedBlock(nn.Module):
         act, width = ACTIVATIONS[self.activation], h.shape[-1]
         modulation = nn.Dense(2 * width, kernel_init=default_init(0.0))(cond)
         gamma, delta = jnp.split(modulation[:, None, None, :].astype(h.dtype), 2, axis=-1)
-        u = conv3x3(width, dtype=self.dtype)(act(standardize(h, axes=(3,))))
-        u = act(standardize(u, axes=(3,)) * (1.0 + gamma) + delta)
+        u = standardize(h, axes=(3,)) * (1.0 + gamma) + delta
+        u = conv3x3(width, dtype=self.dtype)(act(u))
+        u = act(standardize(u, axes=(3,)))
         u = Dropout(self.dropout)(u, train)
         return h + conv3x3(width, scale=0.0, dtype=self.dtype)(u)
 

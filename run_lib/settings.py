@@ -196,7 +196,7 @@ class EvalConfig:
     curve_examples: int
 
     def __post_init__(self) -> None:
-        choose({"train": 0, "test": 0}, self.dataset, "eval.dataset")
+        choose({"train": 0, "validation": 0, "test": 0}, self.dataset, "eval.dataset")
         choose(elbo.ESTIMATORS, self.elbo_estimator, "eval.elbo_estimator")
         choose({"auto": 0, "data": 0, "noised": 0}, self.ode_start, "eval.ode_start")
         for kind in self.dequantizations:

@@ -195,7 +195,7 @@ class Trainer:
 
 
 class HeldOut:
-    """An objective without dropout on the first test examples, same noise every time."""
+    """An objective without dropout on the first held-out examples, same noise every time."""
 
     def __init__(
         self,
@@ -217,7 +217,9 @@ class HeldOut:
 
         self._means = parallel.map_over_devices(means, in_axes=in_axes, out_axes=None)
         batch_size = settings.training.batch_size
-        batches = dataset.eval_batches("test", batch_size=batch_size, host=parallel.host())
+        batches = dataset.eval_batches(
+            dataset.held_out, batch_size=batch_size, host=parallel.host()
+        )
         noise_id = np.arange(batch_size, dtype=np.int32)[parallel.host().part(batch_size)]
         self._batch = parallel.put(next(batches) | {"noise_id": noise_id})
 
