@@ -42,6 +42,7 @@ from operators import (
 )
 from parameterization import DecoderFn, Params, ScoreFn, ScoreModel
 from sde_lib import SDE
+from terms import first_order_residual
 from time_sampling import Importance, Uniform
 
 
@@ -356,7 +357,7 @@ def _residual_square(
     The control variate, with κ of data of unit variance, removes the noise of ‖z‖² where the score
     cannot know z.
     """
-    residual = scale(sde.sigma(t), score_fn(x_t, t)) + z
+    residual = first_order_residual(score_fn(x_t, t), sde.sigma(t), z)
     return squared_norm(residual) - _noise_share(sde, t, 1.0) * _centred_square(z)
 
 

@@ -192,7 +192,7 @@ class Terms:
         d = dimension(point.x)
         reduce = (1.0 / d) if self.reduce_mean else 0.5
         target = point.z if point.target is None else point.target
-        e1 = scale(sde.sigma(point.t), score) + target
+        e1 = first_order_residual(score, sde.sigma(point.t), target)
         parts = {"dsm": reduce * squared_norm(e1)}
         if div is not None and self.objective == "ism":
             variance = sde.sigma(point.t) ** 2
@@ -208,7 +208,8 @@ class Terms:
             score, jacobian = value_and_jacobian(field, point.x)
         parts = self._first(score, sde, point, jnp.trace(jacobian, axis1=1, axis2=2))
         if self.high_order is not None:
-            e1, sigma = _residual(score, sde, point), sde.sigma(point.t)
+            sigma = sde.sigma(point.t)
+            e1 = first_order_residual(score, sigma, point.z)
             parts |= self.high_order.exact_parts(e1, jacobian, trace_gradient, sigma)
         if self.fokker_planck is not None:
             alone = dataclasses.replace(self, objective="dsm", high_order=None)
@@ -226,7 +227,8 @@ class Terms:
             if i < num_curvature:
                 parts = self._first(now.score, sde, point, inner(v, now.hv))
                 if self.high_order is not None:
-                    e1, sigma = _residual(now.score, sde, point), sde.sigma(point.t)
+                    sigma = sde.sigma(point.t)
+                    e1 = first_order_residual(now.score, sigma, point.z)
                     parts |= self.high_order.parts(e1, now.hv, now.third, v, sigma)
                 averaged.append(parts)
         if not averaged:
@@ -255,9 +257,12 @@ class Terms:
         return FORMS[name](score_fn, sde, x, t, v, third=third)
 
 
-def _residual(score: Batched, sde: SDE, point: Point) -> Batched:
-    """e1 = σ s + z."""
-    return scale(sde.sigma(point.t), score) + point.z
+def first_order_residual(score: Batched, sigma: PerExample, z: Batched) -> Batched:
+    """e1 = σ s + z at x_t = α x0 + σ z.
+
+    Reference: Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (7).
+    """
+    return scale(sigma, score) + z
 
 
 def _stride(term: HighOrder | FokkerPlanck | None, field: str) -> int:

@@ -190,7 +190,8 @@ def train_step(
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         moments = metrics.pop("time_law", None)
         if moments is not None:
-            moments = MOMENTS_RATE * state.time_law + (1.0 - MOMENTS_RATE) * moments
+            rate = moving_average_rate(MOMENTS_RATE, state.step)
+            moments = rate * state.time_law + (1.0 - rate) * moments
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = moving_average_rate(ema_rate, state.step)

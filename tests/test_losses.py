@@ -10,7 +10,6 @@ from flax import linen as nn
 
 from dequantization import Pixels, Reals
 from losses import (
-    first_order_residual,
     likelihood_weight,
     masked_mean,
     mean_loss,
@@ -21,7 +20,7 @@ from losses import (
 from operators import squared_norm
 from parameterization import TIME_LABELS, ScoreModel, score_from_noise, unit_time_label
 from sde_lib import SDE, VESDE, VPSDE, LinearVESDE, SubVPSDE
-from terms import Terms
+from terms import Terms, first_order_residual
 from time_sampling import Debias, Importance, Uniform
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dsm_orders.npz"
@@ -100,7 +99,7 @@ def test_published_first_order_losses(name, sde):
         x0, t, z = (jnp.asarray(data[key]) for key in ("x0", "t", "z"))
         names = ["loss1", "loss1_likelihood_weighted", "loss1_reduce_sum"]
         expected = [data[f"{name}/{loss}"] for loss in names]
-    residual = first_order_residual(fixture_score, x0, t, z, sde)
+    residual = first_order_residual(fixture_score(sde.perturb(x0, t, z), t), sde.sigma(t), z)
     mean = squared_norm(residual) / 6.0
     losses = [noise_weight(t, sde) * mean, likelihood_weight(t, sde) * mean, 3.0 * mean]
     np.testing.assert_allclose(losses, expected, rtol=1e-9)

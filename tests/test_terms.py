@@ -20,7 +20,7 @@ from operators import (
     gaussian,
     value_hvp_and_directional,
 )
-from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
+from parameterization import HEADS, PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
 from sde_lib import SDES, VPSDE
 from terms import Point, Terms
 
@@ -223,9 +223,13 @@ class Batch:
 
     def __init__(self, sde, shape, parameterization="noise", **fields):
         network = {"hidden": 8, "depth": 1, "embed_dim": 8, "dropout": 0.5} | fields
-        labels = TIME_LABELS["log_snr"]
-        to_score = PARAMETERIZATIONS[parameterization]
-        self.model = ScoreModel(MODELS["mlp"](**network), sde, to_score, labels)
+        labels, mlp = TIME_LABELS["log_snr"], MODELS["mlp"](**network)
+        if parameterization in HEADS:
+            levels = (40, -1.0, 1.0) if parameterization in ("cells", "atoms") else ()
+            head = HEADS[parameterization](*levels)
+            self.model = HeadModel(mlp.clone(outputs=head.outputs), sde, label=labels, head=head)
+        else:
+            self.model = ScoreModel(mlp, sde, PARAMETERIZATIONS[parameterization], labels)
         self.params = self.model.init(jax.random.key(0), shape)
         self.sde = sde
         image = np.random.default_rng(0).standard_normal((8, *shape))
@@ -241,19 +245,22 @@ class Batch:
             self.model, Reals(), law, terms, batch_size=8, train=train
         )
         loss_fn = jax.value_and_grad(losses.mean_loss(per_example), has_aux=True)
-        batch = self.batch | {"step": jnp.asarray(step)}
+        moments = jnp.stack([jnp.geomspace(1.0, 100.0, losses.NUM_BINS), jnp.ones(losses.NUM_BINS)])
+        batch = self.batch | {"step": jnp.asarray(step), "time_law": moments}
         return jax.jit(loss_fn)(self.params, jax.random.key(1), batch)
 
 
 LAWS = [
     {}, {"likelihood_weighting": True},
     {"likelihood_weighting": True, "importance_weighting": True}, {"debias": True},
+    {"likelihood_weighting": True, "name": "velocity"},
+    {"likelihood_weighting": True, "name": "adaptive"},
 ]  # fmt: skip
 
 
 SHAPES = [(2,), (2, 2, 1), (1,), (3,)]
 CHOICES = list(
-    zip(*map(itertools.cycle, (SDES, LAWS, SHAPES)), PARAMETERIZATIONS, strict=False)
+    zip(*map(itertools.cycle, (SDES, LAWS, SHAPES)), PARAMETERIZATIONS | HEADS, strict=False)
 )  # fmt: skip
 
 
@@ -271,7 +278,8 @@ def test_everything_composes(name, parameterization, law, shape):
     (loss, metrics), grads = tiny.value_and_grad(terms, t_min=1e-3, stratified=True, **law)
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    assert set(metrics) == {"loss", "dsm", "ism", "frobenius", "trace", "third", "fp", "fp_scalar"}
+    names = {"loss", "dsm", "ism", "frobenius", "trace", "third", "fp", "fp_scalar"}
+    assert set(metrics) - {"time_law"} == names
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -311,7 +319,7 @@ FORMS_AND_EXPONENTS = [("gradient", 1.0), ("advective", 2.0), ("gradient", 2.0),
 
 @pytest.mark.parametrize(
     ("name", "form_and_m"),
-    [*zip(SDES, FORMS_AND_EXPONENTS, strict=True), ("vpsde", ("advective", 1.0))],
+    [*zip(SDES, itertools.cycle(FORMS_AND_EXPONENTS), strict=False), ("vpsde", ("advective", 1.0))],
 )
 def test_finite_at_a_thousand_times_with_zero_outputs_and_dropout(name, form_and_m):
     """Values and gradients in float32, both ends of [t_min, T] among the times, fresh network."""
@@ -321,8 +329,8 @@ def test_finite_at_a_thousand_times_with_zero_outputs_and_dropout(name, form_and
     model = ScoreModel(network, sde, PARAMETERIZATIONS["noise"], TIME_LABELS["log_snr"])
     params = model.init(jax.random.key(0), (2,))
     zeroed = params | {n: jax.tree.map(jnp.zeros_like, params[n]) for n in ("output", "gain")}
-    times = np.random.default_rng(0).uniform(t_min, 1.0, number).astype(np.float32)
-    times[:2] = np.float32(t_min), 1.0
+    times = np.random.default_rng(0).uniform(t_min, sde.T, number).astype(np.float32)
+    times[:2] = np.float32(t_min), sde.T
     z = jax.random.normal(jax.random.key(1), (number, 2))
     x = sde.perturb(jnp.ones((number, 2)), jnp.asarray(times), z)
     point = Point(x, jnp.asarray(times), z, jax.random.split(jax.random.key(2), number))
