@@ -11,11 +11,11 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Three residual blocks of 48 channels that give the law of every pixel (0.2 M parameters)."""
+    """Three residual blocks of 48 channels that give the law of every pixel (0.4 M parameters)."""
     config = base.get_config()
     config.data.update(dataset="digits", levels=17)
     config.model.update(name="unet", parameterization="cells", time_label="log_snr")
-    config.model.update(channels=(48,), blocks=(3,), dropout=0.2, ema_rate=0.999)
+    config.model.update(channels=(48,), blocks=(3,), summary=128, dropout=0.2, ema_rate=0.999)
     config.training.update(n_iters=2400, batch_size=64, stratified=True)
     config.training.update(likelihood_weighting=True, time_law="adaptive")
     config.training.update(log_freq=200, eval_freq=600)

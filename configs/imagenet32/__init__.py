@@ -1,0 +1,1 @@
+"""Experiments on ImageNet 32 with heads."""
