@@ -68,7 +68,7 @@ class Pixels:
         """Model-space y of images for given noise u ∈ [0, 1)."""
         return self.from_unit((image.astype(u.dtype) + u) / self.levels)
 
-    def from_unit(self, w: Batched) -> Batched:
+    def from_unit(self, w: Batched | float) -> Batched | float:
         """[0, 1] to model space."""
         if self.logit:
             s = self.logit_alpha + (1.0 - 2.0 * self.logit_alpha) * w

@@ -275,8 +275,9 @@ def _without_cells(
     The shares of all noise levels and of the decoder sum to −log q; so does what is left to the
     value, and says at which noise the levels become known.
     """
-    d = dimension(image)
-    per_bin = encoding.negative_log_likelihood(-d * jnp.atleast_1d(jnp.asarray(shares)), image)
+    nats = dimension(image) * jnp.atleast_1d(jnp.asarray(shares))
+    like = jnp.broadcast_to(image[:1], (len(nats), *image.shape[1:]))
+    per_bin = encoding.negative_log_likelihood(-nats, like)
     return row | {
         "bins": row["bins"] - per_bin[None],
         "decoder": row["decoder"] + jnp.sum(per_bin),
