@@ -322,6 +322,14 @@ def test_wrong_linear_sigma_is_refused(sigma_max):
         LinearVESDE(sigma_max)
 
 
+@pytest.mark.usefixtures("x64")
+def test_the_prior_of_the_linear_path_is_the_noise_at_its_end():
+    """W(T) = log(σ²/α²) = 10, and no KL divergence for data at 0."""
+    sde = LinearPath()
+    assert float(sde.cumulative_weight(jnp.asarray(sde.T))) == pytest.approx(10.0, rel=1e-12)
+    np.testing.assert_allclose(sde.prior_kl(jnp.zeros((1, 3))), 0.0, atol=1e-14)
+
+
 @pytest.mark.parametrize("end", [0.0, 1.0, -0.5, float("nan")])
 def test_a_linear_path_up_to_its_pole_is_refused(end):
     with pytest.raises(ValueError, match=r"model\.end="):
