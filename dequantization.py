@@ -69,7 +69,7 @@ class Pixels:
         return self.from_unit((image.astype(u.dtype) + u) / self.levels)
 
     def from_unit(self, w: Batched | float) -> Batched | float:
-        """[0, 1] to model space."""
+        """[0, 1] to model space; a number, such as an end of the range, stays one."""
         if self.logit:
             s = self.logit_alpha + (1.0 - 2.0 * self.logit_alpha) * w
             return jnp.log(s) - jnp.log1p(-s)

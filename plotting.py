@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -131,6 +132,79 @@ def save_error_curves(path: Path, t: np.ndarray, panels: dict[str, dict[str, Ban
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+class Bits(NamedTuple):
+    """The parts of a bound over log(σ/α), each (mean, standard error), in `unit`."""
+
+    title: str
+    subtitle: str
+    unit: str
+    edges: Sequence[float]  # of n bins
+    bins: tuple[Sequence[float], Sequence[float]]  # [n] each
+    cumulative: tuple[Sequence[float], Sequence[float]]  # [n + 2]: first term, + bins, + last term
+    ends: dict[str, tuple[float, float]]  # the first and the last term, by name
+    baseline: float | None = None  # of the independent histogram
+
+
+NOISE_LEVEL = "log(σ/α), noise over signal"
+
+
+def save_bits(path: Path, bounds: list[Bits]) -> None:
+    """A PNG with one row per bound: the cost of a unit of log(σ/α), and the sum from low noise."""
+    figure, all_axes = plt.subplots(
+        len(bounds), 2, figsize=(11.0, 4.1 * len(bounds)), layout="constrained", squeeze=False
+    )
+    for (left, right), bits in zip(all_axes, bounds, strict=True):
+        _draw_rate(left, bits)
+        _draw_sum(right, bits)
+        left.set_title(f"{bits.title}\n", loc="left", fontsize="medium")
+        left.text(0.0, 1.02, bits.subtitle, transform=left.transAxes, fontsize="x-small")
+        for axes in (left, right):
+            axes.axhline(0.0, color="0.4", linewidth=0.6)
+            axes.set_xlabel(NOISE_LEVEL)
+            axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_rate(axes: plt.Axes, bits: Bits) -> None:
+    """The bins over their widths, as steps."""
+    mean, error = np.asarray(bits.bins) / np.diff(bits.edges)
+    axes.stairs(mean, bits.edges, fill=True, alpha=0.15, color="C0")
+    axes.stairs(mean, bits.edges, baseline=None, color="C0", linewidth=1.4)
+    band = {"fill": True, "alpha": 0.4, "color": "C0", "label": "± 1 standard error"}
+    axes.stairs(mean + error, bits.edges, baseline=mean - error, **band)
+    axes.set_ylabel(f"{bits.unit} per unit of log(σ/α)")
+    axes.legend(fontsize="small")
+
+
+def _draw_sum(axes: plt.Axes, bits: Bits) -> None:
+    """The cumulative sum at the edges, the first and the last term as bars at the ends."""
+    edges, (mean, error) = np.asarray(bits.edges), np.asarray(bits.cumulative)
+    (first, low), (last, high) = bits.ends.items()
+    bar = {"linewidth": 5.0, "solid_capstyle": "butt", "marker": "s", "markevery": [1], "zorder": 3}
+    axes.plot(edges[[0, 0]], [0.0, mean[0]], color="C1", label=_term(first, *low), **bar)
+    axes.fill_between(edges, (mean - error)[:-1], (mean + error)[:-1], color="C0", alpha=0.3)
+    integral = f"integral {math.fsum(bits.bins[0]):.4f}"
+    axes.plot(edges, mean[:-1], ".-", color="C0", linewidth=1.4, label=integral)
+    axes.plot(edges[[-1, -1]], mean[-2:], color="C2", label=_term(last, *high), **bar)
+    total = _term("total", mean[-1], error[-1])
+    axes.axhline(mean[-1], color="black", linestyle=":", linewidth=1.2, label=total)
+    if bits.baseline is not None:
+        histogram = f"independent histogram {bits.baseline:.4f}"
+        axes.axhline(bits.baseline, color="C3", linestyle="--", linewidth=1.2, label=histogram)
+    axes.set_ylabel(f"{bits.unit}, sum from low noise on")
+    axes.legend(fontsize="small", loc="lower right")
+
+
+def _term(name: str, mean: float, error: float) -> str:
+    return f"{name} {_number(mean)} ± {_number(error)}"
+
+
+def _number(value: float) -> str:
+    """As in the tables, but small values do not become zero."""
+    return f"{value:.0e}" if 0.0 < abs(value) < 5e-5 else f"{value:.4f}"
 
 
 def save_density_on_a_line(

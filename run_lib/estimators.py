@@ -275,13 +275,10 @@ def _without_cells(
     The shares of all noise levels and of the decoder sum to −log q; so does what is left to the
     value, and says at which noise the levels become known.
     """
-    nats = dimension(image) * jnp.atleast_1d(jnp.asarray(shares))
-    like = jnp.broadcast_to(image[:1], (len(nats), *image.shape[1:]))
-    per_bin = encoding.negative_log_likelihood(-nats, like)
-    return row | {
-        "bins": row["bins"] - per_bin[None],
-        "decoder": row["decoder"] + jnp.sum(per_bin),
-    }
+    nats = jnp.broadcast_to(dimension(image) * jnp.asarray(shares), row["bins"].shape)
+    in_unit = jax.vmap(lambda x: encoding.negative_log_likelihood(-x, image), 1, 1)
+    cells = in_unit(nats)
+    return row | {"bins": row["bins"] - cells, "decoder": row["decoder"] + jnp.sum(cells, axis=1)}
 
 
 def _groups(number: int) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 
 import plotting
 from records import Records, Row, summarize
-from run_lib import build, folder, loading, parallel, quality, quality_loop, report
+from run_lib import bits, build, folder, loading, parallel, quality, quality_loop, report
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.dequantizer_training import load_dequantizer
 from run_lib.estimators import Estimator, Parameters, estimators
@@ -86,6 +86,8 @@ def evaluate_checkpoint(
     for estimator in table:
         fill_rows(settings, dataset, params, step, estimator, records)
     parallel.wait_for_all(f"rows of {step}")
+    if parallel.is_first():
+        bits.save(target, step, table)
     if parallel.is_first() and dataset.levels is not None and table:
         _save_extremes(settings, dataset, Records(target), step, table[0], target)
 

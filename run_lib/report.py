@@ -183,6 +183,7 @@ def save_curves(workdir: Path) -> Path | None:
     return workdir / "curves.png"
 
 
+BITS = "The figure shows how much each noise level adds to the bound."
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
 color:#222}table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3em
 .6em;
@@ -198,6 +199,7 @@ def write(workdir: Path) -> Path:
         parts += [table_html(summaries(rows.parent))]
         for image in sorted(rows.parent.glob("extremes_*.png")):
             parts += [_image(image)]
+        parts += _bits(rows.parent)
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
             "averaged first. ODE: change of variables along the probability-flow ODE, over the "
@@ -236,6 +238,14 @@ def write(workdir: Path) -> Path:
         encoding="utf-8",
     )
     return page
+
+
+def _bits(eval_folder: Path) -> list[str]:
+    """The figure of the latest step that says where the bits of a bound are spent."""
+    images = {int(path.stem.split("_")[1]): path for path in eval_folder.glob("bits_*.png")}
+    if not images:
+        return []
+    return ["<h3>Where the bits are spent</h3>", f"<p>{BITS}</p>", _image(images[max(images)])]
 
 
 def _image(path: Path) -> str:

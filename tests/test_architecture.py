@@ -26,7 +26,7 @@ RUN_LIB = {
     "settings": 0, "memory": 0, "profiling": 0, "build": 1, "distributed": 1, "parallel": 2,
     "estimators": 2, "baseline_estimators": 3, "folder": 3, "interruption": 3, "quality": 4,
     "comparison": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "report": 5,
-    "training": 6, "quality_loop": 6, "dequantizer_training": 7, "evaluation_loop": 8,
+    "training": 6, "bits": 6, "quality_loop": 6, "dequantizer_training": 7, "evaluation_loop": 8,
     "diagnosis_loop": 9, "__init__": 10,
 }  # fmt: skip
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from models import DDPM, MLP, MODELS, ConcatMLP, layers
+from models import DDPM, MLP, MODELS, ConcatMLP, NCSNpp, UNet, layers
 from models.ddpm import ResnetBlockDDPM
+from models.unet import depth_to_space, space_to_depth
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -25,6 +26,8 @@ NETS = {
     "concat_images": (ConcatMLP(hidden=16, depth=1), (4, 4, 3)),
     "ddpm": (DDPM(**SMALL), (8, 8, 3)),
     "ddpm_sdeflow": (DDPM(**SMALL, **SDEFLOW), (8, 8, 1)),
+    "unet": (UNet(channels=(8, 16), blocks=(1, 1), summary=8, embed_dim=8), (8, 8, 3)),
+    "unet_patches": (UNet(channels=(8,), blocks=(1,), patch=2, attention=True), (4, 8, 1)),
 }
 # Of these the output starts near zero, and they have a rate of dropout.
 calm_case = pytest.mark.parametrize(
@@ -199,6 +202,65 @@ def test_output_depends_on_the_label(case):
     net, params, x, label = case
     change = apply(net, params, x, label + 100.0) - apply(net, params, x, label)
     assert min(float(jnp.max(jnp.abs(each))) for each in change) > 1e-3
+
+
+HEADED = {
+    "mlp": (MLP(hidden=16, depth=2, embed_dim=8, outputs=5), (3,)),
+    "ddpm": (DDPM(**SMALL, outputs=5), (8, 8, 3)),
+    "ncsnpp": (
+        NCSNpp(nf=8, ch_mult=(1, 1), num_res_blocks=1, progressive="output_skip",
+               progressive_input="residual", fir=True, outputs=5),
+        (8, 8, 3),
+    ),
+    "unet": (UNet(channels=(8, 8), blocks=(1, 1), embed_dim=8, outputs=5), (8, 8, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_networks_give_several_numbers_per_coordinate_and_see_its_features(name):
+    """K outputs of every coordinate, in the order of coordinates; features reach all of them."""
+    net, shape = HEADED[name]
+    x, label = inputs(shape)
+    features = jnp.asarray(np.random.default_rng(1).normal(size=(*x.shape, 2)), jnp.float32)
+    params = random_params(net, x, label, features=features)
+    out = net.apply({"params": params}, x, label, features=features)
+    assert out.shape == (*x.shape, 5)
+    other = net.apply({"params": params}, x, label, features=features + 0.1)
+    assert float(jnp.min(jnp.max(jnp.abs(out - other), axis=(0, -1)))) > 0.0
+    # Coordinate c has numbers 5c, …, 5c + 4 of the last layer: change the bias of one of them.
+    biases = [
+        path
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if leaf.shape == (math.prod(shape[-1:]) * 5,) and "bias" in str(path[-1])
+    ]
+    moved = jax.tree_util.tree_map_with_path(
+        lambda p, a: a.at[7].add(1.0) if p == biases[-1] else a, params
+    )
+    gap = np.array(net.apply({"params": moved}, x, label, features=features) - out)
+    assert np.abs(gap[..., 1, 2] - 1.0).max() < 1e-4
+    gap[..., 1, 2] = 0.0
+    assert np.abs(gap).max() < 1e-4
+
+
+def test_patches_of_pixels_and_back():
+    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+    deep = space_to_depth(x, 2)
+    assert deep.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(deep[0, 1, 2], x[0, 2:4, 4:6].ravel())
+    np.testing.assert_array_equal(depth_to_space(deep, 2), x)
+
+
+def test_cheap_dropout_keeps_the_mean_and_drops_the_stated_share():
+    x = jnp.ones((200, 301))
+    layer = layers.Dropout(0.2)
+    out = layer.apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+    share = 51 / 256
+    assert float(jnp.mean(out == 0.0)) == pytest.approx(share, abs=4 * (share / x.size) ** 0.5)
+    np.testing.assert_allclose(jnp.max(out), 1.0 / (1.0 - share), rtol=1e-6)
+    np.testing.assert_array_equal(layer.apply({}, x, False), x)
+    again = layer.apply({}, x, True, rngs={"dropout": jax.random.key(1)})
+    both = float(jnp.mean((out == 0.0) & (again == 0.0)))
+    assert both == pytest.approx(share**2, abs=4 * share / x.size**0.5)
 
 
 def test_unconditional_ddpm_ignores_the_label_and_the_padding_reaches_the_network():

@@ -1,6 +1,8 @@
-"""Handwritten digits, 8×8, 17 grey levels: maximum-likelihood training of the VP SDE.
+"""Handwritten digits, 8×8, 17 grey levels: the head `cells` on a small residual network, VP SDE.
 
 Command: make demo
+Width, dropout, weight decay, rate, batch size and steps were chosen by the bound of 288 validation
+images out of the training split: --config.data.num_validation=288 --config.eval.dataset=validation.
 """
 
 from ml_collections import ConfigDict
@@ -9,16 +11,16 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """A residual MLP trained with likelihood weighting and importance-sampled, stratified times."""
+    """Three residual blocks of 48 channels that give the law of every pixel (0.2 M parameters)."""
     config = base.get_config()
     config.data.update(dataset="digits", levels=17)
-    config.model.update(name="mlp", parameterization="velocity", time_label="log_snr")
-    config.model.update(hidden=256, depth=4, dropout=0.1, ema_rate=0.999)
-    config.training.update(n_iters=10_000, batch_size=128, n_jitted_steps=20)
-    config.training.update(likelihood_weighting=True, importance_weighting=True, stratified=True)
-    config.training.update(log_freq=200, eval_freq=1000)
-    config.training.update(snapshot_freq=5000, snapshot_freq_for_preemption=2000)
-    config.optim.update(lr=1e-3, warmup=200, schedule="cosine")
+    config.model.update(name="unet", parameterization="cells", time_label="log_snr")
+    config.model.update(channels=(48,), blocks=(3,), dropout=0.2, ema_rate=0.999)
+    config.training.update(n_iters=2400, batch_size=64, stratified=True)
+    config.training.update(likelihood_weighting=True, time_law="adaptive")
+    config.training.update(log_freq=200, eval_freq=600)
+    config.training.update(snapshot_freq=1200, snapshot_freq_for_preemption=600)
+    config.optim.update(lr=4e-3, warmup=100, schedule="cosine", weight_decay=1e-3)
     config.deq.update(n_iters=2000, filters=32, components=8, blocks=1)
     config.eval.update(batch_size=360, num_repeats=1)
     return config
