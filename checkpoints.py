@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
-from train_state import TrainState
+from train_state import TrainState, equal_moments
 
 logger = logging.getLogger("fokker")
 MARGIN = 1_000_000  # bytes beside a checkpoint: metrics, log
@@ -140,6 +140,7 @@ class Checkpoints:
             raise ValueError(f"no checkpoint of step {step} in {self.directory}: there are {steps}")
         with self._reading(step):
             written = self._written_shapes(step)
+            written |= self._written_law(step, like, written)
         wanted, like = like, _with_law_as_written(like, written)
         # On all devices there are now, which may be others than those that wrote it.
         everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), "all"), PartitionSpec())
@@ -149,9 +150,18 @@ class Checkpoints:
         with self._reading(step):
             if written != _shapes(like):
                 self._check_shapes(step, like)
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            state = self._read(step, abstract)
             self._compare(step, state)
             return _with_law_as_wanted(state, wanted)
+
+    def _read(self, step: int, abstract: TrainState) -> TrainState:
+        """The state; Orbax refuses to look for a field that is newer than the checkpoint."""
+        saved = {leaf["key_metadata"][0]["key"] for leaf in self._written_leaves(step)}
+        there = {name: part for name, part in vars(abstract).items() if name in saved}
+        if len(there) == len(vars(abstract)):
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        found = self._manager.restore(step, args=ocp.args.StandardRestore(there))
+        return abstract.replace(**found)
 
     def _compare(self, step: int, state: TrainState) -> None:
         """Values that are not those that were saved: nothing else tells of a flipped bit."""
@@ -172,15 +182,28 @@ class Checkpoints:
         Equal to what is wanted, nothing more is to be asked: TensorStore loses 0.7 MB of memory
         with each answer about shapes.
         """
-        path = self.directory / str(step) / "default" / "_METADATA"
-        leaves = json.loads(path.read_text(encoding="utf-8"))["tree_metadata"].values()
         return {
             ".".join(key["key"] for key in leaf["key_metadata"]): tuple(
                 leaf["value_metadata"].get("write_shape", "unknown")  # in an older Orbax
             )
-            for leaf in leaves
+            for leaf in self._written_leaves(step)
             if not leaf["value_metadata"]["skip_deserialize"]  # an empty node
         }
+
+    def _written_law(self, step: int, like: TrainState, written: dict) -> dict:
+        """The shape of what an adaptive law had learned, where it is not plainly that of `like`.
+
+        Of a state on several devices Orbax's own file has the shape of the part that one wrote.
+        """
+        wanted = None if like.time_law is None else tuple(like.time_law.shape)
+        if "time_law" not in written or written["time_law"] == wanted:
+            return {}
+        return {"time_law": _shapes(self._manager.item_metadata(step).tree)["time_law"]}
+
+    def _written_leaves(self, step: int) -> list[dict[str, Any]]:
+        """What Orbax has written of every leaf and of every empty node."""
+        path = self.directory / str(step) / "default" / "_METADATA"
+        return list(json.loads(path.read_text(encoding="utf-8"))["tree_metadata"].values())
 
     def _check_shapes(self, step: int, like: TrainState) -> None:
         """Before the restore, which tells a misfit by hundreds of lines of cancelled reads."""
@@ -264,7 +287,7 @@ def _with_law_as_wanted(state: TrainState, wanted: TrainState) -> TrainState:
     if wanted.time_law is None:
         return state.replace(time_law=None)
     if state.time_law is None or state.time_law.shape != wanted.time_law.shape:
-        return state.replace(time_law=np.ones(wanted.time_law.shape, np.float32))
+        return state.replace(time_law=np.asarray(equal_moments()))
     return state
 
 

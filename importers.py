@@ -34,7 +34,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import torch_files
 from parameterization import ScoreModel
-from train_state import TrainState
+from train_state import TrainState, equal_moments
 
 Leaves = dict[str, np.ndarray]  # by path, as Conv_0/kernel
 Rename = Callable[[Leaves], Leaves]
@@ -113,7 +113,8 @@ def as_train_state(found: Published, fresh: TrainState, path: Path, hints: Hints
         count=np.asarray(found.adam_step, np.int32),
     )
     step = np.asarray(found.step, np.int32)
-    state = TrainState(step, tree(found.params), tree(found.ema), opt_state)
+    law = None if fresh.time_law is None else equal_moments()
+    state = TrainState(step, tree(found.params), tree(found.ema), opt_state, law)
     # Copies: a step donates its state, so no leaf may share memory with the file or another leaf.
     return jax.tree.map(jnp.array, state)
 

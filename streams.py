@@ -141,13 +141,15 @@ class Dataset:
         """The split that training watches: validation where there is one, else test."""
         return "test" if self.validation is None else "validation"
 
+    @property
+    def splits(self) -> dict[str, Finite | Fresh]:
+        """Those there are, by name."""
+        found = {"train": self.train, "test": self.test}
+        return found if self.validation is None else found | {"validation": self.validation}
+
     def _split(self, name: str) -> Finite | Fresh:
-        splits = {"train": self.train, "test": self.test}
-        if self.validation is not None:
-            splits["validation"] = self.validation
-        allowed = f"one of {sorted(splits)} (data.num_validation makes a validation split)"
-        require(name in splits, "split", name, allowed)
-        return splits[name]
+        require(name in self.splits, "split", name, f"one of {sorted(self.splits)}")
+        return self.splits[name]
 
     def size(self, split: str) -> int | None:
         """Number of examples; None for an endless stream."""

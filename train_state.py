@@ -117,8 +117,13 @@ def create(
     With `adaptive` all bins of the law of times have the same mass at first.
     """
     copy = jax.tree.map(jnp.array, params)
-    moments = jnp.ones((2, NUM_BINS), jnp.float32) if adaptive else None
+    moments = equal_moments() if adaptive else None
     return TrainState(jnp.zeros((), jnp.int32), params, copy, optimizer.init(params), moments)
+
+
+def equal_moments() -> Float[Array, "2 n"]:
+    """What an adaptive law of times starts with: h² = 1 in every bin."""
+    return jnp.ones((2, NUM_BINS), jnp.float32)
 
 
 def moving_average_rate(ema_rate: float, step: Int[Array, ""]) -> Float[Array, ""]:

@@ -11,7 +11,7 @@ import jax
 import datasets
 from checkpoints import Checkpoints
 from run_lib import build, folder, parallel
-from run_lib.settings import Settings
+from run_lib.settings import Settings, require
 from streams import Dataset
 from train_state import TrainState
 
@@ -36,6 +36,12 @@ def checkpoints_of(
     folder.same_examples(workdir / eval_folder, settings.resolved())
     parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
     dataset = datasets.load(settings.data)
+    require(
+        settings.eval.dataset in dataset.splits,
+        "eval.dataset",
+        settings.eval.dataset,
+        f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)",
+    )
     target = workdir / eval_folder
     with folder.alone(target):
         folder.write_json(target / "config.json", settings.resolved())

@@ -1,9 +1,13 @@
 """Checkpoints: what is saved comes back, what is kept, what is refused."""
 
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import train_state
 from checkpoints import Checkpoints, DamagedError, MisfitError
@@ -12,11 +16,12 @@ from train_state import OptimizerConfig, TrainState
 OPTIMIZER = OptimizerConfig("Adam", 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, 1.0, "cosine").chain(100)
 
 
-def state_of(step=0, shape=(3, 2), names=("bias", "kernel"), seed=0) -> TrainState:
+def state_of(step=0, shape=(3, 2), names=("bias", "kernel"), seed=0, adaptive=False) -> TrainState:
     """A state with different random numbers in every leaf, of three dtypes."""
     rng = np.random.default_rng(seed)
     dense = {name: jnp.zeros(shape) for name in names}
-    fresh = train_state.create({"Dense_0": dense, "half": jnp.zeros(3, jnp.bfloat16)}, OPTIMIZER)
+    params = {"Dense_0": dense, "half": jnp.zeros(3, jnp.bfloat16)}
+    fresh = train_state.create(params, OPTIMIZER, adaptive=adaptive)
     random = jax.tree.map(lambda a: jnp.asarray(100 * rng.random(a.shape), a.dtype), fresh)
     return random.replace(step=jnp.asarray(step, jnp.int32))
 
@@ -223,6 +228,52 @@ def test_a_flipped_bit_is_damage(tmp_path):
     assert not all(
         map(np.array_equal, *map(jax.tree.leaves, (state, checkpoints.restore(5, state))))
     )
+    checkpoints.close()
+
+
+class OlderState(flax.struct.PyTreeNode):
+    """A TrainState of before laws of times were learned."""
+
+    step: Any
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+def without_law(state: TrainState) -> OlderState:
+    return OlderState(state.step, state.params, state.ema_params, state.opt_state)
+
+
+@pytest.mark.parametrize("saved_as", ["older", "without", "adaptive", "other bins"])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["read without", "read adaptive"])
+@pytest.mark.parametrize("written", ["by newer Orbax", "by older Orbax", "on devices"])
+def test_a_learned_law_of_times_is_read_where_it_is_there_and_wanted(
+    tmp_path, saved_as, adaptive, written
+):
+    """Elsewhere it starts anew; the rest of the state is as it was saved, bit by bit."""
+    state = state_of(5, seed=5, adaptive=saved_as in ("adaptive", "other bins"))
+    if saved_as == "other bins":
+        state = state.replace(time_law=state.time_law[:, :4])
+    state = without_law(state) if saved_as == "older" else state
+    if written == "on devices":  # each of which writes a part
+        everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), "all"), PartitionSpec())
+        state = jax.device_put(state, everywhere)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state)
+    checkpoints.close()
+    if written == "by older Orbax":
+        path = tmp_path / "checkpoints" / "5" / "default" / "_METADATA"
+        path.write_text(path.read_text().replace("write_shape", "shape"))
+    checkpoints = Checkpoints(tmp_path)
+    for like in (state_of(adaptive=adaptive), jax.eval_shape(lambda: state_of(adaptive=adaptive))):
+        found = checkpoints.restore(5, like)
+        assert_same(without_law(found), without_law(state))
+        if not adaptive:
+            assert found.time_law is None
+        elif saved_as == "adaptive":
+            np.testing.assert_array_equal(found.time_law, state.time_law)
+        else:
+            np.testing.assert_array_equal(found.time_law, np.ones((2, 16), np.float32))
     checkpoints.close()
 
 

@@ -168,6 +168,8 @@ def tiny_settings(name: str) -> Settings:
     network = config.model.name
     if network in ("mlp", "concat_mlp"):
         config.model.update(hidden=8, depth=1)
+    elif network == "unet":
+        config.model.update(channels=(8, 8), blocks=(1, 1), summary=8)
     else:
         config.model.nf = 8
     if network in ("ddpm", "ncsnpp"):
@@ -205,7 +207,8 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
     model, rng = build.score_model(settings), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
     params = jax.tree.map(lambda leaf: np.float32(0.1 * rng.standard_normal(leaf.shape)), shapes)
-    state = train_state.create(params, optimizer)
+    adaptive = settings.training.time_law == "adaptive"
+    state = train_state.create(params, optimizer, adaptive=adaptive)
     batch = {
         "image": dataset.train.examples(np.arange(4)),
         "noise_id": np.arange(4, dtype=np.int32),

@@ -456,6 +456,40 @@ def test_classes_belong_to_their_images_and_are_cut_with_them(make, tmp_path):
             load(config("npz", path=str(tmp_path / "wrong.npz")))
 
 
+@pytest.mark.parametrize("source", ["npz", "folder", "digits", "mnist"])
+def test_validation_is_the_last_of_the_training_images_which_training_never_sees(make, source):
+    """Of the num_train first ones, where that is set, too; unflipped; the test split stays."""
+    whole = make(source, num_train=20)
+    data = make(source, num_train=20, num_validation=6, random_flip=source != "digits")
+    assert (data.size("train"), data.size("validation"), data.held_out) == (14, 6, "validation")
+    assert (whole.held_out, sorted(whole.splits)) == ("test", ["test", "train"])
+    images_of = stored(whole, "train")
+    np.testing.assert_array_equal(stored(data, "train"), images_of[:14])
+    np.testing.assert_array_equal(stored(data, "validation"), images_of[14:])
+    np.testing.assert_array_equal(stored(data, "test"), stored(whole, "test"))
+    found = data.examples("validation", np.asarray([1, 5]))
+    np.testing.assert_array_equal(found, images_of[[15, 19]])
+    batches = train(data, 20)
+    assert set(join(batches, "index")) == set(range(14))
+    seen = {image.tobytes() for image in join(batches)}
+    assert not seen & {image.tobytes() for image in images_of[14:]}
+    if whole.train.labels is not None:
+        np.testing.assert_array_equal(data.train.labels, whole.train.labels[:14])
+        np.testing.assert_array_equal(data.validation.labels, whole.train.labels[14:])
+    else:
+        assert data.train.labels is data.validation.labels is None
+
+
+def test_validation_splits_that_do_not_fit_are_refused(make):
+    for number in (NUM_TRAIN, 1000, -1):
+        with pytest.raises(ValueError, match=rf"data\.num_validation={number}: expected 0 to 22"):
+            make("npz", num_validation=number)
+    with pytest.raises(ValueError, match=r"data\.num_validation=5: expected 0 for swissroll"):
+        make("swissroll", num_validation=5)
+    with pytest.raises(ValueError, match=r"split='validation': expected one of \['test', 'tra"):
+        make("npz").size("validation")
+
+
 def test_odd_images_of_a_folder_are_refused_by_file_name(tmp_path):
     write_images(tmp_path, images(9, 4, 4))
     refused(r"data\.path=.*not 9 and 0", "folder", path=str(tmp_path))
@@ -491,7 +525,7 @@ def test_stream_arguments_are_refused_before_the_first_batch(make):
         train(data, 0, first_step=-1)
     with pytest.raises(ValueError, match=r"batch_size=9: expected a positive multiple of 2"):
         data.eval_batches("test", batch_size=9, host=host)
-    with pytest.raises(ValueError, match=r"split='valid': expected 'train' or 'test'"):
+    with pytest.raises(ValueError, match=r"split='valid': expected one of \['test', 'train'\]"):
         data.size("valid")
     with pytest.raises(ValueError, match=r"split='train' of swissroll is endless"):
         endless.eval_batches("train", batch_size=2)

@@ -37,7 +37,7 @@ def test_score_of_the_ode_of_gaussian_data(name):
     score_fn = lambda y, s: law.score(y, s, sde)  # noqa: E731
     found = ode_score(score_fn, sde, x, t, TIGHT)
     v = lambda s: sde.alpha(s) ** 2 * variance + sde.sigma(s) ** 2  # noqa: E731
-    v_t, v_end = v(jnp.asarray(t)), v(jnp.asarray(1.0))
+    v_t, v_end = v(jnp.asarray(t)), v(jnp.asarray(sde.T))
     np.testing.assert_allclose(found.score, -x * v_end / sde.prior_std**2 / v_t, rtol=1e-7)
     x_end = x * jnp.sqrt(v_end / v_t)
     np.testing.assert_allclose(found.log_p, sde.prior_logp(x_end) + jnp.log(v_end / v_t), rtol=1e-8)

@@ -67,14 +67,14 @@ def test_exact_score_gives_the_log_likelihood(name, variance, printed):
 def quadrature(sde, variance, kappa, square, d):
     """ELBO at ‖x‖² = square for the score −κ y/v, its integral by Gauss–Legendre in r, t = r²."""
     nodes, weights = np.polynomial.legendre.leggauss(400)
-    r = 0.5 * (1.0 + nodes)
+    r = 0.5 * math.sqrt(sde.T) * (1.0 + nodes)
     t = jnp.asarray(r**2)
     alpha2, sigma2 = np.asarray(sde.alpha(t)) ** 2, np.asarray(sde.sigma(t)) ** 2
     v, g2, a = alpha2 * variance + sigma2, np.asarray(sde.g2(t)), sde.drift_coefficient(t)
     mean_square = alpha2 * square + d * sigma2
     h = 0.5 * g2 * kappa**2 * mean_square / v**2 - g2 * kappa * d / v - d * np.asarray(a)
     x = jnp.full((1, d), math.sqrt(square / d))
-    return float(prior_term(sde, x)[0]) - float(np.sum(0.5 * weights * 2 * r * h))
+    return float(prior_term(sde, x)[0]) - math.sqrt(sde.T) * float(weights @ (r * h))
 
 
 @pytest.mark.parametrize("sde_name", SDES)

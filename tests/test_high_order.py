@@ -16,6 +16,8 @@ from high_order import (
     third_order_vector,
 )
 from operators import (
+    PROBES,
+    fold_in_all,
     inner,
     scale,
     squared_norm,
@@ -24,6 +26,7 @@ from operators import (
     value_hvp_and_gradient,
     value_jacobian_and_trace_gradient,
 )
+from parameterization import score_from_velocity
 from sde_lib import SDES, VPSDE
 from terms import Point, Terms
 from toy_data import Mixture, gaussian, weighted_points
@@ -208,6 +211,52 @@ def test_directional_form_equals_the_gradient_where_the_jacobian_is_symmetric():
     assert float(np.abs(directional - gradient).max()) > 1e-2
 
 
+@pytest.mark.parametrize("estimator", ["exact", "probe"])
+def test_the_quadratic_form_alone_is_the_second_order_of_i_dode(estimator):
+    """tr A = −α (σ vᵀ(∂F/∂x)v − α(d − ‖F − F*‖²)) for the velocity F, F* = αz − σx0, VP.
+
+    Exactly, with tr ∂F/∂x; by a probe v, with the square of v·(F − F*) for that of the norm.
+    """
+    sde, number = VPSDE(), 6
+    x0, z = jax.random.normal(jax.random.key(0), (2, number, D), jnp.float64)
+    t = jnp.linspace(0.05, 0.9, number)
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    velocity = lambda y, t: fixture_score((0.3, 0.1, 0.2, 0.4), y, t)  # noqa: E731
+    score_fn = lambda y, t: score_from_velocity(velocity(y, t), y, t, sde)  # noqa: E731
+    keys = jax.random.split(jax.random.key(1), number)
+    point = Point(sde.perturb(x0, t, z), t, z, keys)
+
+    order = HighOrder(2, second_order_weight=0.1, frobenius_weight=0.0, trace_weight=2.0)
+    terms = Terms(high_order=order, estimator=estimator)
+    parts = terms.parts(score_fn, sde, point)
+
+    gap = velocity(point.x, t) - (scale(alpha, z) - scale(sigma, x0))
+    np.testing.assert_allclose(parts["dsm"], alpha**2 * squared_norm(gap) / D, rtol=1e-12)
+    jacobian = value_and_jacobian(lambda y: velocity(y, t), point.x)[1]
+    if estimator == "exact":
+        form, along = jnp.trace(jacobian, axis1=1, axis2=2), squared_norm(gap)
+    else:
+        v = PROBES["rademacher"](fold_in_all(keys, 0), point.x)
+        form, along = jnp.einsum("bi,bij,bj->b", v, jacobian, v), inner(v, gap) ** 2
+    trace = -alpha * (sigma * form - alpha * (D - along))
+    np.testing.assert_allclose(parts["trace"], trace**2 / D**2, rtol=1e-11)
+
+    weight, ones = jnp.linspace(1.0, 2.0, number), jnp.ones((number,))
+    total = terms.weighted(parts, sde, t, weight, ones)
+    expected = weight * (parts["dsm"] + 0.1 * 2.0 * trace**2 / D**2)
+    np.testing.assert_allclose(total, expected, rtol=1e-11)
+
+
+def test_weights_of_order_2_are_those_of_its_parts():
+    """λ2 (λF frobenius + λtr trace) + λ3 third."""
+    parts = {"frobenius": jnp.asarray([1.0]), "trace": jnp.asarray([10.0]), "third": jnp.ones((1,))}
+    second = HighOrder(2, second_order_weight=3.0, frobenius_weight=0.5, trace_weight=0.25)
+    assert float(second.weighted(parts)[0]) == 3.0 * (0.5 + 2.5)
+    third = HighOrder(3, frobenius_weight=0.5, trace_weight=0.0, third_order_weight=4.0)
+    assert float(third.weighted(parts)[0]) == 0.5 + 4.0
+    assert float(HighOrder(2).weighted(parts)[0]) == 11.0
+
+
 def test_jacobian_is_that_of_autodiff():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, D)))
     t = jnp.asarray([0.2, 0.5])
@@ -246,6 +295,7 @@ def test_gaussian_minima(d):
         ({"order": 4}, r"score_matching_order=4: allowed \[1, 2, 3\]"),
         ({"order": 3, "third_order_form": "jet"}, "third_order_form='jet'"),
         ({"order": 2, "trace_weight": -1.0}, "trace_weight=-1.0"),
+        ({"order": 2, "frobenius_weight": -0.5}, "training.frobenius_weight=-0.5: need 0 or more"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

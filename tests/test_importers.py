@@ -486,6 +486,17 @@ def test_flipped_bytes_end_in_a_value_error_or_other_numbers(tmp_path):
     assert min(ends.values()) > 0
 
 
+def test_a_run_with_an_adaptive_law_starts_from_published_parameters(tmp_path):
+    """With equal masses: what it would have learned is in no published file."""
+    (tmp_path / "published").write_bytes(flax_bytes())
+    model = score_model("mle_ncsnpp_ve")
+    fresh = jax.eval_shape(
+        lambda: train_state.create(model.init(jax.random.key(0), SHAPE), optimizer(), adaptive=True)
+    )
+    state = importers.load(tmp_path / "published", model, SHAPE, fresh)
+    np.testing.assert_array_equal(state.time_law, np.ones(fresh.time_law.shape, np.float32))
+
+
 OTHER = {
     "skips": {"fir": True, "progressive": "output_skip", "progressive_input": "input_skip"},
     "residuals": {

@@ -24,6 +24,7 @@ from restarted import Restarted, noise_to_signal, time_of_noise
 from sde_lib import (
     VESDE,
     VPSDE,
+    LinearPath,
     LinearVESDE,
     SubVPSDE,
 )
@@ -48,19 +49,21 @@ def keys(number, seed=0):
     return jax.random.split(jax.random.key(seed), number)
 
 
-def integral(function, t_min):
-    """∫ over [t_min, 1] by Gauss–Legendre on half decades; `function` maps an array of times."""
+def integral(function, t_min, end=1.0):
+    """∫ over [t_min, end] by Gauss–Legendre on half decades; `function` maps an array of times."""
     nodes, weights = np.polynomial.legendre.leggauss(24)
-    edges = np.geomspace(t_min, 1.0, 13)
+    edges = np.geomspace(t_min, 0.9 * end, 12)
+    edges = np.asarray([*edges, 0.98 * end, end])
     half = np.diff(edges)[:, None] / 2
     t = (edges[:-1, None] + half * (1.0 + nodes)).ravel()
     return float(np.sum((half * weights).ravel() * np.asarray(function(jnp.asarray(t)))))
 
 
 def within(values, expected, errors=4.0):
-    """The mean of the values agrees with `expected` within so many standard errors."""
+    """The mean of the values agrees with `expected` within so many standard errors or rounding."""
     values = np.asarray(values)
-    return abs(values.mean() - expected) < errors * values.std() / np.sqrt(len(values))
+    rounding = 1e-11 * max(1.0, abs(expected))
+    return abs(values.mean() - expected) < errors * values.std() / np.sqrt(len(values)) + rounding
 
 
 def ode(law, sde, x, t_min, divergence, solver=EXACT, seed=0):
@@ -102,6 +105,44 @@ def test_ode_transports_the_density_of_a_mixture(sde, t_min):
     end, begin = jnp.ones((4,)), jnp.full((4,), t_min)
     log_p = result.log_p - sde.prior_logp(result.latent) + law.log_prob(result.latent, end, sde)
     np.testing.assert_allclose(log_p, law.log_prob(x, begin, sde), rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_linear_path_is_vp_at_other_times():
+    """Between equal ratios of noise to signal the ODE takes x/α the same way, in the same volume.
+
+    And with the true law at T for the prior, each log p is that of the mixture at t_min.
+    """
+    law, vp, t_vp = mixture(), VPSDE(), 1e-3
+    ratio = float(jnp.sqrt(noise_to_signal(vp, jnp.asarray(vp.T))))
+    linear = LinearPath(ratio / (1.0 + ratio))
+    t_linear = float(time_of_noise(linear, noise_to_signal(vp, jnp.asarray(t_vp))))
+    y = law.sample(jax.random.key(0), 4)
+    found = []
+    for sde, t in ((vp, t_vp), (linear, t_linear)):
+        first, last = (sde.alpha(jnp.asarray(s)) for s in (t, sde.T))
+        result = ode(law, sde, first * y, t, Divergence("exact"))
+        volume = result.log_p - sde.prior_logp(result.latent) + D * jnp.log(first / last)
+        found.append((result.latent / last, volume))
+        times = [jnp.full((4,), s) for s in (t, sde.T)]
+        log_p = result.log_p - sde.prior_logp(result.latent)
+        log_p = log_p + law.log_prob(result.latent, times[1], sde)
+        np.testing.assert_allclose(log_p, law.log_prob(first * y, times[0], sde), atol=1e-8)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kappa", [0.0, 0.6, 1.0])
+def test_bound_on_the_linear_path_is_unbiased(kappa):
+    """As those of the other SDEs below; its prior has σ_T = T."""
+    sde, t_min = LinearPath(), 1e-3
+    x = jnp.tile(jnp.asarray([[0.8, -0.5]]), (N, 1))
+    bound = sampled_bound(data(), Importance(sde, t_min), x, keys(N), kappa)
+    expected = exact_bound(sde, t_min, kappa, 0.8**2 + 0.5**2)
+    np.testing.assert_allclose(bound.prior, expected[0], rtol=1e-9)
+    assert within(bound.diffusion, expected[1])
+    assert within(bound.start, expected[2])
 
 
 def repeated_ode(divergence, number=800):
@@ -166,12 +207,12 @@ def exact_bound(sde, t_min, kappa, square):
     def integrand(t):
         return 0.5 * np.asarray(sde.g2(t)) / moments(sde, t)[1] * residual(t)
 
-    alpha2, sigma2, _ = moments(sde, 1.0)
+    alpha2, sigma2, _ = moments(sde, sde.T)
     ratio = sigma2 / sde.prior_std**2
     prior = 0.5 * (alpha2 * square / sde.prior_std**2 + D * (ratio - 1.0 - math.log(ratio)))
     alpha2, sigma2, _ = moments(sde, t_min)
     decoder = 0.5 * (D * math.log(2 * math.pi * sigma2 / alpha2) + residual(t_min))
-    return float(prior), integral(integrand, t_min), float(decoder)
+    return float(prior), integral(integrand, t_min, sde.T), float(decoder)
 
 
 @functools.partial(

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import losses
 from dequantization import Pixels, Reals
 from losses import (
+    FLOOR,
+    LIKELIHOOD_LAWS,
+    NUM_BINS,
+    AdaptiveLaw,
+    bin_moments,
     likelihood_weight,
     masked_mean,
     mean_loss,
@@ -19,9 +25,9 @@ from losses import (
 )
 from operators import squared_norm
 from parameterization import TIME_LABELS, ScoreModel, score_from_noise, unit_time_label
-from sde_lib import SDE, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sde_lib import SDE, VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
 from terms import Terms, first_order_residual
-from time_sampling import Debias, Importance, Uniform
+from time_sampling import Binned, Debias, Importance, Uniform, Velocity
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dsm_orders.npz"
 T_MIN = 1e-3
@@ -50,6 +56,7 @@ class GaussianNoise(nn.Module):
 
     sde: SDE
     v0: float
+    rate: float = 0.5
 
     @nn.compact
     def __call__(self, x, label, train=False):
@@ -57,7 +64,7 @@ class GaussianNoise(nn.Module):
         sigma = self.sde.sigma(label)
         c = sigma / (self.sde.alpha(label) ** 2 * self.v0 + sigma**2)
         output = gain[0] * c[:, None] * x
-        return nn.Dropout(0.5)(output, deterministic=not train)
+        return nn.Dropout(self.rate)(output, deterministic=not train)
 
 
 def gaussian_model(sde, v0):
@@ -309,6 +316,122 @@ def test_published_switches_give_the_documented_laws():
 def test_switches_without_effect_are_refused(switches, message):
     with pytest.raises(ValueError, match=message):
         time_law(VPSDE(), smallest_time=1e-3, **(PLAIN | switches))
+
+
+def test_names_give_the_documented_laws():
+    sde = VPSDE()
+    weighted = {"likelihood_weighting": True, "stratified": True}
+    for name, proposal, weight in (
+        ("uniform", Uniform, likelihood_weight), ("importance", Importance, noise_weight),
+        ("debias", Debias, noise_weight), ("adaptive", Importance, noise_weight),
+        ("velocity", Velocity, lambda t, sde: Velocity(sde, 1e-4).relative_weight(t)),
+    ):  # fmt: skip
+        found = time_law(sde, smallest_time=1e-4, name=name, **weighted)
+        assert (found.proposal, found.stratified) == (proposal(sde, 1e-4), True)
+        assert isinstance(found, AdaptiveLaw) == (name == "adaptive")
+        t = jnp.asarray([1e-3, 0.3, 0.9])
+        np.testing.assert_array_equal(found.weight(t, sde), weight(t, sde))
+    for switches, name in (
+        ({"importance_weighting": True, "likelihood_weighting": True}, "importance"),
+        ({"debias": True}, "debias"), ({}, "uniform"), ({"likelihood_weighting": True}, "uniform"),
+    ):  # fmt: skip
+        named = time_law(sde, smallest_time=1e-4, name=name, **switches)
+        assert named == time_law(sde, smallest_time=1e-4, **switches)
+
+
+@pytest.mark.parametrize(
+    ("name", "switches", "message"),
+    [
+        ("adaptiv", {"likelihood_weighting": True}, r"law='adaptiv': allowed '', \['adaptive'"),
+        ("velocity", {}, "'velocity' proposes times .*likelihood_weighting=True"),
+        ("importance", {}, "'importance' proposes times for the likelihood weight"),
+        (
+            "velocity", {"likelihood_weighting": True, "importance_weighting": True},
+            "'velocity' contradicts the switch that means 'importance': set .*importance_weighting",
+        ),
+        ("uniform", {"debias": True}, "'uniform' contradicts the switch that means 'debias'"),
+        ("adaptive", {"levels": 10}, "continuous=False takes uniform levels .*time_law=''"),
+    ],
+)  # fmt: skip
+def test_names_that_contradict_are_refused(name, switches, message):
+    with pytest.raises(ValueError, match=message):
+        time_law(VPSDE(), smallest_time=1e-3, name=name, **switches)
+
+
+def moments_of(squares, counts):
+    return jnp.asarray(np.stack([squares, counts]))
+
+
+@pytest.mark.usefixtures("x64")
+def test_masses_of_an_adaptive_law_are_roots_of_second_moments_with_a_floor():
+    """m_j = (1 − FLOOR) √E[h²|j]/Σ + FLOOR/n, from sums that count differently often."""
+    rng = np.random.default_rng(0)
+    squares, counts = rng.random(NUM_BINS) ** 4, rng.random(NUM_BINS) + 0.1
+    squares[3], squares[5] = 0.0, 1e6 * counts[5]
+    adaptive = AdaptiveLaw(Importance(VP, T_MIN), noise_weight, True)
+    found = adaptive.at({"time_law": moments_of(squares, counts)})
+    roots = np.sqrt(squares / counts)
+    expected = 0.8 * roots / roots.sum() + 0.2 / NUM_BINS
+    assert isinstance(found.proposal, Binned)
+    assert (FLOOR, found.stratified) == (0.2, True)
+    np.testing.assert_allclose(found.proposal.masses, expected, rtol=1e-14)
+    assert float(found.proposal.masses.sum()) == pytest.approx(1.0, rel=1e-14)
+    assert float(found.proposal.masses.min()) == pytest.approx(0.2 / NUM_BINS, rel=1e-14)
+    t = found.proposal.quantile(jnp.linspace(0.01, 0.99, 50))
+    density = Importance(VP, T_MIN).density(t) / found.proposal.density(t)
+    np.testing.assert_allclose(found.weight(t, VP), density, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_moments_of_bins_are_those_of_the_real_examples():
+    """Mean over the batch of (h², 1) in the bin of t: their ratio is the mean of h² in a bin."""
+    equal = jnp.full((NUM_BINS,), 1 / NUM_BINS)
+    law_now = losses.TimeLaw(Binned(VP, T_MIN, equal), noise_weight)
+    n = 64
+    u, h = np.random.default_rng(1).random((2, n))
+    t = law_now.proposal.quantile(jnp.asarray(u))
+    rows, mask = bin_moments(law_now, t, jnp.asarray(h)), np.arange(n) < 50
+    found = masked_mean(rows, jnp.asarray(mask))
+    which, h, mask = np.floor(NUM_BINS * u).astype(int), h[mask], mask.sum()
+    squares = np.bincount(which[:mask], h**2, NUM_BINS) / mask
+    counts = np.bincount(which[:mask], minlength=NUM_BINS) / mask
+    np.testing.assert_allclose(found, np.stack([squares, counts]), rtol=1e-13)
+
+
+SLOW = [VPSDE(0.3, 7.0), SubVPSDE(0.3, 7.0), VESDE(0.05, 5.0), LinearVESDE(3.0), LinearPath(0.9)]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sde", SLOW, ids=lambda sde: type(sde).__name__)
+def test_every_law_has_the_gradient_of_the_importance_law(sde, monkeypatch):
+    """∂L/∂gain by the midpoint rule in u at fixed x0 and z, times the constant that is left out.
+
+    `uniform` estimates the integral over T − t_min, the others over W(T) − W(t_min).
+    """
+    n, image, z = 20_000, jnp.asarray([[0.4, -0.3]]), jnp.asarray([[1.3, -0.2]])
+    monkeypatch.setitem(
+        losses.UNIFORMS, False, lambda key, ids, n, dtype: (ids.astype(dtype) + 0.5) / n
+    )
+    monkeypatch.setattr(losses, "gaussian", lambda keys, like: jnp.broadcast_to(z, like.shape))
+    batch = gaussian_batch(n, 1.0) | {"image": jnp.broadcast_to(image, (n, 2))}
+    rough = np.random.default_rng(0).random((2, NUM_BINS)) ** 2 + 0.01
+    batch["time_law"] = jnp.asarray(rough)
+    importance = Importance(sde, T_MIN)
+
+    def slope(name):
+        chosen = time_law(sde, smallest_time=T_MIN, likelihood_weighting=True, name=name)
+        model = gaussian_model(sde, 0.25)
+        model = ScoreModel(model.network.clone(rate=0.0), sde, model.to_score, model.label)
+        per_example = score_matching(model, Reals(), chosen, Terms(), batch_size=n, train=True)
+        gradient = jax.jit(jax.grad(mean_loss(per_example), has_aux=True))
+        found = gradient({"gain": jnp.full((1,), 0.7)}, jax.random.key(0), batch)[0]["gain"]
+        length = chosen.proposal.length if name == "uniform" else float(importance.normalizer)
+        return float(found[0]) * length
+
+    expected = slope("importance")
+    assert abs(expected) > 0.1
+    for name in LIKELIHOOD_LAWS.keys() - {"importance", "debias"}:  # debias: of [0, T]
+        assert slope(name) == pytest.approx(expected, rel=3e-4), name
 
 
 def test_levels_are_uniform_on_the_grid_with_weight_one():

@@ -13,6 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import datasets
 import run_lib
+import streams
 from checkpoints import Checkpoints
 from configs import base
 from likelihood import Divergence, ode_log_likelihood
@@ -45,13 +46,14 @@ def final_state(workdir: Path, config: ConfigDict) -> dict:
     return jax.device_get(trainer.state)
 
 
-@pytest.mark.parametrize("n_jitted_steps", [1, 5])
+@pytest.mark.parametrize(("n_jitted_steps", "law"), [(1, "importance"), (5, ""), (5, "adaptive")])
 def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
-    tmp_path: Path, n_jitted_steps: int
+    tmp_path: Path, n_jitted_steps: int, law: str
 ) -> None:
     config = tiny.config()
     config.model.dropout = 0.1
-    config.training.n_jitted_steps = n_jitted_steps
+    config.training.update(n_jitted_steps=n_jitted_steps, time_law=law)
+    config.training.importance_weighting = law != "adaptive"
     train(config, tmp_path / "straight")
     config.training.n_iters = 11
     train(config, tmp_path / "resumed")
@@ -60,7 +62,95 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     straight = final_state(tmp_path / "straight", config)
     resumed = final_state(tmp_path / "resumed", config)
     assert straight.step == 20
+    assert (straight.time_law is not None) == (law == "adaptive")
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+
+def test_a_run_changes_its_law_of_times(tmp_path: Path) -> None:
+    """Without what a law learns, with it, without: each goes on from the parameters there are."""
+    config = tiny.config()
+    config.training.update(importance_weighting=False, eval_freq=5)
+    for law, n_iters in (("importance", 5), ("adaptive", 10), ("velocity", 15)):
+        config.training.update(time_law=law, n_iters=n_iters)
+        train(config, tmp_path)
+        state = final_state(tmp_path, config)
+        assert state.step == n_iters
+        assert (state.time_law is not None) == (law == "adaptive")
+        assert law != "adaptive" or np.abs(state.time_law - 1.0).max() > 0.1
+    rows = list(folder.read_metrics(tmp_path))
+    assert not any("time_law" in row for row in rows)
+    assert [row["step"] for row in rows if row["split"] == "train"] == [5, 10, 15]
+
+
+def test_the_prior_of_a_head_stays_as_the_data_gave_it(tmp_path: Path) -> None:
+    """Bit by bit, with weight decay and clipping; all else moves; its moving average to 1e-6."""
+    config = tiny.config()
+    config.model.parameterization = "cells"
+    config.optim.update(weight_decay=0.1, warmup=0)
+    settings = Settings.from_config(config)
+    dataset = datasets.load(settings.data)
+    start = build.score_model(settings).init(build.keys(settings)["init"], dataset.shape)
+    start = build.with_prior(settings, dataset, start)
+    train(config, tmp_path)
+    state = final_state(tmp_path, config)
+    np.testing.assert_array_equal(state.params["prior"], start["prior"])
+    np.testing.assert_allclose(state.ema_params["prior"], start["prior"], rtol=1e-6)
+    for first, last in zip(
+        jax.tree.leaves(start["network"]), jax.tree.leaves(state.params["network"]), strict=True
+    ):
+        assert np.all(np.any(first != last))
+    assert np.ptp(start["prior"]) > 1.0
+
+
+def test_held_out_figures_are_those_of_the_validation_split(tmp_path: Path, monkeypatch) -> None:
+    """The held-out loss is of its examples, and likelihoods are where they are asked for."""
+    config = tiny.config()
+    config.data.update(num_train=60, num_validation=16)
+    config.training.n_iters = 5
+    config.eval.update(dataset="validation", enable_sampling=False, bound=False)
+    asked, whole = [], streams.Dataset.eval_batches
+
+    def eval_batches(self, split, **options):
+        asked.append(split)
+        return whole(self, split, **options)
+
+    monkeypatch.setattr(streams.Dataset, "eval_batches", eval_batches)
+    train(config, tmp_path)
+    assert asked == ["validation"]
+    run_lib.evaluate(Settings.from_config(config), tmp_path, "eval")
+    rows = Records(tmp_path / "eval").rows.values()
+    assert sorted(row["index"] for row in rows) == list(range(16))
+    assert {row["split"] for row in rows} == {"validation"}
+    config.data.num_validation = 0
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"^eval\.dataset='validation': need one of .*$") as error:
+        run_lib.evaluate(Settings.from_config(config), tmp_path, "other")
+    assert "data.num_validation makes a validation split" in str(error.value)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_linear_path_trains_samples_and_has_likelihoods(tmp_path: Path) -> None:
+    """All figures finite; the bound above the ODE's on average; samples where the data are."""
+    config = tiny.config("swissroll")
+    config.training.update(sde="linear", time_law="velocity", importance_weighting=False)
+    config.training.n_iters = 10
+    config.model.num_scales = 100
+    config.eval.update(divergence="exact", num_times=16)
+    train(config, tmp_path)
+    for method in ("sde", "ode"):
+        config.sampling.method = method
+        config.eval.update(enable_bpd=method == "sde", bound=method == "sde")
+        run_lib.evaluate(Settings.from_config(config), tmp_path, method)
+        (path,) = (tmp_path / method / "samples_10").glob("*.npz")
+        assert np.abs(np.load(path)["samples"]).max() < 20.0
+    rows = Records(tmp_path / "sde").rows.values()
+    value = {
+        name: np.asarray([row["value"] for row in rows if row["estimator"] == name])
+        for name in ("ODE", "bound")
+    }
+    assert all(len(v) == 24 and np.isfinite(v).all() for v in value.values())
+    difference = value["bound"] - value["ODE"]
+    assert difference.mean() > -4 * difference.std() / np.sqrt(24)
 
 
 def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
@@ -338,6 +428,7 @@ def test_real_valued_data_train_and_evaluate_in_nats(tmp_path: Path) -> None:
         ("subvpsde", "noise", "time"),
         ("vesde", "score", "sigma"),
         ("linearvesde", "velocity", "log_snr"),
+        ("linear", "noise", "unit_time"),
     ],
 )
 def test_every_sde_parameterization_and_label_trains(
@@ -418,6 +509,8 @@ def test_a_folder_from_before_a_field_existed_goes_on_and_levels_are_fixed(tmp_p
         ("training", "batch_size", 0, "training.batch_size=0: need at least 1"),
         ("training", "log_freq", 7, "training.log_freq=7: need a multiple of .*n_jitted_steps=5"),
         ("training", "importance_weighting", True, "needs training.likelihood_weighting=True"),
+        ("training", "time_law", "velocity", "velocity' proposes .*likelihood_weighting=True"),
+        ("training", "time_law", "importnce", "training.time_law='importnce': allowed"),
         ("eval", "solver", "rk4", "solver='rk4': allowed"),
         ("eval", "dataset", "val", "eval.dataset='val': allowed"),
         ("sampling", "method", "sed", "sampling.method='sed': allowed .*did you mean"),

@@ -27,12 +27,13 @@ from sampling import (
     corrector_step,
     denoise,
 )
-from sde_lib import VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sde_lib import VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
 from toy_data import Mixture
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "samplers.npz"
 KINDS = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(0.01, 50.0), "linearve": LinearVESDE(5.0)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
+END = LinearPath().T
 
 N = 60  # steps; the recursions are exact for any number, and few steps are far from continuous
 T_MIN = 0.01
@@ -52,7 +53,13 @@ def integral_beta(t):
     return 0.1 * t + 0.5 * 19.9 * t**2
 
 
+def last_time(kind):
+    return END if kind == "linear" else 1.0
+
+
 def alpha(kind, t):
+    if kind == "linear":
+        return 1.0 - t
     return np.exp(-0.5 * integral_beta(t)) if kind in ("vp", "subvp") else 1.0
 
 
@@ -63,10 +70,13 @@ def sigma(kind, t):
         "subvp": variance_preserving,
         "ve": 0.01 * 5000.0**t,
         "linearve": 5.0 * t,
+        "linear": t,
     }[kind]
 
 
 def drift_and_g2(kind, t):
+    if kind == "linear":
+        return -1.0 / (1.0 - t), 2.0 * t / (1.0 - t)
     return {
         "vp": (-0.5 * beta(t), beta(t)),
         "subvp": (-0.5 * beta(t), beta(t) * (1.0 - np.exp(-2.0 * integral_beta(t)))),
@@ -76,7 +86,7 @@ def drift_and_g2(kind, t):
 
 
 def prior_std(kind):
-    return {"vp": 1.0, "subvp": 1.0, "ve": 50.0, "linearve": 5.0}[kind]
+    return {"vp": 1.0, "subvp": 1.0, "ve": 50.0, "linearve": 5.0, "linear": END}[kind]
 
 
 def data_variance_at(kind, t):
@@ -151,9 +161,10 @@ def at_the_prior(kind, data_mean=DATA_MEAN):
 
 
 def after_reverse_sde(start, lmbd, noise_removal, n=N, t_min=T_MIN):
-    dt = (1.0 - t_min) / n
+    end = last_time(start.kind)
+    dt = (end - t_min) / n
     for k in range(n):
-        start.update(1.0 - k * dt, *euler_maruyama(start.kind, 1.0 - k * dt, dt, lmbd))
+        start.update(end - k * dt, *euler_maruyama(start.kind, end - k * dt, dt, lmbd))
     if noise_removal:
         start.update(t_min, *denoising(start.kind, t_min))
     return start
@@ -302,9 +313,10 @@ def test_reverse_sde_has_the_moments_of_its_recursion(lmbd, noise_removal):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", ["subvp", "ve", "linearve"])
+@pytest.mark.parametrize("kind", ["subvp", "ve", "linearve", "linear"])
 def test_reverse_sde_of_every_diffusion(kind):
-    x = draw(ReverseSDE(N, T_MIN, 0.5), KINDS[kind], keys_of(20_000)).x
+    sde = (KINDS | {"linear": LinearPath()})[kind]
+    x = draw(ReverseSDE(N, T_MIN, 0.5), sde, keys_of(20_000)).x
     assert_moments(x, after_reverse_sde(at_the_prior(kind), 0.5, noise_removal=True))
 
 
@@ -418,16 +430,18 @@ def test_few_steps_show_that_every_noise_is_independent(kind, sampler):
 
 def ode_map(kind, latent, t_min):
     """α m + (x_T − α_T m) √(v_min/v_T)."""
-    ratio = np.sqrt(data_variance_at(kind, t_min) / data_variance_at(kind, 1.0))
-    return alpha(kind, t_min) * DATA_MEAN + ratio * (latent - alpha(kind, 1.0) * DATA_MEAN)
+    end = last_time(kind)
+    ratio = np.sqrt(data_variance_at(kind, t_min) / data_variance_at(kind, end))
+    return alpha(kind, t_min) * DATA_MEAN + ratio * (latent - alpha(kind, end) * DATA_MEAN)
 
 
 @pytest.mark.usefixtures("x64")
-@every_kind
+@pytest.mark.parametrize("kind", [*KINDS, "linear"])
 def test_ode_sampler_is_the_exact_flow(kind):
+    sde = (KINDS | {"linear": LinearPath()})[kind]
     latent = np.random.default_rng(0).standard_normal((3, 2)) * prior_std(kind)
     sampler = OdeSampler(Solver("tsit5", 1e-9, 1e-9), 1e-3, noise_removal=False)
-    x = draw(sampler, starting_at_like(KINDS[kind]), keys_of(3), jnp.asarray(latent)).x
+    x = draw(sampler, starting_at_like(sde), keys_of(3), jnp.asarray(latent)).x
     np.testing.assert_allclose(x, ode_map(kind, latent, 1e-3), rtol=1e-7)
 
 

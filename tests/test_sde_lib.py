@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from sde_lib import SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE, chain_index
+from operators import scale, squared_norm
+from sde_lib import SDES, VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE, chain_index
 
 ALL = [
     VPSDE(), VPSDE(0.3, 7.0), SubVPSDE(), SubVPSDE(0.3, 7.0),
-    VESDE(0.02, 9.0), LinearVESDE(3.0),
+    VESDE(0.02, 9.0), LinearVESDE(3.0), LinearPath(), LinearPath(0.9),
 ]  # fmt: skip
 BETA = [sde for sde in ALL if isinstance(sde, VPSDE | SubVPSDE)]
 every_sde = pytest.mark.parametrize("sde", ALL, ids=str)
 beta_sde = pytest.mark.parametrize("sde", BETA, ids=str)
 
 
-def times(lowest=1e-5, number=201, dtype=np.float64):
-    return jnp.asarray(np.geomspace(lowest, 1.0, number), dtype)
+def times(sde, lowest=1e-5, number=201):
+    """From `lowest` to T and not beyond, where the linear path has a pole."""
+    return jnp.asarray(np.geomspace(lowest, sde.T, number))
 
 
 def derivative(function, t):
@@ -28,7 +30,7 @@ def derivative(function, t):
 @pytest.mark.usefixtures("x64")
 @every_sde
 def test_drift_is_logarithmic_derivative_of_alpha(sde):
-    t = times()
+    t = times(sde)
     expected = derivative(lambda t: jnp.log(sde.alpha(t)), t)
     np.testing.assert_allclose(sde.drift_coefficient(t), expected, rtol=1e-12)
 
@@ -37,7 +39,7 @@ def test_drift_is_logarithmic_derivative_of_alpha(sde):
 @every_sde
 def test_diffusion_makes_the_variance(sde):
     """g² = dσ²/dt − 2 a σ²."""
-    t = times()
+    t = times(sde)
     a, sigma2 = sde.drift_coefficient(t), sde.sigma(t) ** 2
     expected = derivative(lambda t: sde.sigma(t) ** 2, t) - 2.0 * a * sigma2
     np.testing.assert_allclose(sde.g2(t), expected, rtol=1e-12)
@@ -48,7 +50,7 @@ def test_diffusion_makes_the_variance(sde):
 @every_sde
 def test_cumulative_weight_integrates_likelihood_weight(sde):
     """W' = g²/σ²."""
-    t = times()
+    t = times(sde)
     np.testing.assert_allclose(
         derivative(sde.cumulative_weight, t), sde.g2(t) / sde.sigma(t) ** 2, rtol=1e-11
     )
@@ -57,8 +59,43 @@ def test_cumulative_weight_integrates_likelihood_weight(sde):
 @pytest.mark.usefixtures("x64")
 @every_sde
 def test_time_of_weight_inverts_cumulative_weight(sde):
-    t = times()
+    t = times(sde)
     np.testing.assert_allclose(sde.time_of_weight(sde.cumulative_weight(t)), t, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_velocity_share_is_the_part_of_the_weight_that_moves_the_noise(sde):
+    """(d log σ²/dt)/(g²/σ²); the form 1 + 2aσ²/g² of the base class cancels where α is small."""
+    t = times(sde)
+    rate = derivative(lambda t: 2.0 * jnp.log(sde.sigma(t)), t)
+    share = rate * sde.sigma(t) ** 2 / sde.g2(t)
+    np.testing.assert_allclose(sde.velocity_share(t), share, rtol=1e-12)
+    np.testing.assert_allclose(super(type(sde), sde).velocity_share(t), share, rtol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+@every_sde
+def test_time_of_sigma_inverts_sigma(sde):
+    """For VP to the rounding of 1 − σ² = 4e-5 at T, in B = −log(1 − σ²): 5e-12 of 10."""
+    t = times(sde)
+    np.testing.assert_allclose(sde.time_of_sigma(sde.sigma(t)), t, rtol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sde", [LinearPath(), LinearPath(0.9)], ids=str)
+def test_flow_matching_on_the_linear_path_is_score_matching(sde):
+    """u = f − ½g²s: ‖u − (z − x0)‖² = ‖e1‖²/α², for any score."""
+    x0, z, score = jax.random.normal(jax.random.key(0), (3, 201, 4))
+    t = times(sde)
+    x = sde.perturb(x0, t, z)
+    np.testing.assert_allclose(x, (1.0 - t)[:, None] * x0 + t[:, None] * z, rtol=1e-14)
+    e1 = scale(sde.sigma(t), score) + z
+    loss = squared_norm(sde.ode_drift(score, x, t) - (z - x0))
+    np.testing.assert_allclose(loss, squared_norm(e1) / sde.alpha(t) ** 2, rtol=1e-12)
+    posterior_mean = scale(1.0 / sde.alpha(t), x + scale(sde.sigma(t) ** 2, score))
+    u = scale(1.0 / t, x - posterior_mean)  # E[z − x0 | x_t] of the mean x0 and its noise
+    np.testing.assert_allclose(sde.ode_drift(score, x, t), u, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
@@ -72,7 +109,7 @@ def test_perturbed_data_start_at_the_data(sde):
 @pytest.mark.usefixtures("x64")
 @beta_sde
 def test_integral_of_beta(sde):
-    t = times()
+    t = times(sde)
     np.testing.assert_allclose(derivative(sde.integral_beta, t), sde.beta(t), rtol=1e-13)
     np.testing.assert_allclose(sde.time_of_integral_beta(sde.integral_beta(t)), t, rtol=1e-13)
     assert sde.beta(jnp.ones(())) == sde.beta_max
@@ -134,8 +171,8 @@ def test_prior_log_density(sde):
 def test_prior_kl_is_expected_log_ratio(sde):
     """E[log q(x_T|x0) − log π(x_T)], exact by two nodes: the integrand is quadratic in z."""
     x0 = 3.0 * jax.random.normal(jax.random.key(0), (5, 2, 3))
-    one = jnp.ones(())
-    mean, std = np.asarray(sde.alpha(one) * x0), float(sde.sigma(one))
+    end = jnp.asarray(sde.T)
+    mean, std = np.asarray(sde.alpha(end) * x0), float(sde.sigma(end))
     log_ratio = [
         norm.logpdf(mean + std * z, mean, std) - norm.logpdf(mean + std * z, 0.0, sde.prior_std)
         for z in (-1.0, 1.0)
@@ -152,7 +189,7 @@ def test_every_member_of_the_lambda_family_has_the_forward_marginals(sde, lmbd):
 
     With drift b x and diffusion √(1 − λ) g that is −2 b v + (1 − λ) g² = −dv/dt.
     """
-    t, v0 = times(1e-3, 50), 0.7
+    t, v0 = times(sde, 1e-3, 50), 0.7
     variance = lambda t: sde.alpha(t) ** 2 * v0 + sde.sigma(t) ** 2  # noqa: E731
     v, x = variance(t), jnp.ones((50, 1))
     b = sde.reverse_drift(-x / v[:, None], x, t, lmbd)[:, 0]
@@ -285,9 +322,24 @@ def test_wrong_linear_sigma_is_refused(sigma_max):
         LinearVESDE(sigma_max)
 
 
+@pytest.mark.usefixtures("x64")
+def test_the_prior_of_the_linear_path_is_the_noise_at_its_end():
+    """W(T) = log(σ²/α²) = 10, and no KL divergence for data at 0."""
+    sde = LinearPath()
+    assert float(sde.cumulative_weight(jnp.asarray(sde.T))) == pytest.approx(10.0, rel=1e-12)
+    np.testing.assert_allclose(sde.prior_kl(jnp.zeros((1, 3))), 0.0, atol=1e-14)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0, -0.5, float("nan")])
+def test_a_linear_path_up_to_its_pole_is_refused(end):
+    with pytest.raises(ValueError, match=r"model\.end="):
+        LinearPath(end)
+
+
 def test_names_resolve_and_sdes_are_static_arguments():
     assert SDES == {
-        "vpsde": VPSDE, "subvpsde": SubVPSDE, "vesde": VESDE, "linearvesde": LinearVESDE
+        "vpsde": VPSDE, "subvpsde": SubVPSDE, "vesde": VESDE, "linearvesde": LinearVESDE,
+        "linear": LinearPath,
     }  # fmt: skip
     sigma = jax.jit(lambda sde, t: sde.sigma(t), static_argnums=0)
     assert float(sigma(LinearVESDE(3.0), jnp.asarray(0.5))) == 1.5

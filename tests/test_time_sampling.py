@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from sde_lib import SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sde_lib import SDES, VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
 from time_sampling import (
     UNIFORMS,
+    Binned,
     Debias,
     Importance,
     Uniform,
+    Velocity,
     independent_uniforms,
     stratified_uniforms,
 )
@@ -22,11 +24,19 @@ PROPOSALS = [
     Uniform(VPSDE(), 1e-5), Uniform(VESDE(), 0.0),
     Importance(VPSDE(), 1e-5), Importance(VPSDE(0.3, 7.0), 1e-3),
     Importance(SubVPSDE(), 1e-2), Importance(SubVPSDE(0.3, 7.0), 1e-3),
-    Importance(VESDE(), 1e-5), Importance(LinearVESDE(3.0), 1e-3),
+    Importance(VESDE(), 1e-5), Importance(LinearVESDE(3.0), 1e-3), Importance(LinearPath(), 1e-5),
     Debias(VPSDE()), Debias(VPSDE(0.3, 7.0), 1e-2), Debias(SubVPSDE(), 1e-2),
     Debias(VESDE(), 1e-5), Debias(LinearVESDE(3.0), 1e-2),
 ]  # fmt: skip
 every_proposal = pytest.mark.parametrize("proposal", PROPOSALS, ids=str)
+VELOCITY = [
+    Velocity(VPSDE(), 1e-5), Velocity(VPSDE(0.3, 7.0), 1e-3), Velocity(SubVPSDE(), 1e-2),
+    Velocity(VESDE(), 1e-5), Velocity(LinearVESDE(3.0), 1e-3), Velocity(LinearPath(), 1e-5),
+]  # fmt: skip
+every_velocity = pytest.mark.parametrize("law", VELOCITY, ids=str)
+BINNED = [Importance(VPSDE(), 1e-5), Importance(SubVPSDE(), 1e-2), Importance(LinearPath(), 1e-5)]
+every_binned = pytest.mark.parametrize("law", BINNED, ids=str)
+MASSES = np.asarray([0.02, 0.3, 0.11, 0.07, 0.05, 0.001, 0.349, 0.1])
 
 
 def lowest_time(proposal):
@@ -37,8 +47,9 @@ def probability(proposal, t):
     """P(proposal ≤ t) by Gauss–Legendre quadrature of its density, cut at t_eps and at decades."""
     nodes, weights = np.polynomial.legendre.leggauss(24)
     low = lowest_time(proposal)
-    cuts = sorted([low, getattr(proposal, "t_eps", 1e-6), *np.geomspace(1e-5, 1.0, 16)])
-    edges = np.clip(cuts, low, t)  # always as many, the last ones empty
+    top = [*np.geomspace(1e-5, proposal.sde.T, 16), 0.9 * proposal.sde.T, 0.97 * proposal.sde.T]
+    cuts = sorted([low, getattr(proposal, "t_eps", 1e-6), *top])
+    edges = np.clip([*cuts, proposal.sde.T], low, t)  # always as many, the last ones empty
     half = np.diff(edges)[:, None] / 2
     s = (edges[:-1, None] + half * (1.0 + nodes)).ravel()
     return np.sum((half * weights).ravel() * np.asarray(proposal.density(jnp.asarray(s))))
@@ -47,7 +58,7 @@ def probability(proposal, t):
 def tabulated_cdf(proposal):
     """CDF on a fine logarithmic grid by the trapezoidal rule, good to 1e-5."""
     low = lowest_time(proposal)
-    t = np.concatenate([[low], np.geomspace(max(low, 1e-7), 1.0, 20_000)])
+    t = np.concatenate([[low], np.geomspace(max(low, 1e-7), proposal.sde.T, 20_000)])
     p = np.asarray(proposal.density(jnp.asarray(t)))
     mass = np.concatenate([[0.0], np.cumsum(np.diff(t) * (p[1:] + p[:-1]) / 2)])
     return functools.partial(np.interp, xp=t, fp=mass)
@@ -81,9 +92,9 @@ def test_quantile_inverts_the_integral_of_the_density(proposal):
     u = np.asarray([1e-3, 0.04, 0.3, 0.7, 0.98])
     t = np.asarray(proposal.quantile(jnp.asarray(u)))
     np.testing.assert_allclose([probability(proposal, s) for s in t], u, rtol=1e-8)
-    assert probability(proposal, 1.0) == pytest.approx(1.0, rel=1e-9)
+    assert probability(proposal, proposal.sde.T) == pytest.approx(1.0, rel=1e-9)
     ends = proposal.quantile(jnp.asarray([0.0, 1.0]))
-    np.testing.assert_allclose(ends, [lowest_time(proposal), 1.0], rtol=1e-10)
+    np.testing.assert_allclose(ends, [lowest_time(proposal), proposal.sde.T], rtol=1e-10)
 
 
 @pytest.mark.usefixtures("x64")
@@ -116,7 +127,8 @@ def test_importance_weights_make_integrals_unbiased(proposal):
     """E[h(t)/p(t)] = ∫ h dt, h = t², by the midpoint rule in u."""
     t = proposal.quantile((jnp.arange(20_000.0) + 0.5) / 20_000.0)
     estimate = float(jnp.mean(t**2 / proposal.density(t)))
-    assert estimate == pytest.approx((1.0 - lowest_time(proposal) ** 3) / 3.0, rel=1e-4)
+    expected = (proposal.sde.T**3 - lowest_time(proposal) ** 3) / 3.0
+    assert estimate == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.usefixtures("x64")
@@ -131,7 +143,96 @@ def test_quantile_is_accurate_in_float32(proposal):
     assert float(single.max()) <= 1.0
 
 
-@pytest.mark.parametrize("kind", [Uniform, Importance, Debias])
+@pytest.mark.usefixtures("x64")
+@every_velocity
+def test_log_variance_is_uniform_under_the_velocity_law(law):
+    """The density is d log σ²/dt over Z = 2 log(σ_T/σ_min), and the quantile inverts the CDF."""
+    low, high = (2.0 * np.log(law.sde.sigma(jnp.asarray(t))) for t in (law.t_min, law.sde.T))
+    u = jnp.asarray([0.0, 1e-3, 0.04, 0.3, 0.7, 0.98, 1.0])
+    t = law.quantile(u)
+    found = (2.0 * jnp.log(law.sde.sigma(t)) - low) / (high - low)
+    np.testing.assert_allclose(found, u, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(t[jnp.asarray([0, -1])], [law.t_min, law.sde.T], rtol=1e-10)
+    rate = jax.vmap(jax.grad(lambda t: 2.0 * jnp.log(law.sde.sigma(t))))(t)
+    np.testing.assert_allclose(law.density(t), rate / (high - low), rtol=1e-10)
+    np.testing.assert_allclose(
+        [probability(law, s) for s in np.asarray(t)], u, rtol=1e-8, atol=1e-10
+    )
+    importance = Importance(law.sde, law.t_min).density(t)
+    np.testing.assert_allclose(law.relative_weight(t) * law.density(t), importance, rtol=1e-11)
+    rare = 1e-12 + (1.0 - 2e-12) * np.random.default_rng(0).random(10_000)
+    times = law.quantile(jnp.asarray(rare))
+    assert law.t_min <= float(times.min()) < float(times.max()) <= law.sde.T
+
+
+@pytest.mark.usefixtures("x64")
+@every_velocity
+def test_velocity_law_in_float32(law):
+    """log σ² to 3e-6, two spacings of u times its range of 14, and of σ near 1.
+
+    In t that is 4e-4 at most (VP near T, where log σ² changes by α² = 4e-5 in the last unit of W;
+    VE from t = 1e-5 on 3e-3, where σ is σ_min), and of integrals 1e-3 of what does not vanish with
+    the signal, 1e-6 of what does.
+    """
+    number = 100_000
+    u = ((jnp.arange(float(number)) + 0.5) / number).astype(jnp.float32)
+    single, double = law.quantile(u), law.quantile(u.astype(jnp.float64))
+    assert single.dtype == jnp.float32
+    wide = single.astype(jnp.float64)
+    exact = [2.0 * jnp.log(law.sde.sigma(t)) for t in (wide, double)]
+    np.testing.assert_allclose(*exact, rtol=0, atol=3e-6)
+    late = double > 1e-3
+    np.testing.assert_allclose(wide[late], double[late], rtol=1e-3)
+    weights = [law.relative_weight(t).astype(jnp.float64) for t in (single, double)]
+    signal = law.sde.alpha(double) ** 2
+    for size, tolerance in ((1.0, 1e-3), (signal, 1e-6)):
+        found, expected = (float(jnp.mean(w * size)) for w in weights)
+        assert found == pytest.approx(expected, rel=tolerance)
+
+
+def binned(law, masses=MASSES):
+    return Binned(law.sde, law.t_min, jnp.asarray(masses))
+
+
+@pytest.mark.usefixtures("x64")
+@every_binned
+def test_bins_have_their_masses_and_equal_widths_in_weight(law):
+    proposal, number = binned(law), 100_000
+    t = proposal.quantile((jnp.arange(float(number)) + 0.5) / number)
+    counts = np.bincount(proposal.bin(t), minlength=8)
+    np.testing.assert_allclose(counts / number, MASSES, atol=1.01 / number)
+    assert np.all(np.diff(t) > 0)
+    edges = law.quantile(jnp.arange(9.0) / 8)
+    ends = jnp.concatenate([jnp.zeros((1,)), jnp.cumsum(jnp.asarray(MASSES))])
+    np.testing.assert_allclose(proposal.quantile(ends), edges, rtol=1e-9)
+    np.testing.assert_allclose(edges[jnp.asarray([0, -1])], [law.t_min, law.sde.T], rtol=1e-12)
+    nudge = 1e-9 * np.asarray(edges)
+    np.testing.assert_array_equal(proposal.bin(edges[:-1] + nudge[:-1]), np.arange(8))
+    np.testing.assert_array_equal(proposal.bin(edges[1:] - nudge[1:]), np.arange(8))
+    beyond = jnp.asarray([0.5 * law.t_min, law.sde.T])
+    np.testing.assert_array_equal(proposal.bin(beyond), [0, 7])
+    middle = proposal.quantile(ends[:-1] + 0.5 * jnp.asarray(MASSES))  # as the importance law there
+    np.testing.assert_allclose(middle, law.quantile((jnp.arange(8.0) + 0.5) / 8), rtol=1e-9)
+    ratio = proposal.density(middle) / law.density(middle)
+    np.testing.assert_allclose(ratio, 8 * MASSES, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+@every_binned
+@pytest.mark.parametrize("masses", [MASSES, np.full(16, 1 / 16)], ids=["any", "equal"])
+def test_any_masses_estimate_the_same_integral(law, masses):
+    """E[w h] = ∫ h p dt, p the importance law, and ∫ h dt = E[h/density]; midpoint rule in u."""
+    u = (jnp.arange(50_000.0) + 0.5) / 50_000
+    proposal = binned(law, masses)
+    t, s = proposal.quantile(u), law.quantile(u)
+    for h in (jnp.ones_like, lambda t: t**2, law.sde.alpha, lambda t: jnp.log(law.sde.sigma(t))):
+        found = float(jnp.mean(proposal.relative_weight(t) * h(t)))
+        assert found == pytest.approx(float(jnp.mean(h(s))), rel=2e-4)
+    mean = float(jnp.mean(t**2 / proposal.density(t)))
+    assert mean == pytest.approx((law.sde.T**3 - law.t_min**3) / 3.0, rel=2e-4)
+
+
+@pytest.mark.parametrize("kind", [Uniform, Importance, Debias, Velocity])
 @pytest.mark.parametrize("lowest", [-1e-5, 1.0, 2.0])
 def test_smallest_time_outside_the_interval_is_refused(kind, lowest):
     with pytest.raises(ValueError, match=f"smallest time {lowest}"):
@@ -139,8 +240,8 @@ def test_smallest_time_outside_the_interval_is_refused(kind, lowest):
 
 
 def test_smallest_time_zero_is_refused_where_the_weight_diverges():
-    for make in (Importance, Debias):
-        for sde in (VPSDE(), SubVPSDE(), VESDE(), LinearVESDE()):
+    for make in (Importance, Debias, Velocity):
+        for sde in (VPSDE(), SubVPSDE(), VESDE(), LinearVESDE(), LinearPath()):
             with pytest.raises(ValueError, match="0 < t"):
                 make(sde, 0.0)
     with pytest.raises(ValueError, match="0 < t"):

@@ -7,15 +7,25 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
 from dequantization import Reals
-from losses import mean_loss, score_matching, time_law
+from losses import NUM_BINS, mean_loss, score_matching, time_law
 from parameterization import ScoreModel
 from sde_lib import VPSDE
 from terms import Terms
-from train_state import OptimizerConfig, TrainState, create, many_steps, train_step
+from time_sampling import Importance
+from train_state import (
+    OptimizerConfig,
+    TrainState,
+    create,
+    decayed_weights,
+    many_steps,
+    moving_average_rate,
+    train_step,
+)
 
 
 @pytest.fixture
@@ -184,44 +194,50 @@ class Network(nn.Module):
         return nn.Dense(2)(nn.swish(nn.Dense(16)(inputs)))
 
 
-@functools.cache
-def training():
-    """A small network on real-valued data: its step and its first state."""
+def loss_by(name, size=SIZE):
+    """The loss of a small network on real-valued data under a law of times, and the network."""
     model = ScoreModel(Network(), VPSDE())
     law = time_law(
-        VPSDE(), smallest_time=1e-3, likelihood_weighting=True, importance_weighting=True,
-        debias=False, stratified=True,
-    )  # fmt: skip
-    loss_fn = mean_loss(score_matching(model, Reals(), law, Terms(), batch_size=SIZE, train=True))
-    optimizer = dataclasses.replace(ADAM, lr=1e-2, eps=1e-8, grad_clip=1.0).chain(10)
-    state = create(model.init(jax.random.key(0), (2,)), optimizer)
-    return train_step(loss_fn, optimizer, 0.9, "batch"), state
+        VPSDE(), smallest_time=1e-3, likelihood_weighting=True, name=name, stratified=True
+    )
+    per_example = score_matching(model, Reals(), law, Terms(), batch_size=size, train=True)
+    return mean_loss(per_example), model
 
 
-def batches(number, devices):
-    """[devices, number, SIZE / devices, ...]: consecutive parts of the same global batches."""
-    x = np.random.default_rng(0).standard_normal((number, SIZE, 2)).astype(np.float32)
-    ids = np.tile(np.arange(SIZE, dtype=np.int32), (number, 1))
-    batch = {"image": x, "noise_id": ids, "mask": np.ones((number, SIZE), bool)}
+@functools.cache
+def training(name="importance", *, size=SIZE, lr=1e-2, num_microbatches=1):
+    """The step of that network and its first state."""
+    loss_fn, model = loss_by(name, size)
+    optimizer = dataclasses.replace(ADAM, lr=lr, eps=1e-8, grad_clip=1.0).chain(10)
+    state = create(model.init(jax.random.key(0), (2,)), optimizer, adaptive=name == "adaptive")
+    return train_step(loss_fn, optimizer, 0.9, "batch", num_microbatches), state
+
+
+def batches(number, devices, size=SIZE):
+    """[devices, number, size / devices, ...]: consecutive parts of the same global batches."""
+    x = np.random.default_rng(0).standard_normal((number, size, 2)).astype(np.float32)
+    ids = np.tile(np.arange(size, dtype=np.int32), (number, 1))
+    batch = {"image": x, "noise_id": ids, "mask": np.ones((number, size), bool)}
 
     def spread(leaf):
-        parts = leaf.reshape(number, devices, SIZE // devices, *leaf.shape[2:])
+        parts = leaf.reshape(number, devices, size // devices, *leaf.shape[2:])
         return np.moveaxis(parts, 1, 0)
 
     return jax.tree.map(spread, batch)
 
 
 @functools.cache
-def several_steps(devices, number=4):
+def several_steps(devices, number=4, name="importance", **options):
     """State and metrics after the steps, with the leading axis of the devices."""
-    step_fn, state = training()
+    step_fn, state = training(name, **options)
     parallel = jax.pmap(
         many_steps(step_fn),
         axis_name="batch",
         in_axes=(None, None, 0),
         devices=jax.devices()[:devices],
     )
-    return parallel(state, jax.random.key(1), batches(number, devices))
+    size = options.get("size", SIZE)
+    return parallel(state, jax.random.key(1), batches(number, devices, size))
 
 
 def test_scan_of_steps_equals_single_steps():
@@ -262,6 +278,94 @@ def test_result_does_not_depend_on_the_number_of_devices():
     moved = jax.tree.map(lambda a, b: float(np.abs(a[0] - b).max()), expected.params, start)
     assert max(jax.tree.leaves(moved)) > 1e-2
     assert isinstance(expected, TrainState)
+
+
+def test_an_adaptive_law_is_the_moving_average_of_the_moments_of_its_steps():
+    """r_k = min(.99, (2 + k)/(11 + k)), r_0 = 2/11; of the batch and of the masses of each step."""
+    state, _ = several_steps(1, 1, "adaptive")
+    loss_fn, _ = loss_by("adaptive")
+    params, moments = training("adaptive")[1].params, jnp.ones((2, NUM_BINS))
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0, 0]), batches(4, 1))
+    known = batch | {"step": jnp.int32(0), "time_law": moments}
+    key = jax.random.fold_in(jax.random.key(1), 0)
+    found = loss_fn(params, key, known)[1]["time_law"]
+    assert float(found[1].sum()) == pytest.approx(1.0, rel=1e-6)  # every example is in one bin
+    assert float(jnp.abs(found - moments).max()) > 0.1
+    np.testing.assert_allclose(
+        state.time_law[0], 2 / 11 * moments + 9 / 11 * found, rtol=1e-5, atol=1e-7
+    )
+    rates = [float(moving_average_rate(0.99, jnp.int32(k))) for k in (0, 10, 10_000)]
+    np.testing.assert_allclose(rates, [2 / 11, 12 / 21, 0.99], rtol=1e-6)
+    importance, metrics = several_steps(1, 4)
+    assert importance.time_law is None
+    assert metrics.keys() == several_steps(1, 4, "adaptive")[1].keys()  # no moments
+
+
+def test_an_adaptive_law_does_not_depend_on_devices_or_microbatches():
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    expected, metrics = several_steps(1, 4, "adaptive")
+    for other, found in (
+        several_steps(2, 4, "adaptive"), several_steps(1, 4, "adaptive", num_microbatches=2),
+    ):  # fmt: skip
+        np.testing.assert_allclose(other.time_law[0], expected.time_law[0], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found["loss"][0], metrics["loss"][0], rtol=1e-5)
+        for leaf, first in zip(
+            jax.tree.leaves(other.params), jax.tree.leaves(expected.params), strict=True
+        ):
+            np.testing.assert_allclose(leaf[0], first[0], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adaptive_law_learns_the_second_moments_of_the_loss():
+    """Of a network that hardly moves: √E[h² | bin] to 12% in every bin, by 60,000 times at once.
+
+    200 steps of 256 examples with weights .99^k count as 50,000/2: at least 300 in each bin, and h²
+    varies by 1.1 of its mean.
+    """
+    size, number = 256, 200
+    state, _ = several_steps(1, number, "adaptive", size=size, lr=1e-12)
+    squares, counts = np.asarray(state.time_law[0])
+    n = 60_000
+    _, model = loss_by("importance", n)
+    law = time_law(VPSDE(), smallest_time=1e-3, likelihood_weighting=True, name="importance")
+    per_example = score_matching(model, Reals(), law, Terms(), batch_size=n, train=False)
+    x = jax.random.normal(jax.random.key(3), (n, 2))
+    batch = {"image": x, "noise_id": jnp.arange(n, dtype=jnp.int32), "mask": jnp.ones((n,), bool)}
+    params, key = training("adaptive")[1].params, jax.random.key(4)
+    h = np.asarray(jax.jit(per_example)(params, key, batch)[0])
+    t = law.sample(jax.random.split(key, 5)[1], batch, n)
+    place = VPSDE().cumulative_weight(t) - Importance(VPSDE(), 1e-3).bounds()[0]
+    which = np.clip(NUM_BINS * place / law.proposal.normalizer, 0, NUM_BINS - 1).astype(int)
+    expected = np.bincount(which, h.astype(float) ** 2) / np.bincount(which)
+    assert expected.max() > 1.5 * expected.min()
+    np.testing.assert_allclose(np.sqrt(squares / counts), np.sqrt(expected), rtol=0.12)
+
+
+def test_weight_decay_leaves_the_prior_of_a_head_alone():
+    """Whatever is below `prior` at the top, and nothing else of that name."""
+    leaf = jnp.asarray([1.0, -2.0])
+    params = {"prior": {"mean": leaf}, "network": {"prior": leaf, "w": leaf}, "matrix": leaf}
+    update = jax.tree.map(lambda a: 0.5 * jnp.ones_like(a), params)
+    found, _ = decayed_weights(0.1).update(update, (), params)
+    decayed = [0.6, 0.3]
+    expected = {"prior": {"mean": [0.5, 0.5]}, "network": {"prior": decayed, "w": decayed}}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        found, jax.tree.map(jnp.asarray, expected | {"matrix": decayed},
+                            is_leaf=lambda a: isinstance(a, list)),
+    )  # fmt: skip
+
+
+def test_the_moving_average_of_what_stays_stays():
+    """100,000 steps at the default rate: rounding does not add up, 1e-6 relative at most."""
+    params = {"prior": jnp.asarray(np.random.default_rng(0).standard_normal(1000), jnp.float32)}
+
+    @jax.jit
+    def averaged(ema):
+        step = lambda _, e: optax.incremental_update(params, e, 1.0 - jnp.float32(0.9999))  # noqa: E731
+        return jax.lax.fori_loop(0, 100_000, step, ema)
+
+    np.testing.assert_allclose(averaged(params)["prior"], params["prior"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
