@@ -3,8 +3,9 @@
     python -m benchmarks.gradient_variance configs/digits/vp.py --workdir=runs/digits_vp
         [--batches=128] [--batch_size=128]
 
-All laws estimate the gradient of the likelihood-weighted loss ∫ (g²/σ²) R‖e1‖² dt. Printed: the
-variance of the estimate of one batch about the law's own mean, E‖G − E G‖²/‖E G‖² with the
+All laws estimate the gradient of the likelihood-weighted loss ∫ (g²/σ²) R‖e1‖² dt. The masses of
+the adaptive law are those of second moments measured on other batches. Printed: the variance of the
+estimate of one batch about the law's own mean, E‖G − E G‖²/‖E G‖² with the
 reference ‖E G‖² of the importance laws, ± its jackknife standard error, and the same for the loss.
 Times near t_min are rare under the uniform law and count most, so its rows have heavy tails: their
 errors say so. Dequantisation, noise and examples are those of training; dropout is off.
@@ -22,21 +23,24 @@ import numpy as np
 import datasets
 import losses
 from experiments.compare import load
-from losses import TimeLaw
+from losses import NUM_BINS, AdaptiveLaw, TimeLaw, bin_moments
 from run_lib import build
 from run_lib.loading import load_parameters, steps_in
 from run_lib.settings import Settings
 from terms import Terms
-from time_sampling import Debias, Importance, Uniform
+from time_sampling import Binned, Debias, Importance, Uniform, Velocity
 
 T_EPS = 1e-3
 
 
-def laws(settings: Settings) -> dict[str, TimeLaw]:
+def laws(settings: Settings, moments: jax.Array) -> dict[str, TimeLaw]:
     """Each law with the weight that makes it an estimate of the same integral."""
     sde, t_min = settings.sde, settings.training.smallest_time
+    adaptive = AdaptiveLaw(Importance(sde, t_min), losses.noise_weight).at({"time_law": moments})
 
-    def by(proposal: Uniform | Importance | Debias, *, stratified: bool) -> TimeLaw:
+    def by(
+        proposal: Uniform | Importance | Debias | Velocity | Binned, *, stratified: bool
+    ) -> TimeLaw:
         def weight(t: jax.Array, sde: Any) -> jax.Array:
             inside = t >= t_min  # the debiased law goes on to 0, the integral does not
             return jnp.where(inside, losses.likelihood_weight(t, sde) / proposal.density(t), 0.0)
@@ -47,12 +51,33 @@ def laws(settings: Settings) -> dict[str, TimeLaw]:
         "uniform": Uniform(sde, t_min),
         "importance": Importance(sde, t_min),
         f"debiased, t_eps {T_EPS:g}": Debias(sde, T_EPS),
+        "velocity": Velocity(sde, t_min),
+        "adaptive": adaptive.proposal,
     }
     return {
         f"{name}{', stratified' * stratified}": by(proposal, stratified=stratified)
         for name, proposal in proposals.items()
         for stratified in (False, True)
     }
+
+
+def measured(model: Any, encoding: Any, settings: Settings, dataset: Any, params: Any) -> jax.Array:
+    """ΣE h² and Σ1 of the bins, [2, n], of batches under the importance law, as training learns."""
+    size, t_min = settings.training.batch_size, settings.training.smallest_time
+    flat = Binned(settings.sde, t_min, jnp.full((NUM_BINS,), 1.0 / NUM_BINS))
+    law = TimeLaw(flat, losses.noise_weight, stratified=True)
+    per_example = losses.score_matching(model, encoding, law, Terms(), batch_size=size, train=False)
+
+    @jax.jit
+    def of_batch(key: jax.Array, batch: dict) -> jax.Array:
+        h, _ = per_example(params, key, batch)
+        t = law.sample(jax.random.split(key, 5)[1], batch, size)  # as the objective draws them
+        return bin_moments(law, t, h).sum(axis=0)
+
+    stream = dataset.train_batches(batch_size=size, seed=2, first_step=0)
+    noise_id = jnp.arange(size)
+    found = [of_batch(jax.random.key(k), next(stream) | {"noise_id": noise_id}) for k in range(64)]
+    return sum(found)
 
 
 def variance(samples: np.ndarray, scale: float) -> tuple[float, float]:
@@ -82,7 +107,8 @@ def main() -> None:
     noise_id = jnp.arange(options.batch_size)
     batches = [next(stream) | {"noise_id": noise_id} for _ in range(options.batches)]
     gradients, values = {}, {}
-    for name, law in laws(settings).items():
+    moments = measured(model, encoding, settings, dataset, params)
+    for name, law in laws(settings, moments).items():
         per_example = losses.score_matching(
             model, encoding, law, terms, batch_size=options.batch_size, train=False
         )
