@@ -46,7 +46,7 @@ def final_state(workdir: Path, config: ConfigDict) -> dict:
     return jax.device_get(trainer.state)
 
 
-@pytest.mark.parametrize(("n_jitted_steps", "law"), [(1, "importance"), (5, ""), (5, "adaptive")])
+@pytest.mark.parametrize(("n_jitted_steps", "law"), [(1, ""), (5, "adaptive")])
 def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     tmp_path: Path, n_jitted_steps: int, law: str
 ) -> None:
