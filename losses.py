@@ -84,7 +84,7 @@ class AdaptiveLaw(TimeLaw):
     def at(self, batch: Batch) -> TimeLaw:
         """The law of this step, from the moments [2, n] in the batch: ΣE h², Σ1 of every bin."""
         squares, counts = batch["time_law"]
-        roots = jnp.sqrt(squares / counts)
+        roots = jnp.sqrt(squares / counts) + jnp.finfo(squares.dtype).tiny  # all may be zero
         masses = (1.0 - FLOOR) * roots / jnp.sum(roots) + FLOOR / len(roots)
         proposal = Binned(self.proposal.sde, self.proposal.t_min, masses)
         return TimeLaw(proposal, _relative_weight(proposal), self.stratified)

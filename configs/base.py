@@ -144,7 +144,7 @@ def _training() -> ConfigDict:
             "fp_fraction": 1.0,  # of the batch: 1, 1/2, 1/3, ...
             "fp_every": 1,  # steps
             "smallest_time": 1e-5,  # of training, bound and ODE likelihood
-            "importance_smallest_time": 0.0,  # ... instead, with importance weighting; 0: the same
+            "importance_smallest_time": 0.0,  # ... instead, with importance, velocity, adaptive
             "log_freq": 100,  # steps between records of the training loss
             "eval_freq": 1000,  # ... of the held-out loss
             "snapshot_freq_for_preemption": 5000,  # ... between checkpoints; two are kept

@@ -69,22 +69,26 @@ def train_state(settings: Settings, params: Any) -> TrainState:
 
 
 def with_prior(settings: Settings, dataset: Dataset, params: Any) -> Any:
-    """The parameters with what the head knows of the training data; published ones as they are.
-
-    Raises:
-        ValueError: the head is for integers and the data are real values.
-    """
+    """The parameters with what the head knows of the training data; published ones as they are."""
     head = settings.head
     if head is None:
         return params
     batches, name = training_examples(dataset), settings.model.parameterization
-    if isinstance(head, Levels):
-        allowed = "'mixture' or 'whitened' for real-valued data"
-        require(dataset.levels is not None, "model.parameterization", name, allowed)
-    else:
+    if not isinstance(head, Levels):
         batches = _encoded(encoding(settings, dataset), batches)
     logger.info("the prior of model.parameterization=%r is taken from the training data", name)
     return params | {"prior": head.prior(dataset.shape, batches)}
+
+
+def check_head(settings: Settings, dataset: Dataset) -> None:
+    """Heads of integers need integers.
+
+    Raises:
+        ValueError: the data are real values.
+    """
+    fits = dataset.levels is not None or not isinstance(settings.head, Levels)
+    allowed = "'mixture' or 'whitened' for real-valued data"
+    require(fits, "model.parameterization", settings.model.parameterization, allowed)
 
 
 def _encoded(found: Encoding, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

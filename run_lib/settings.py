@@ -22,6 +22,7 @@ from parameterization import HEADS, PARAMETERIZATIONS, TIME_LABELS, Head
 from train_state import OptimizerConfig
 
 T = TypeVar("T")
+SAMPLED_BY_WEIGHT = ("importance", "velocity", "adaptive")
 DEQUANTIZATIONS = ("uniform", "variational", "tn")
 
 
@@ -254,7 +255,8 @@ class Settings:
         for name in sections:
             choose(dict.fromkeys(known), name, "config section")
         training = section(TrainingConfig, sections["training"], "training")
-        if training.importance_weighting and training.importance_smallest_time:
+        proposed = training.importance_weighting or training.time_law in SAMPLED_BY_WEIGHT
+        if proposed and training.importance_smallest_time:
             t_min = training.importance_smallest_time
             training = dataclasses.replace(training, smallest_time=t_min)
         data = section(DataConfig, sections["data"], "data")

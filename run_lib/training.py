@@ -47,6 +47,7 @@ def train(settings: Settings, workdir: Path) -> None:
 def check(settings: Settings, dataset: Dataset) -> None:
     """Build and trace what is needed late, so that its errors come before anything is written."""
     build.likelihood_tools(settings)
+    build.check_head(settings, dataset)
     if settings.eval.elbo:
         build.check_elbo(settings)
     model, sampler = build.score_model(settings), build.sampler(settings)
