@@ -119,7 +119,8 @@ class Levels:
 
     The network sees x/√(α² + σ²), of about unit size at every time for every SDE, and what the
     independent model says, p(level j | x_t,j) ∝ prior × noise: all probabilities up to 29 levels,
-    of more the mean and the probabilities of the lowest and the highest level.
+    of more the mean and the probabilities of the lowest and the highest level. There the noise is
+    at least h/8, at which the level is all but known.
 
     Attributes:
         levels: L.
@@ -172,9 +173,9 @@ class Levels:
     ) -> tuple[Batched, Outputs]:
         """(x/√(α² + σ²), what the posterior of the prior says): the input of the network."""
         y, tau = _noise(x, t, sde)
-        y, tau = jnp.clip(y, self.low, self.high), jnp.maximum(tau, 0.5 * self.width)
+        y, tau = jnp.clip(y, self.low, self.high), jnp.maximum(tau, 0.125 * self.width)
         m, _ = self.position(y, tau, self._every(y))
-        # Between −2 − ½ and 0, but for what the prior says: no maximum has to be found first.
+        # The nearest value is at most 4 τ away: without the maximum taken off nothing underflows.
         weight = jnp.exp(_spread_prior(arrays["prior"], m) - 0.5 * m**2)
         if self.levels <= SPAN:
             features = weight / jnp.sum(weight, axis=-1, keepdims=True)
