@@ -104,6 +104,8 @@ class UNet(nn.Module):
                 f"blocks is {self.blocks!r}; it needs a number for each of channels={self.channels}"
             )
         check_positive(patch=self.patch)
+        if self.embed_dim < 4:
+            raise ValueError(f"embed_dim is {self.embed_dim!r}; it must be at least 4")
         check_rate("dropout", self.dropout)
         if self.summary < 0:
             raise ValueError(f"summary is {self.summary!r}; it must be 0 (none) or a width")

@@ -232,7 +232,7 @@ def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeyp
 
     monkeypatch.setattr(Finite, "ordered_batch", counted)
     run_lib.evaluate(settings, trained, "a")
-    passes = math.ceil(1438 / 12)
+    passes = math.ceil(1438 / build.PRIOR_BATCH)
     assert reads.count(1438) == 2 * passes  # histogram, Gaussian; once for both checkpoints
     rows = Records(trained / "a").rows
     names = ["ODE", "bound", "uniform", "histogram", "Gaussian"]

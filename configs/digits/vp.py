@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config.training.update(snapshot_freq=1200, snapshot_freq_for_preemption=600)
     config.optim.update(lr=4e-3, warmup=100, schedule="cosine", weight_decay=1e-3)
     config.deq.update(n_iters=2000, filters=32, components=8, blocks=1)
-    config.eval.update(batch_size=360, num_repeats=1)
+    config.eval.update(batch_size=360, num_repeats=1, num_times=128)
     return config
