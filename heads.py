@@ -106,7 +106,7 @@ def _at(rows: Outputs, index: Int[Array, "b *d"]) -> Batched:
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """What `Cells` and `Atoms` share: L levels at equal distances, and the logits of their law.
+    """A head of L levels at equal distances: the logits of the law that `Cells` and `Atoms` share.
 
     Up to 29 levels the network gives all logits. Of more it gives `rank` features per coordinate,
     a and b: with a learned [rank, L] matrix that all coordinates share,
@@ -235,7 +235,7 @@ class Cells(Levels):
 
     @property
     def width(self) -> float:
-        """h."""
+        """The width h of a cell."""
         return (self.high - self.low) / self.levels
 
     def score(self, arrays: Arrays, net: Outputs, x: Batched, t: PerExample, sde: SDE) -> Batched:
@@ -311,7 +311,7 @@ class Atoms(Levels):
 
     @property
     def width(self) -> float:
-        """Distance of two values."""
+        """The distance of two values."""
         return (self.high - self.low) / (self.levels - 1)
 
     def score(self, arrays: Arrays, net: Outputs, x: Batched, t: PerExample, sde: SDE) -> Batched:

@@ -143,7 +143,10 @@ def noised_start(
 
 
 def gaussian_decoder(score_fn: ScoreFn, sde: SDE) -> DecoderFn:
-    """Of N((x_t + σ² s)/α, σ²/α² I): (x0, x_t, t) ↦ ½(‖z‖² − ‖σ s + z‖²), z = (x_t − α x0)/σ."""
+    """The log ratio of the decoder N((x_t + σ² s)/α, σ²/α² I), in nats.
+
+    (x0, x_t, t) ↦ ½(‖z‖² − ‖σ s + z‖²) with z = (x_t − α x0)/σ.
+    """
 
     def log_ratio(x0: Batched, x: Batched, t: PerExample) -> PerExample:
         score = scale(sde.sigma(t), score_fn(x, t))

@@ -1,6 +1,6 @@
 """ODE log-likelihood of a trained run: the published way against every solver here, in bits/dim.
 
-    python -m benchmarks.likelihood --workdir=runs/digits_vp [--config=configs/digits/vp.py]
+    python -m benchmarks.likelihood --workdir=runs/digits_velocity [--config=configs/digits/velocity.py]
         [--set data.path=mnist.npz] [--images=64] [--rounds=5] [--only=tsit5]
 
 "published" is the way of the published codes: SciPy's RK45 on the host in float64, rtol = atol =
@@ -189,7 +189,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--config", default="configs/digits/vp.py")
+    parser.add_argument("--config", default="configs/digits/velocity.py")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
