@@ -11,9 +11,9 @@ components of known shape. The score follows with π and c held fixed:
     σ s_j = Σ_k p_k u_k,   p = softmax_k(log π_k + ℓ_k),   ℓ_k = log ∫ c_k(v) N(y_j; v, τ²) dv,
     u_k = τ ∂ℓ_k/∂y
 
-| head  | data                               | c_k            | ℓ_k                              |
-| cells | integers with noise in their cells | U[e_k, e_k+h]  | log(Φ(e_k+h−y)/τ − Φ(e_k−y)/τ)   |
-| atoms | integers as they are               | δ(value k)     | −(value k − y)²/(2τ²)            |
+| head  | data                               | c_k           | ℓ_k                                 |
+| cells | integers with noise in their cells | U[e_k, e_k+h] | log(Φ((e_k+h−y)/τ) − Φ((e_k−y)/τ))  |
+| atoms | integers as they are               | δ(value k)    | −(value k − y)²/(2τ²)               |
 
 `real_heads` has those of real values. At the zero start of the network r_j is the marginal law of
 the training data, the `prior` (from `marginals`): the model starts as the independent model of the
