@@ -15,8 +15,7 @@ help:
 	@sed -n 's/^# //p' Makefile
 
 demo: $(VENV)/.installed
-	$(DEMO) --mode=train
-	$(DEMO) --mode=eval
+	$(DEMO) --mode=train,eval
 
 install: $(VENV)/.installed
 
