@@ -54,7 +54,7 @@ def likelihood_weight(t: PerExample, sde: SDE) -> PerExample:
 
 @dataclasses.dataclass(frozen=True)
 class TimeLaw:
-    """How times are drawn and weighted: a proposal, its uniforms, and the weight w(t)."""
+    """A law of times: a proposal draws them from its uniforms, w(t) weights them."""
 
     proposal: Proposal
     weight: Callable[[PerExample, SDE], PerExample]

@@ -21,7 +21,7 @@ MAX_COVARIANCE = 4000  # dimensions with a full covariance
 
 
 def counts(batches: Iterable[np.ndarray], levels: int) -> np.ndarray:
-    """How often each coordinate has each level, int64 [*d, levels].
+    """Count how often each coordinate has each level, int64 [*d, levels].
 
     Args:
         batches: integers 0, …, levels − 1, arrays [b, *d].

@@ -4,7 +4,7 @@ Paper: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix B, whose n
 of 128 channels and whose bound is 2.65 bits/dim after 10 M steps of 128.
 Command: python main.py --config=configs/cifar10/sharp.py --workdir=runs/cifar10_sharp
          --mode=train,eval
-Days on eight GPUs. Expected: not reproduced here.
+For eight GPUs; not run, its hours are not known. Expected: not reproduced here.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """64 residual blocks of 128 channels at 32×32 (19 M parameters)."""
+    """64 residual blocks of 128 channels at 32×32 (about 20 M parameters)."""
     config = base.get_config()
     config.data.update(dataset="cifar10", image_size=32, num_channels=3)
     config.model.update(name="unet", parameterization="cells", time_label="log_snr")

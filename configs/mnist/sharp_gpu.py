@@ -2,7 +2,7 @@
 
 Command: python main.py --config=configs/mnist/sharp_gpu.py --workdir=runs/mnist_sharp_gpu
          --mode=train,eval --config.data.path=mnist.npz
-About an hour on an H100 (an estimate from the flops of a step). Expected: not reproduced here.
+For one GPU; it has not been run on one. Expected: not reproduced here.
 """
 
 from ml_collections import ConfigDict
