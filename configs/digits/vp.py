@@ -2,8 +2,9 @@
 
 Command: make demo
 Width, rate, batch size and `summary` were chosen by the bound of 288 validation images out of the
-training split: --config.data.num_validation=288 --config.eval.dataset=validation. Dropout and weight
-decay are those of an earlier trial that looked at test images; the steps are what four minutes allow.
+training split: --config.data.num_validation=288 --config.eval.dataset=validation. Dropout and
+weight decay are those of an earlier trial that looked at test images; the number of steps is what
+four minutes allow.
 """
 
 from ml_collections import ConfigDict
