@@ -24,7 +24,8 @@ from ml_collections import config_flags
 import run_lib
 from checkpoints import LostProcessError
 from run_lib import distributed, folder, interruption, memory, parallel
-from run_lib.settings import Settings, choose
+from run_lib.experiment import Experiment
+from run_lib.settings import choose
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
@@ -52,15 +53,19 @@ flags.mark_flags_as_required(["config", "workdir", "mode"])
 
 MODES = {
     "train": run_lib.train,
-    "train_deq": lambda settings, workdir: run_lib.train_dequantizer(
-        settings, workdir, FLAGS.deq_folder
+    "train_deq": lambda experiment, workdir: run_lib.train_dequantizer(
+        experiment, workdir, FLAGS.deq_folder
     ),
-    "eval": lambda settings, workdir: run_lib.evaluate(
-        settings, workdir, FLAGS.eval_folder, FLAGS.deq_folder
+    "eval": lambda experiment, workdir: run_lib.evaluate(
+        experiment, workdir, FLAGS.eval_folder, FLAGS.deq_folder
     ),
-    "import": lambda settings, workdir: run_lib.import_given(settings, workdir, FLAGS.deq_folder),
-    "fid_stats": lambda settings, workdir: run_lib.fid_stats(settings),
-    "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
+    "import": lambda experiment, workdir: run_lib.import_given(
+        experiment, workdir, FLAGS.deq_folder
+    ),
+    "fid_stats": lambda experiment, workdir: run_lib.fid_stats(experiment),
+    "diagnose": lambda experiment, workdir: run_lib.diagnose(
+        experiment, workdir, FLAGS.eval_folder
+    ),
 }
 OF_ONE_PROCESS = ("import", "diagnose")
 EXIT_USER_ERROR = 2
@@ -104,12 +109,12 @@ def _run() -> None:
     for mode in set(modes) & set(OF_ONE_PROCESS) if jax.process_count() > 1 else ():
         raise ValueError(f"--mode={mode} runs in one process: start it once, without --coordinator")
     _keep_compiled(workdir)
-    settings = Settings.from_config(FLAGS.config)
+    experiment = Experiment.from_config(FLAGS.config)
     if modes[0] in ("eval", "diagnose", "train_deq") and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
     _log_start(workdir, modes)
     for mode in modes:
-        MODES[mode](settings, workdir)
+        MODES[mode](experiment, workdir)
         memory.release()
 
 

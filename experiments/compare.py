@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 import plotting
 import run_lib
 from run_lib import comparison, folder, report
+from run_lib.experiment import Experiment
 from run_lib.settings import Settings, choose, require
 
 logger = logging.getLogger("fokker")
@@ -75,16 +76,17 @@ def load(path: str, settings: list[str]) -> ConfigDict:
 def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[str, float]:
     """Train, evaluate and diagnose one config with one seed; what its folder then says."""
     config.seed = seed
-    settings = Settings.from_config(config)
+    experiment = Experiment.from_config(config)
+    settings = experiment.settings
     _same_training(settings, workdir)
     folder.log_to(workdir)
     rows = workdir / "eval" / f"diagnosis_{settings.training.n_iters}.jsonl"
     if "train" in modes:
-        run_lib.train(settings, workdir)
+        run_lib.train(experiment, workdir)
     if "eval" in modes:
-        run_lib.evaluate(settings, workdir, "eval")
+        run_lib.evaluate(experiment, workdir, "eval")
     if "diagnose" in modes and not rows.exists():
-        run_lib.diagnose(settings, workdir, "eval")
+        run_lib.diagnose(experiment, workdir, "eval")
     jax.clear_caches()
     return evaluated(settings, workdir) | (diagnosed(rows) if "diagnose" in modes else {})
 

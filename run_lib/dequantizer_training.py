@@ -12,23 +12,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import datasets
 import flow_importer
 import train_state
 from checkpoints import Checkpoints
 from likelihood import dequantizer_loss
 from losses import mean_loss
-from run_lib import build, folder, loading, parallel, training
-from run_lib.settings import Settings, require
+from run_lib import folder, loading, parallel, training
+from run_lib.experiment import Experiment
+from run_lib.settings import require
 from run_lib.trainer import HeldOut, Task, Trainer
-from streams import Dataset
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
 INIT_IMAGES = 128  # of the batch that scales and biases start from
 
 
-def train_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> None:
+def train_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) -> None:
     """Train to `deq.n_iters` steps against the latest checkpoint of the score network, frozen.
 
     A training that goes on keeps the checkpoint that it began with.
@@ -37,19 +36,19 @@ def train_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> Non
         ValueError: there is no such checkpoint, or a config field or the data are not usable.
         FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
     """
+    settings = experiment.settings
     parallel.check_training_batch(settings.training)
     target = _folder(workdir, deq_folder)
     ignore = ("eval", "sampling", "optim", "deq")
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
     score_step = _score_step(workdir, target)
-    dataset = datasets.load(settings.data)
-    build.dequantizer(settings, dataset)
+    experiment.dequantizer  # noqa: B018 (data that can have none are refused)
     folder.reconcile(target, settings.resolved(), ignore=("eval", "sampling", "training"))
-    score_params = loading.load_parameters(settings, dataset, workdir, score_step)
+    score_params = loading.load_parameters(experiment, workdir, score_step)
     with folder.alone(target):
         checkpoints = Checkpoints(target, keep_every=settings.training.snapshot_freq)
-        state, task = _start(settings, dataset, checkpoints), _task(settings, dataset, score_params)
-        trainer = Trainer(settings, dataset, task, state, checkpoints)
+        state, task = _start(experiment, checkpoints), _task(experiment, score_params)
+        trainer = Trainer(experiment, task, state, checkpoints)
         folder.write_json(target / "config.json", settings.resolved())
         folder.write_json(target / "versions.json", folder.versions() | {"score_step": score_step})
         trainer.run()
@@ -78,12 +77,13 @@ def _folder(workdir: Path, deq_folder: str) -> Path:
     return workdir / folder.plain_name(deq_folder, "--deq_folder", taken=("eval",))
 
 
-def _task(settings: Settings, dataset: Dataset, score_params: Any) -> Task:
+def _task(experiment: Experiment, score_params: Any) -> Task:
     """The bound in bits/dim under the noise of the flow."""
+    settings = experiment.settings
     per_example = dequantizer_loss(
-        build.dequantizer(settings, dataset),
-        build.score_model(settings),
-        build.likelihood_tools(settings).proposal,
+        experiment.dequantizer,
+        experiment.model,
+        experiment.proposal,
         num_times=settings.deq.num_times,
     )
     return Task(
@@ -93,71 +93,72 @@ def _task(settings: Settings, dataset: Dataset, score_params: Any) -> Task:
         ema_rate=settings.deq.ema_rate,
         loss_fn=mean_loss(per_example),
         frozen=(score_params,),
-        held_out=HeldOut(per_example, settings, dataset, (score_params,)),
+        held_out=HeldOut(per_example, experiment, (score_params,)),
         snapshot=lambda ema_params, step: None,
     )
 
 
-def _start(settings: Settings, dataset: Dataset, checkpoints: Checkpoints) -> TrainState:
+def _start(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     """The latest checkpoint, else `deq.init_from`, else a fresh state."""
-    steps = checkpoints.steps()
-    if steps:
-        return checkpoints.restore_latest(_shapes(settings, dataset.shape))
+    settings = experiment.settings
+    if checkpoints.steps():
+        return checkpoints.restore_latest(_state_like(experiment))
     if settings.deq.init_from:
-        state = given_state(settings, dataset.shape)
+        state = given_state(experiment)
         allowed = f"more than the {int(state.step)} steps of deq.init_from"
         require(
             int(state.step) < settings.deq.n_iters, "deq.n_iters", settings.deq.n_iters, allowed
         )
         return state
-    batches = dataset.train_batches(batch_size=INIT_IMAGES, seed=settings.seed, first_step=0)
+    batches = experiment.dataset.train_batches(
+        batch_size=INIT_IMAGES, seed=settings.seed, first_step=0
+    )
     image = jnp.asarray(next(batches)["image"])
-    params = build.dequantizer(settings, dataset).init(build.keys(settings)["dequantizer"], image)
+    params = experiment.dequantizer.init(experiment.keys["dequantizer"], image)
     return train_state.create(params, settings.optim.chain(settings.deq.n_iters))
 
 
-def _shapes(settings: Settings, shape: tuple[int, ...]) -> TrainState:
-    """Shapes of the state."""
+def _state_like(experiment: Experiment) -> TrainState:
+    """Shapes and dtypes of the state."""
+    settings = experiment.settings
 
     def fresh() -> TrainState:
-        image = jnp.zeros((1, *shape), jnp.float32)
+        image = jnp.zeros((1, *experiment.shape), jnp.float32)
         params = settings.deq.flow.init(jax.random.key(0), image, image)["params"]
         return train_state.create(params, settings.optim.chain(settings.deq.n_iters))
 
     return jax.eval_shape(fresh)
 
 
-def given_state(settings: Settings, shape: tuple[int, ...]) -> TrainState:
+def given_state(experiment: Experiment) -> TrainState:
     """The state of a published dequantiser, `deq.init_from`."""
-    source = Path(settings.deq.init_from).expanduser()
-    state = flow_importer.load(source, _shapes(settings, shape))
+    source = Path(experiment.settings.deq.init_from).expanduser()
+    state = flow_importer.load(source, _state_like(experiment))
     logger.info("starting from %s, step %d", source, int(state.step))
     return state
 
 
-def import_given(settings: Settings, workdir: Path, deq_folder: str) -> None:
+def import_given(experiment: Experiment, workdir: Path, deq_folder: str) -> None:
     """Write `deq.init_from` and `training.init_from`, those that are given, as checkpoints here.
 
     Raises:
         ValueError: none is given, one cannot be read or does not fit, or a folder has checkpoints.
     """
-    target = _folder(workdir, deq_folder)
+    settings, target = experiment.settings, _folder(workdir, deq_folder)
     if settings.deq.init_from:
-        state = given_state(settings, training.shape_of(settings))
+        state = given_state(experiment)
         folder.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)
     if settings.training.init_from or not settings.deq.init_from:
-        training.import_checkpoint(settings, workdir)
+        training.import_checkpoint(experiment, workdir)
 
 
-def load_dequantizer(
-    settings: Settings, dataset: Dataset, workdir: Path, deq_folder: str
-) -> tuple[Any, str]:
+def load_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) -> tuple[Any, str]:
     """(moving average of the latest checkpoint, its name for the protocol).
 
     Raises:
         ValueError: there is none.
     """
-    build.dequantizer(settings, dataset)  # data that can have none are refused first
+    experiment.dequantizer  # noqa: B018 (data that can have none are refused)
     target = _folder(workdir, deq_folder)
     steps = loading.steps_in(target)
     if not steps:
@@ -167,12 +168,12 @@ def load_dequantizer(
         )
     folder.reconcile(
         target,
-        settings.resolved(),
+        experiment.settings.resolved(),
         ignore=("eval", "sampling", "training", "optim", "data.num_train"),
     )
     checkpoints = Checkpoints(target)
     try:
-        state = checkpoints.read_latest(_shapes(settings, dataset.shape))
+        state = checkpoints.read_latest(_state_like(experiment))
     finally:
         checkpoints.close()
     found = state.ema_params

@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import datasets
 from checkpoints import Checkpoints
-from run_lib import build, folder, parallel
+from run_lib import folder, parallel
+from run_lib.experiment import Experiment
 from run_lib.settings import Settings, require
-from streams import Dataset
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
@@ -20,22 +17,22 @@ POLL_S = 5.0
 
 
 def checkpoints_of(
-    settings: Settings, workdir: Path, eval_folder: str
-) -> Iterator[tuple[int, Dataset, Any, Path]]:
-    """(step, data, moving average of the parameters, folder of results) of every checkpoint.
+    experiment: Experiment, workdir: Path, eval_folder: str
+) -> Iterator[tuple[int, Any, Path]]:
+    """(step, moving average of the parameters, folder of results) of every checkpoint.
 
     The folder is this process's alone until the last one is done.
 
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
+    settings, dataset = experiment.settings, experiment.dataset
     folder.plain_name(eval_folder, "--eval_folder")
     steps = checkpoint_steps(settings, workdir)
     ignore = ("eval", "sampling", "optim", "deq", "data.num_train")
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
     folder.same_examples(workdir / eval_folder, settings.resolved())
     parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
-    dataset = datasets.load(settings.data)
     require(
         settings.eval.dataset in dataset.splits,
         "eval.dataset",
@@ -46,8 +43,8 @@ def checkpoints_of(
     with folder.alone(target):
         folder.write_json(target / "config.json", settings.resolved())
         for wanted in steps or [None]:
-            state = load_state(settings, dataset, workdir, wanted)
-            yield int(state.step), dataset, state.ema_params, target
+            state = load_state(experiment, workdir, wanted)
+            yield int(state.step), state.ema_params, target
 
 
 def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:
@@ -103,21 +100,16 @@ def _missing(settings: Settings, workdir: Path, available: list[int]) -> str:
     )
 
 
-def load_state(settings: Settings, dataset: Dataset, workdir: Path, step: int | None) -> TrainState:
+def load_state(experiment: Experiment, workdir: Path, step: int | None) -> TrainState:
     """The score network at a checkpoint; None: at the latest that can be read."""
-    model = build.score_model(settings)
-
-    def fresh() -> TrainState:
-        return build.train_state(settings, model.init(jax.random.key(0), dataset.shape))
-
     checkpoints = Checkpoints(workdir)
     try:
-        like = jax.eval_shape(fresh)
+        like = experiment.state_like()
         return checkpoints.read_latest(like) if step is None else checkpoints.restore(step, like)
     finally:
         checkpoints.close()
 
 
-def load_parameters(settings: Settings, dataset: Dataset, workdir: Path, step: int) -> Any:
+def load_parameters(experiment: Experiment, workdir: Path, step: int) -> Any:
     """The moving average of the score network's parameters at a checkpoint."""
-    return load_state(settings, dataset, workdir, step).ema_params
+    return load_state(experiment, workdir, step).ema_params

@@ -12,11 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from run_lib.build import AXIS_NAME
 from run_lib.settings import TrainingConfig
 from streams import Host
 
 PyTree = Any
+AXIS_NAME = "batch"
 
 
 def host() -> Host:

@@ -18,9 +18,8 @@ import numpy as np
 
 import npz_files
 from operators import fold_in_each
-from run_lib import build, folder, parallel
-from run_lib.settings import Settings
-from streams import Dataset
+from run_lib import folder, parallel
+from run_lib.experiment import Experiment
 
 logger = logging.getLogger("fokker")
 Samples = tuple[np.ndarray, np.ndarray]  # uint8 images or real points; evaluations of each
@@ -34,24 +33,21 @@ class Generator:
     over the batch.
     """
 
-    settings: Settings
-    dataset: Dataset
+    experiment: Experiment
     key: jax.Array
     batch_size: int
 
     def __post_init__(self) -> None:
-        sampler = build.sampler(self.settings)
-        model = build.score_model(
-            self.settings, on_levels=self.settings.sampling.method == "pc"
-        )  # fmt: skip
+        sampler, model = self.experiment.sampler, self.experiment.sampled_model
+        shape = self.experiment.dataset.shape
 
         def generate(params: Any, key: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-            like = jnp.zeros((ids.shape[0], *self.dataset.shape), jnp.float32)
+            like = jnp.zeros((ids.shape[0], *shape), jnp.float32)
             samples = sampler(model.score(params), model.sde, fold_in_each(key, ids), like)
             return samples.x, samples.nfe
 
         self._mapped = parallel.map_over_devices(generate, in_axes=(None, None, 0), out_axes=0)
-        self._encoding = build.encoding(self.settings, self.dataset)
+        self._encoding = self.experiment.encoding
 
     def __call__(self, params: Any, number: int) -> np.ndarray:
         """Samples 0, …, number − 1; raises as `batch` does."""
@@ -105,24 +101,24 @@ def shards(where: Path) -> list[Shard]:
     return sorted(shard for shard in found if npz_files.is_whole(shard.path))
 
 
-def sampling_protocol(settings: Settings) -> str:
+def sampling_protocol(experiment: Experiment) -> str:
     """What fixes the law of the samples, beside the network."""
-    fields = dataclasses.asdict(build.sampler(settings))
+    fields = dataclasses.asdict(experiment.sampler)
     fields |= fields.pop("solver", {})
-    words = [settings.sampling.method, fields.pop("name", "")]
+    words = [experiment.settings.sampling.method, fields.pop("name", "")]
     words += ["denoised" if fields.pop("noise_removal") else "not denoised"]
     fields.pop("axis_name", None)
     words += [f"{name} {value}" for name, value in fields.items()]
     return ", ".join(filter(None, words))
 
 
-def check_samples(settings: Settings, where: Path) -> None:
+def check_samples(experiment: Experiment, where: Path) -> None:
     """Refuse to add to samples of another sampler or seed.
 
     Raises:
         ValueError: the folder has such samples.
     """
-    path, now = where / "protocol.json", _identity(settings)
+    path, now = where / "protocol.json", _identity(experiment)
     if not shards(where) or not path.exists():
         return
     then = json.loads(path.read_text(encoding="utf-8"))
@@ -133,16 +129,16 @@ def check_samples(settings: Settings, where: Path) -> None:
         )
 
 
-def _identity(settings: Settings) -> dict[str, Any]:
-    return {"sampler": sampling_protocol(settings), "seed": settings.seed}
+def _identity(experiment: Experiment) -> dict[str, Any]:
+    return {"sampler": sampling_protocol(experiment), "seed": experiment.settings.seed}
 
 
 def draw(generate: Generator, params: Any, where: Path, number: int) -> None:
     """Draw the samples among 0, …, number − 1 that no shard holds, each batch saved as it comes."""
-    check_samples(generate.settings, where)
+    check_samples(generate.experiment, where)
     host = parallel.host()
     if parallel.is_first():
-        folder.write_json(where / "protocol.json", _identity(generate.settings))
+        folder.write_json(where / "protocol.json", _identity(generate.experiment))
     missing = parallel.of_first_process(_missing(where, number))
     size = whole_batch(generate.batch_size, number, jax.device_count())
     for first, end in _ranges(missing, size):

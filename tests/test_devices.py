@@ -13,7 +13,7 @@ import run_lib
 from checkpoints import Checkpoints
 from records import Records
 from run_lib import distributed, folder, parallel, sampling_loop
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from run_lib.trainer import Progress
 from tests import tiny
 from tests.processes import ROOT, finish, free_port, start, start_together
@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path: Path) -> None:
     config.training.update(stratified=True, n_iters=last)
     assert jax.device_count() == 4
     for name in ("moved", "alone"):
-        run_lib.train(Settings.from_config(config), tmp_path / name)
+        run_lib.train(Experiment.from_config(config), tmp_path / name)
     moved, alone = (metrics(tmp_path / name) for name in ("moved", "alone"))
     assert [(r["step"], r["split"]) for r in moved if r["split"] == "train"] == [
         (step, "train") for step in range(5, last + 1, 5)
