@@ -266,7 +266,7 @@ def test_tails_of_boxes_are_accurate_to_rounding(dtype):
     np.testing.assert_allclose(log_p, log_ndtr(-a) - np.log(2.0), rtol=4 * eps)
     np.testing.assert_allclose(t * score, -sign * hazard, rtol=16 * eps)
     # The oracle r − a ≈ 1/a loses digits itself: 1e-16 a² of them.
-    np.testing.assert_allclose(t**2 * slope, -hazard * (hazard - a), rtol=64 * eps, atol=1e-7)
+    np.testing.assert_allclose(t**2 * slope, -hazard * (hazard - a), rtol=100 * eps, atol=1e-7)
 
 
 def test_float32_keeps_three_derivatives_where_two_distant_boxes_compete():
