@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 import json_lines
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, whole_steps
 from json_lines import is_count, is_number
 from run_lib import parallel
 from train_state import TrainState
@@ -76,7 +76,7 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
         ValueError: a field differs that would corrupt the run; names all of them.
     """
     path = workdir / "config.json"
-    if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+    if not path.exists() or not whole_steps(workdir):
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = differences(before, json.loads(json.dumps(config)))
@@ -199,20 +199,23 @@ def write_import(
     """A state from elsewhere as the only checkpoint of a run folder.
 
     Raises:
-        ValueError: the folder has other checkpoints.
+        ValueError: the folder has other checkpoints, or another process is at it.
     """
-    there = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
-    if there == [str(int(state.step))]:
-        logger.info("%s holds step %s already", workdir, there[0])
-        return
-    if there:
+    step, there = int(state.step), whole_steps(workdir)
+    if there not in ([], [step]):
         raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
-    write_json(workdir / "config.json", config)
-    write_json(workdir / "versions.json", versions())
-    checkpoints = Checkpoints(workdir, keep_every=snapshot_freq)
-    checkpoints.save(state)
-    checkpoints.close()
-    logger.info("wrote %s", checkpoints.directory / str(int(state.step)))
+    with alone(workdir), closing(Checkpoints(workdir, keep_every=snapshot_freq)) as checkpoints:
+        if there and not checkpoints.holds(state):
+            raise ValueError(
+                f"{workdir / 'checkpoints' / str(step)} holds other numbers: use another --workdir"
+            )
+        if there:
+            logger.info("%s holds step %d already", workdir, step)
+            return
+        write_json(workdir / "config.json", config)
+        write_json(workdir / "versions.json", versions())
+        checkpoints.save(state)
+    logger.info("wrote %s", checkpoints.directory / str(step))
 
 
 def versions() -> dict[str, str]:
