@@ -128,7 +128,7 @@ def test_means_errors_and_sums_are_those_of_the_rows(run: tuple) -> None:
 
 def test_edges_go_from_the_noise_at_t_min_to_that_at_the_end(run: tuple) -> None:
     config, workdir = run
-    sde = Experiment.from_config(config).sde
+    sde = Experiment.from_config(config).settings.sde
     ends = 0.5 * np.log(noise_to_signal(sde, jnp.asarray([1e-5, 1.0])))
     for parts in read(workdir / "eval"):
         edges = parts["edges"]

@@ -278,7 +278,7 @@ def test_an_import_that_was_killed_is_done_again(tmp_path: Path) -> None:
     """What was half written is no checkpoint, for whatever asks for one."""
     s = experiment()
     state = s.train_state(s.initial_parameters())
-    folder.write_json(tmp_path / "config.json", experiment(sde="subvpsde").resolved())
+    folder.write_json(tmp_path / "config.json", experiment(sde="subvpsde").settings.resolved())
     (tmp_path / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)
     folder.reconcile(tmp_path, s.settings.resolved())
     for _ in range(2):

@@ -500,7 +500,7 @@ def test_changed_fields_are_refused_by_name_and_harmless_ones_are_not(trained: P
 
 def test_a_folder_from_before_a_field_existed_goes_on_and_levels_are_fixed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    config = Experiment.from_config(tiny.config()).resolved()
+    config = Experiment.from_config(tiny.config()).settings.resolved()
     older = json.loads(json.dumps(config))
     del older["model"]["dropout"], older["data"]["logit"]
     folder.write_json(tmp_path / "config.json", older)
