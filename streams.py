@@ -9,11 +9,15 @@ the batches it would have seen. Toy sets can also be fresh samples for ever.
 
 import collections
 import dataclasses
+import hashlib
 import itertools
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -23,8 +27,12 @@ from toy_data import Law
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
 Shape = tuple[int, ...]
+Origin = str | tuple[Path, ...]  # a description, or files
 T = TypeVar("T")
 Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, *shape]
+DIGITS = 16  # of a digest, hexadecimal
+READ_BYTES = 2**30  # of files that are known by their content; larger ones by size and time
+logger = logging.getLogger("fokker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +69,28 @@ class Finite:
     """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them.
 
     `labels` are their classes 0, 1, …, int [size], where they are known; no model sees them.
+    `origin` says what examples are known by that are not in memory: a description of generated
+    ones, the files of others. It is "" for those in memory.
     """
 
     size: int
     examples: Examples
     flip: bool = False
     labels: np.ndarray | None = None
+    origin: Origin = ""
+
+    def digest(self) -> str:
+        """Hexadecimal digits that differ where size, examples or labels differ."""
+        found = hashlib.sha256(f"{self.size}".encode())
+        if not self.origin:
+            for first in range(0, self.size, 1000):
+                ids = np.arange(first, min(first + 1000, self.size))
+                found.update(np.ascontiguousarray(self.examples(ids)))
+        else:
+            found.update(_digest_of_origin(self.origin).encode())
+        if self.labels is not None:
+            found.update(np.ascontiguousarray(self.labels, np.int64))
+        return found.hexdigest()[:DIGITS]
 
     def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
         """Rows `part` of batch `step` of the shuffled, endless stream."""
@@ -96,6 +120,11 @@ class Fresh:
 
     sampler: Sampler
     size: None = None
+    origin: str = ""
+
+    def digest(self) -> str:
+        """Hexadecimal digits of the description."""
+        return hashlib.sha256(f"endless {self.origin}".encode()).hexdigest()[:DIGITS]
 
     def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
         """Rows `part` of batch `step`; every host draws the whole batch."""
@@ -103,6 +132,28 @@ class Fresh:
         number = step * batch_size + np.arange(batch_size)[part]
         index = (number % 2**31).astype(np.int32)  # stays an int32 that cannot be taken for padding
         return {"image": image, "index": index, "mask": np.ones(len(index), bool)}
+
+
+def _digest_of_origin(origin: Origin) -> str:
+    """Of a description; of files by their paths below a common folder, and by their content.
+
+    Where there are too many bytes to read at every start, size and time of change stand for the
+    content.
+    """
+    if isinstance(origin, str):
+        return hashlib.sha256(origin.encode()).hexdigest()
+    found, root = hashlib.sha256(), os.path.commonpath([path.parent for path in origin])
+    stats = [path.stat() for path in origin]
+    total = sum(stat.st_size for stat in stats)
+    if total > READ_BYTES:
+        logger.info("%.1f GB below %s are known by path, size and time", total / 1e9, root)
+    for path, stat in zip(origin, stats, strict=True):
+        found.update(f"{os.path.relpath(path, root)} {stat.st_size} ".encode())
+        if total > READ_BYTES:
+            found.update(f"{int(stat.st_mtime)}".encode())
+        else:
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -135,6 +186,18 @@ class Dataset:
     test: Finite
     law: Law | None = None
     validation: Finite | None = None
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Hexadecimal digits of each split that differ where anything in it differs.
+
+        They depend on shape, kind of values, examples and labels, not on where the data are.
+        """
+        kind = f"{self.shape} {self.levels} "
+        return {
+            name: hashlib.sha256((kind + split.digest()).encode()).hexdigest()[:DIGITS]
+            for name, split in self.splits.items()
+        }
 
     @property
     def held_out(self) -> str:

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 import plotting
 import run_lib
-from run_lib import comparison, folder, report
+from run_lib import comparison, folder, identities, report
 from run_lib.experiment import Experiment
 from run_lib.settings import Settings, choose, require
 
@@ -85,10 +85,19 @@ def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[
         run_lib.train(experiment, workdir)
     if "eval" in modes:
         run_lib.evaluate(experiment, workdir, "eval")
-    if "diagnose" in modes and not rows.exists():
+    if "diagnose" in modes and not _is_diagnosed(rows):
         run_lib.diagnose(experiment, workdir, "eval")
     jax.clear_caches()
     return evaluated(settings, workdir) | (diagnosed(rows) if "diagnose" in modes else {})
+
+
+def _is_diagnosed(path: Path) -> bool:
+    """Whether there are rows of a diagnosis of the checkpoint that is there now."""
+    if not path.exists():
+        return False
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    named = [row for row in rows if "identity" in row]
+    return bool(named) and identities.reported(path.parent, named) == rows
 
 
 def _same_training(settings: Settings, workdir: Path) -> None:

@@ -3,7 +3,7 @@
 `<workdir>/<deq_folder>/` is a run folder like any other: config.json, checkpoints/, metrics.jsonl.
 """
 
-import hashlib
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import checkpoints
 import flow_importer
 import train_state
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, whole_steps
 from likelihood import dequantizer_loss
 from losses import mean_loss
-from run_lib import folder, loading, parallel, training
+from run_lib import folder, identities, loading, parallel, training
 from run_lib.experiment import Experiment
 from run_lib.settings import require
 from run_lib.trainer import HeldOut, Task, Trainer
@@ -45,12 +46,16 @@ def train_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) ->
     experiment.dequantizer  # noqa: B018 (data that can have none are refused)
     folder.reconcile(target, settings.resolved(), ignore=("eval", "sampling", "training"))
     score_params = loading.load_parameters(experiment, workdir, score_step)
+    score = {"score_step": score_step, "score_parameters": checkpoints.digest(score_params)}
+    _check_same_score(target, score)
+    identities.claim(experiment, workdir)
     with folder.alone(target):
-        checkpoints = Checkpoints(target, keep_every=settings.training.snapshot_freq)
-        state, task = _start(experiment, checkpoints), _task(experiment, score_params)
-        trainer = Trainer(experiment, task, state, checkpoints)
+        identities.claim(experiment, target)
+        kept = Checkpoints(target, keep_every=settings.training.snapshot_freq)
+        state, task = _start(experiment, kept), _task(experiment, score_params)
+        trainer = Trainer(experiment, task, state, kept)
         folder.write_json(target / "config.json", settings.resolved())
-        folder.write_json(target / "versions.json", folder.versions() | {"score_step": score_step})
+        folder.write_json(target / "versions.json", folder.versions() | score)
         trainer.run()
 
 
@@ -60,17 +65,38 @@ def _score_step(workdir: Path, target: Path) -> int:
     Raises:
         ValueError: there is none.
     """
-    steps, path = loading.steps_in(workdir), target / "versions.json"
+    steps = loading.steps_in(workdir)
     if not steps:
         raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}: run --mode=train first")
-    begun = path.exists() and loading.steps_in(target)
-    before = json.loads(path.read_text(encoding="utf-8")).get("score_step") if begun else None
+    before = _begun_with(target).get("score_step")
     if before not in (None, *steps):
         logger.warning(
             "the dequantiser in %s began with step %d of the score network, which is gone; it goes "
             "on with step %d", target, before, steps[-1],
         )  # fmt: skip
     return before if before in steps else steps[-1]
+
+
+def _begun_with(target: Path) -> dict[str, Any]:
+    """versions.json of a training of the dequantiser that has a checkpoint."""
+    path = target / "versions.json"
+    begun = path.exists() and whole_steps(target)
+    return json.loads(path.read_text(encoding="utf-8")) if begun else {}
+
+
+def _check_same_score(target: Path, score: dict[str, Any]) -> None:
+    """Refuse to go on against other parameters of the same step.
+
+    Raises:
+        ValueError: says both digests.
+    """
+    before = _begun_with(target)
+    then, now = before.get("score_parameters"), score["score_parameters"]
+    if before.get("score_step") == score["score_step"] and then not in (None, now):
+        raise ValueError(
+            f"the dequantiser in {target} began with other parameters of the score network at step "
+            f"{score['score_step']}: {then} then, {now} now. Use another --deq_folder"
+        )
 
 
 def _folder(workdir: Path, deq_folder: str) -> Path:
@@ -98,11 +124,11 @@ def _task(experiment: Experiment, score_params: Any) -> Task:
     )
 
 
-def _start(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+def _start(experiment: Experiment, kept: Checkpoints) -> TrainState:
     """The latest checkpoint, else `deq.init_from`, else a fresh state."""
     settings = experiment.settings
-    if checkpoints.steps():
-        return checkpoints.restore_latest(_state_like(experiment))
+    if kept.steps():
+        return kept.restore_latest(_state_like(experiment))
     if settings.deq.init_from:
         state = given_state(experiment)
         allowed = f"more than the {int(state.step)} steps of deq.init_from"
@@ -147,6 +173,7 @@ def import_given(experiment: Experiment, workdir: Path, deq_folder: str) -> None
     settings, target = experiment.settings, _folder(workdir, deq_folder)
     if settings.deq.init_from:
         state = given_state(experiment)
+        identities.claim_import(target)
         folder.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)
     if settings.training.init_from or not settings.deq.init_from:
         training.import_checkpoint(experiment, workdir)
@@ -171,16 +198,7 @@ def load_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) -> 
         experiment.settings.resolved(),
         ignore=("eval", "sampling", "training", "optim", "data.num_train"),
     )
-    checkpoints = Checkpoints(target)
-    try:
-        state = checkpoints.read_latest(_state_like(experiment))
-    finally:
-        checkpoints.close()
+    with contextlib.closing(Checkpoints(target)) as kept:
+        state = kept.read_latest(_state_like(experiment))
     found = state.ema_params
-    return found, f"{deq_folder} step {int(state.step)} {_fingerprint(found)}"
-
-
-def _fingerprint(params: Any) -> str:
-    """Six hexadecimal digits of the numbers: another training with as many steps shows."""
-    leaves = jax.device_get(jax.tree.leaves(params))
-    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()[:6]
+    return found, f"{deq_folder} step {int(state.step)} {checkpoints.digest(found)[:6]}"

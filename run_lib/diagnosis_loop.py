@@ -16,7 +16,7 @@ import diagnostics
 import plotting
 from elbo import gap_factor
 from operators import fold_in_all, fold_in_each, gaussian
-from run_lib import evaluation_loop, loading, parallel, report
+from run_lib import evaluation_loop, identities, loading, parallel, report
 from run_lib.experiment import Experiment
 from terms import Point
 
@@ -56,7 +56,9 @@ def diagnose(experiment: Experiment, workdir: Path, eval_folder: str) -> None:
     """
     for step, params, target in loading.checkpoints_of(experiment, workdir, eval_folder):
         found = diagnosis(experiment, params)
-        rows = list(_rows(experiment, found, step))
+        figure = identities.of_model(experiment, params, step)
+        identities.declare(target, [figure])
+        rows = [row | {"identity": figure.identity} for row in _rows(experiment, found, step)]
         path = target / f"diagnosis_{step}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         plotting.save_error_curves(workdir / "diagnosis.png", found.t, panels(found))

@@ -1,10 +1,11 @@
 """Likelihoods and samples of checkpoints: rows per example and repeat, complete and resumable.
 
 Every number is derived from rows; a row is keyed by (estimator, protocol, step, split, index,
-repeat), so results of different tolerances or probes never mix. The noise of an example depends on
-(seed, repeat, index) only, not on the batch it is in.
+repeat, identity), so results of different tolerances, networks or data never mix. The noise of an
+example depends on (seed, repeat, index) only, not on the batch it is in.
 """
 
+import dataclasses
 import functools
 import logging
 import time
@@ -17,16 +18,39 @@ import numpy as np
 
 import plotting
 from records import Records, Row, summarize
-from run_lib import bits, folder, loading, parallel, quality, quality_loop, report
+from run_lib import bits, folder, identities, loading, parallel, quality, quality_loop, report
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.dequantizer_training import load_dequantizer
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
+from run_lib.identities import Figure
 from run_lib.trainer import Progress
 from streams import Batch
 
 logger = logging.getLogger("fokker")
 EXTREMES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Parameters to evaluate, and what the figures of a network and of baselines are of."""
+
+    step: int
+    params: Parameters
+    target: Path  # folder of the results
+    model: Figure
+    baselines: Figure
+
+    def key_of(self, estimator: Estimator) -> Row:
+        """The fields that all rows of an estimator share."""
+        figure = self.model if estimator.fit is None else self.baselines
+        return {
+            "estimator": estimator.name,
+            "protocol": estimator.protocol,
+            "step": self.step,
+            "split": figure.split,
+            "identity": figure.identity,
+        }
 
 
 def evaluate(
@@ -49,9 +73,14 @@ def evaluate(
             found = Parameters(params, dequantizer)
         trivial = trivial or baseline_estimators(experiment)
         table = [*estimators(experiment, name), *trivial]
-        evaluate_checkpoint(experiment, found, step, target, table)
+        model = identities.of_model(experiment, params, step)
+        checkpoint = Checkpoint(
+            step, found, target, model, identities.of_baselines(experiment, step)
+        )
+        identities.declare(target, [checkpoint.model, checkpoint.baselines])
+        evaluate_checkpoint(experiment, checkpoint, table)
         if experiment.settings.eval.enable_sampling:
-            quality_loop.sample(experiment, params, step, target, scorer)
+            quality_loop.sample(experiment, params, model, target, scorer)
     parallel.wait_for_all(f"rows {eval_folder}")
     if parallel.is_first():
         _tell(workdir, eval_folder)
@@ -71,24 +100,20 @@ def _tell(workdir: Path, eval_folder: str) -> None:
 
 
 def evaluate_checkpoint(
-    experiment: Experiment,
-    params: Parameters,
-    step: int,
-    target: Path,
-    table: list[Estimator],
+    experiment: Experiment, checkpoint: Checkpoint, table: list[Estimator]
 ) -> None:
     """All rows of one checkpoint."""
-    host = parallel.host()
-    records = Records(target, host.index)
+    target, step = checkpoint.target, checkpoint.step
+    records = Records(target, parallel.host().index)
     if parallel.is_first():
         _write_protocols(target, table)
     for estimator in table:
-        fill_rows(experiment, params, step, estimator, records)
+        fill_rows(experiment, checkpoint, estimator, records)
     parallel.wait_for_all(f"rows of {step}")
     if parallel.is_first():
         bits.save(target, step, table)
     if parallel.is_first() and experiment.dataset.levels is not None and table:
-        _save_extremes(experiment, Records(target), step, table[0], target)
+        _save_extremes(experiment, checkpoint, table[0])
 
 
 def _write_protocols(target: Path, table: list[Estimator]) -> None:
@@ -98,16 +123,10 @@ def _write_protocols(target: Path, table: list[Estimator]) -> None:
     folder.write_json(path, known | {e.protocol: e.details for e in table})
 
 
-def _save_extremes(
-    experiment: Experiment, records: Records, step: int, estimator: Estimator,
-    target: Path,
-) -> None:  # fmt: skip
+def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator) -> None:
     """extremes_<step>.png: the examples that are likeliest and least likely per dimension."""
     dataset, split = experiment.dataset, experiment.settings.eval.dataset
-    rows = records.select(
-        estimator=estimator.name, protocol=estimator.protocol, step=step,
-        split=split,
-    )  # fmt: skip
+    rows = Records(checkpoint.target).select(**checkpoint.key_of(estimator))
     means = {index: summarize(group).mean for index, group in report.by(rows, "index").items()}
     order = sorted(means, key=means.get)
     if len(order) < 2 * EXTREMES:
@@ -116,36 +135,27 @@ def _save_extremes(
     images = dataset.examples(split, np.asarray(chosen))
     names = [f"{means[index]:.2f}" for index in chosen]
     title = f"{estimator.name}, {estimator.unit}, likeliest and least likely examples"
-    path = target / f"extremes_{step}.png"
+    path = checkpoint.target / f"extremes_{checkpoint.step}.png"
     plotting.save_named_images(path, images, dataset.levels, names, title)
 
 
 def fill_rows(
-    experiment: Experiment,
-    params: Parameters,
-    step: int,
-    estimator: Estimator,
-    records: Records,
+    experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator, records: Records
 ) -> None:
     """Compute the rows that are missing, batch by batch, each batch saved as it comes."""
     config, commit = experiment.settings.eval, folder.git_commit()
-    identity = {
-        "estimator": estimator.name,
-        "protocol": estimator.protocol,
-        "step": step,
-        "split": config.dataset,
-    }
+    shared = checkpoint.key_of(estimator)
     timed = _timed(estimator.function)
 
     @functools.cache
     def parameters() -> Any:  # asked for where a row is missing
-        return params if estimator.fit is None else parallel.replicate(estimator.fit())
+        return checkpoint.params if estimator.fit is None else parallel.replicate(estimator.fit())
 
     number = _number(experiment)
     total = -(-config.num_repeats * number // parallel.host().count)  # of the one with most
 
     def there() -> list[Row]:
-        rows = records.select(**identity)
+        rows = records.select(**shared)
         return [r for r in rows if r["index"] < number and r["repeat"] < config.num_repeats]
 
     batches = functools.partial(
@@ -159,14 +169,14 @@ def fill_rows(
         key = jax.random.fold_in(experiment.keys[estimator.key], repeat)
         for batch in batches():
             ids = batch["index"][batch["mask"]]
-            rows = [identity | {"index": int(index), "repeat": repeat} for index in ids]
+            rows = [shared | {"index": int(index), "repeat": repeat} for index in ids]
             if not records.missing(rows):
                 continue
             seconds, results = timed(parameters(), key, batch)
             check_converged(estimator, rows, results.pop("converged"))
-            shared = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
+            more = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
             records.append(
-                row | {name: values[i].tolist() for name, values in results.items()} | shared
+                row | {name: values[i].tolist() for name, values in results.items()} | more
                 for i, row in enumerate(rows)
             )
             found = there()

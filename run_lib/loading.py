@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoints
-from run_lib import folder, parallel
+from run_lib import folder, identities, parallel
 from run_lib.experiment import Experiment
 from run_lib.settings import Settings, require
 from train_state import TrainState
@@ -27,11 +27,12 @@ def checkpoints_of(
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
     settings, dataset = experiment.settings, experiment.dataset
-    folder.plain_name(eval_folder, "--eval_folder")
+    target = folder.results_folder(workdir, eval_folder)
     steps = checkpoint_steps(settings, workdir)
     ignore = ("eval", "sampling", "optim", "deq", "data.num_train")
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
-    folder.same_examples(workdir / eval_folder, settings.resolved())
+    identities.claim(experiment, workdir)
+    folder.same_seed(target, settings.seed)
     parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
     require(
         settings.eval.dataset in dataset.splits,
@@ -39,7 +40,6 @@ def checkpoints_of(
         settings.eval.dataset,
         f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)",
     )
-    target = workdir / eval_folder
     with folder.alone(target):
         folder.write_json(target / "config.json", settings.resolved())
         for wanted in steps or [None]:

@@ -8,6 +8,7 @@ Whatever can go wrong with the extractor or the statistics is found before anyth
 """
 
 import dataclasses
+import hashlib
 import logging
 import math
 from pathlib import Path
@@ -19,8 +20,9 @@ import evaluation
 import npz_files
 import plotting
 from evaluation import Extractor, Features, Statistics
-from run_lib import figures, parallel, quality, sampling_loop
+from run_lib import figures, identities, parallel, quality, sampling_loop
 from run_lib.experiment import Experiment
+from run_lib.identities import Figure
 from run_lib.sampling_loop import Generator
 from run_lib.settings import require
 from streams import Host
@@ -87,12 +89,11 @@ def _path(experiment: Experiment) -> Path:
     config = experiment.settings.eval
     if config.stats:
         return Path(config.stats).expanduser()
-    return evaluation.statistics_path(
-        _name(experiment),
-        config.features,
-        category=experiment.settings.data.category,
-        size=experiment.dataset.shape[0],
-    )
+    name, data = _name(experiment), experiment.settings.data
+    if name != data.dataset.lower():  # a file or folder: others may have the same name
+        name += f"-{identities.data_digest(experiment)[:8]}"
+    size = experiment.dataset.shape[0]
+    return evaluation.statistics_path(name, config.features, category=data.category, size=size)
 
 
 def _extractor(experiment: Experiment) -> Extractor:
@@ -105,6 +106,12 @@ def _extractor(experiment: Experiment) -> Extractor:
     return found if parallel.is_first() else evaluation.extractor(features, named, folder)
 
 
+def _digest_of(reference: Statistics) -> str:
+    """Of the data of statistics; of files of other codes, of the features themselves."""
+    features = hashlib.sha256(np.ascontiguousarray(reference.pool_3)).hexdigest()[:16]
+    return reference.digest or features
+
+
 def _check(found: Statistics, path: Path, extractor: Extractor, experiment: Experiment) -> None:
     probe = evaluation.extract(extractor, np.zeros((1, *experiment.dataset.shape), np.uint8))
     evaluation.check_statistics(
@@ -113,26 +120,36 @@ def _check(found: Statistics, path: Path, extractor: Extractor, experiment: Expe
         extractor=extractor.identity,
         dataset=_data(experiment),
         width=probe.pool_3.shape[1],
+        digests=experiment.dataset.digests,
     )
 
 
 def sample(
     experiment: Experiment,
     params: Any,
-    step: int,
+    model: Figure,
     target: Path,
     scorer: Scorer | None,
 ) -> None:
-    """Draw `eval.num_samples` samples, show them, and measure them."""
+    """Draw `eval.num_samples` samples, show them, and measure them.
+
+    Args:
+        experiment: settings and data.
+        params: of the network.
+        model: the identity of its figures.
+        target: folder of the results.
+        scorer: measures the samples, if there is one.
+    """
     config = experiment.settings.eval
-    where, number = _folder(target, step), config.num_samples
+    where, number = _folder(target, model.step), config.num_samples
+    identity = identities.of_samples(model).identity
     generate = Generator(experiment, experiment.keys["samples"], config.batch_size)
-    sampling_loop.draw(generate, params, where, number)
+    sampling_loop.draw(generate, params, where, number, identity)
     if scorer is not None:
         extract_all(scorer.extractor, where, number)
     _show(experiment, params, where, target.parent)
     if parallel.is_first() and scorer is not None:
-        _measure(experiment, step, target, scorer)
+        _measure(experiment, model, target, scorer)
     parallel.wait_for_all(f"quality {where}")
 
 
@@ -143,8 +160,9 @@ def extract_all(extractor: Extractor, where: Path, number: int) -> None:
     for shard in of_first[host.index :: host.count]:
         path = where / extractor.identity / shard.path.name
         if not npz_files.is_whole(path):
-            images = npz_files.read(shard.path, ("samples",))["samples"]
-            npz_files.write(path, evaluation.extract(extractor, images)._asdict())
+            arrays = npz_files.read(shard.path, ("samples", "identity"))
+            features = evaluation.extract(extractor, arrays["samples"])._asdict()
+            npz_files.write(path, features | {"identity": arrays["identity"]})
             logger.info("features of samples %d to %d are there", shard.first, shard.last)
     parallel.wait_for_all(f"features {where}")
 
@@ -160,14 +178,18 @@ def _show(experiment: Experiment, params: Any, where: Path, workdir: Path) -> No
         figures.save_toy(experiment, params, samples, workdir)
 
 
-def _measure(experiment: Experiment, step: int, target: Path, scorer: Scorer) -> None:
+def _measure(experiment: Experiment, model: Figure, target: Path, scorer: Scorer) -> None:
     """Write the rows of this checkpoint into quality.json."""
+    step = model.step
     where, number = _folder(target, step), experiment.settings.eval.num_samples
     extractor, reference = scorer.extractor, scorer.reference
     parts = list(sampling_loop.read(where, number, extractor.identity))
     features = Features(*(np.concatenate([p[key] for p in parts]) for key in Features._fields))
     nfe = np.concatenate([rows["nfe"] for rows in sampling_loop.read(where, number)])
+    figure = identities.of_samples(model, reference.split, _digest_of(reference))
+    identities.declare(target, [figure])
     shared = {
+        "identity": figure.identity,
         "step": step,
         "n_samples": number,
         "extractor": extractor.identity,
@@ -222,5 +244,8 @@ def _write_statistics(experiment: Experiment, extractor: Extractor, path: Path) 
     for batch in dataset.eval_batches(split, batch_size=size, host=Host()):
         parts.append(evaluation.extract(extractor, batch["image"][batch["mask"]]).pool_3)
     pool_3 = np.concatenate(parts)
-    Statistics(pool_3, extractor.identity, _data(experiment), split).write(path)
+    statistics = Statistics(
+        pool_3, extractor.identity, _data(experiment), split, dataset.digests[split]
+    )
+    statistics.write(path)
     logger.info("wrote %s: %d images of %s %s", path, len(pool_3), _data(experiment), split)

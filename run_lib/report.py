@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 
 import plotting
 from records import Records, Row, Summary, summarize
-from run_lib import comparison, folder, quality
+from run_lib import comparison, folder, identities, quality
 
 
 class Result(NamedTuple):
-    """One line of the table: all rows of one estimator, protocol, checkpoint and split."""
+    """One line of the table: all rows of one estimator, protocol, split and identity."""
 
     step: int
     split: str
     estimator: str
     protocol: str
+    identity: str
     unit: str
     value: Summary
     nfe: float
@@ -49,6 +50,7 @@ class Result(NamedTuple):
             "git_commits": self.commits,
             "solver_error": self.solver_error,
             "protocol": self.protocol,
+            "identity": self.identity,
             "worse_than": [defeat.as_json() for defeat in self.worse_than],
         }
 
@@ -71,20 +73,22 @@ class Result(NamedTuple):
 HEADER = ("step", "split", "estimator", "mean ± s.e.", "n", "repeats", "evaluations",
           "s/example", "protocol")  # fmt: skip
 PROTOCOLS = "protocols.json"
+GROUP = ("step", "split", "estimator", "protocol", "identity")  # of rows in one line
 
 
 def summaries(eval_folder: Path) -> list[Result]:
     """One result per group of rows in an evaluation folder; baselines after the models."""
-    groups = by(Records(eval_folder).rows.values(), "step", "split", "estimator", "protocol")
+    rows = identities.reported(eval_folder, Records(eval_folder).rows.values())
+    groups = by(rows, *GROUP)
     others = [groups[group] for group in sorted(groups, key=_place)]
     return [_result(rows, comparison.defeats(rows, others)) for rows in others]
 
 
-def _place(group: tuple[int, str, str, str]) -> tuple:
-    step, split, estimator, protocol = group
+def _place(group: tuple[int, str, str, str, str]) -> tuple:
+    step, split, estimator, protocol, identity = group
     names = list(comparison.BASELINES)
     baseline = names.index(estimator) if estimator in names else -1
-    return step, split, baseline, estimator, protocol
+    return step, split, baseline, estimator, protocol, identity
 
 
 def sentences(results: list[Result]) -> list[str]:
@@ -122,7 +126,7 @@ def write_summaries(eval_folder: Path, results: list[Result]) -> None:
 
 
 def _result(rows: list[Row], worse_than: list[comparison.Defeat]) -> Result:
-    group = (rows[0][field] for field in ("step", "split", "estimator", "protocol"))
+    group = (rows[0][field] for field in GROUP)
     nfe = [row["nfe"] for row in rows]
     seconds = sum(row["seconds"] for row in rows) / len(rows)
     unit = rows[0]["unit"]

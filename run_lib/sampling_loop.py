@@ -1,13 +1,15 @@
 """Any number of samples from a checkpoint, batch by batch over the devices, kept in shards.
 
-A shard `<first>-<last>.npz` holds samples first, …, last (`samples`, and `nfe`, the evaluations of
-the network). It is written as a whole, by the one host that drew it, and sample i depends on
-(key, i) only: an interrupted run draws the samples that no shard holds, in batches of any size.
+A shard `<first>-<last>.npz` holds samples first, …, last (`samples`; `nfe`, the evaluations of the
+network; `identity`, a digest of parameters and settings). It is written as a whole, by the one host
+that drew it, and sample i depends on (key, i) only: an interrupted run draws the samples that no
+shard holds, in batches of any size.
 """
 
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,10 +120,10 @@ def check_samples(experiment: Experiment, where: Path) -> None:
     Raises:
         ValueError: the folder has such samples.
     """
-    path, now = where / "protocol.json", _identity(experiment)
-    if not shards(where) or not path.exists():
+    then, now = _protocol_of(where), _protocol(experiment)
+    if not shards(where) or not then:
         return
-    then = json.loads(path.read_text(encoding="utf-8"))
+    then.pop("identity", None)
     if then != now:
         raise ValueError(
             f"{where} has samples of another sampler or seed, {then}; now {now}. Use another "
@@ -129,16 +131,44 @@ def check_samples(experiment: Experiment, where: Path) -> None:
         )
 
 
-def _identity(experiment: Experiment) -> dict[str, Any]:
+def _protocol_of(where: Path) -> dict[str, Any]:
+    """protocol.json of a folder of samples."""
+    path = where / "protocol.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _protocol(experiment: Experiment) -> dict[str, Any]:
     return {"sampler": sampling_protocol(experiment), "seed": experiment.settings.seed}
 
 
-def draw(generate: Generator, params: Any, where: Path, number: int) -> None:
-    """Draw the samples among 0, …, number − 1 that no shard holds, each batch saved as it comes."""
+def _set_aside(where: Path, identity: str) -> None:
+    """Rename a folder that has samples of another network."""
+    before = _protocol_of(where).get("identity", "unknown")
+    if before == identity or not shards(where):
+        return
+    name = f"{where.name}-of-{before}"
+    number = sum(1 for _ in where.parent.glob(f"{name}*"))
+    target = where.with_name(f"{name}.{number}" if number else name)
+    os.replace(where, target)
+    logger.info("samples of other parameters, or an older version, are now in %s", target)
+
+
+def draw(generate: Generator, params: Any, where: Path, number: int, identity: str) -> None:
+    """Draw the samples among 0, …, number − 1 that no shard holds, each batch saved as it comes.
+
+    Args:
+        generate: draws them.
+        params: of the network.
+        where: the folder of the shards; one with samples of another identity is renamed.
+        number: of samples.
+        identity: of the figures of this network.
+    """
     check_samples(generate.experiment, where)
     host = parallel.host()
     if parallel.is_first():
-        folder.write_json(where / "protocol.json", _identity(generate.experiment))
+        _set_aside(where, identity)
+        protocol = _protocol(generate.experiment) | {"identity": identity}
+        folder.write_json(where / "protocol.json", protocol)
     missing = parallel.of_first_process(_missing(where, number))
     size = whole_batch(generate.batch_size, number, jax.device_count())
     for first, end in _ranges(missing, size):
@@ -146,7 +176,7 @@ def draw(generate: Generator, params: Any, where: Path, number: int) -> None:
         x, nfe = generate.batch(params, ids, end)
         if len(x):
             path = shard_path(where, ids[0], ids[0] + len(x) - 1)
-            npz_files.write(path, {"samples": x, "nfe": nfe})
+            npz_files.write(path, {"samples": x, "nfe": nfe, "identity": np.asarray(identity)})
         logger.info("samples %d to %d of %d are in %s", first, end - 1, number, where)
     parallel.wait_for_all(f"samples {where}")
 
@@ -177,14 +207,17 @@ def read(where: Path, number: int, within: str = "") -> Iterator[dict[str, np.nd
     `within`: a folder beside the shards whose files of the same names are read instead.
 
     Raises:
-        ValueError: a file is damaged, or rows are missing.
+        ValueError: a file is damaged or of another network, or rows are missing.
     """
-    expected = 0
+    expected, identity = 0, _protocol_of(where).get("identity")
     for shard in shards(where):
         if shard.first != expected or shard.first >= number:
             break
         expected = shard.last + 1
-        arrays = npz_files.read(where / within / shard.path.name, ())
+        path = where / within / shard.path.name
+        arrays = npz_files.read(path, ("identity",))
+        if str(arrays.pop("identity")) != identity:
+            raise ValueError(f"{path} is not of {identity}, the samples of this folder: delete it")
         yield {key: y[: number - shard.first] for key, y in arrays.items()}
     if expected < number:
         raise ValueError(

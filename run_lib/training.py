@@ -12,7 +12,7 @@ import plotting
 from checkpoints import Checkpoints
 from losses import NUM_BINS, mean_loss
 from operators import fold_in_each
-from run_lib import folder, parallel, report
+from run_lib import folder, identities, parallel, report
 from run_lib.experiment import Experiment
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings, require
@@ -34,6 +34,7 @@ def train(experiment: Experiment, workdir: Path) -> None:
     check(experiment)
     folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq"))
     with folder.alone(workdir):
+        identities.claim(experiment, workdir)
         trainer = score_trainer(experiment, workdir)
         folder.write_json(workdir / "config.json", settings.resolved())
         folder.write_json(workdir / "versions.json", folder.versions())
@@ -194,4 +195,5 @@ def import_checkpoint(experiment: Experiment, workdir: Path) -> None:
             f"folder (or put it into {workdir / 'checkpoints-meta'})"
         )
     state = given_state(experiment, source)
+    identities.claim_import(workdir)
     folder.write_import(workdir, settings.resolved(), state, settings.training.snapshot_freq)

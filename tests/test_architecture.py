@@ -24,7 +24,7 @@ LEVELS = {
 }  # fmt: skip
 RUN_LIB = {
     "settings": 0, "memory": 0, "profiling": 0, "distributed": 1, "parallel": 1,
-    "experiment": 1.5,
+    "experiment": 1.5, "identities": 3.5,
     "estimators": 2, "baseline_estimators": 3, "folder": 3, "interruption": 3, "quality": 4,
     "comparison": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "report": 5,
     "training": 6, "bits": 6, "quality_loop": 6, "dequantizer_training": 7, "evaluation_loop": 8,
