@@ -21,9 +21,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-import run_lib
 from checkpoints import LostProcessError
-from run_lib import distributed, folder, interruption, memory, parallel
+from run_lib import distributed, folder, identities, interruption, memory, modes, parallel
 from run_lib.experiment import Experiment
 from run_lib.settings import choose
 
@@ -51,23 +50,6 @@ flags.DEFINE_string(
 )
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
-MODES = {
-    "train": run_lib.train,
-    "train_deq": lambda experiment, workdir: run_lib.train_dequantizer(
-        experiment, workdir, FLAGS.deq_folder
-    ),
-    "eval": lambda experiment, workdir: run_lib.evaluate(
-        experiment, workdir, FLAGS.eval_folder, FLAGS.deq_folder
-    ),
-    "import": lambda experiment, workdir: run_lib.import_given(
-        experiment, workdir, FLAGS.deq_folder
-    ),
-    "fid_stats": lambda experiment, workdir: run_lib.fid_stats(experiment),
-    "diagnose": lambda experiment, workdir: run_lib.diagnose(
-        experiment, workdir, FLAGS.eval_folder
-    ),
-}
-OF_ONE_PROCESS = ("import", "diagnose")
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
 EXIT_BUG = 1
@@ -75,10 +57,10 @@ EXIT_BUG = 1
 
 def _modes() -> list[str]:
     """The modes to run, in turn."""
-    modes = FLAGS.mode.split(",")
-    for mode in modes:
-        choose(MODES, mode, "--mode")
-    return modes
+    names = FLAGS.mode.split(",")
+    for name in names:
+        choose(modes.MODES, name, "--mode")
+    return names
 
 
 def _keep_compiled(workdir: Path) -> None:
@@ -90,11 +72,11 @@ def _keep_compiled(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", chosen or None)
 
 
-def _log_start(workdir: Path, modes: list[str]) -> None:
+def _log_start(workdir: Path, names: list[str]) -> None:
     """The first process tells everything, the others what they are and what goes wrong."""
     if parallel.is_first():
         folder.log_to(workdir)
-    logger.info("mode %s, workdir %s, %s", ",".join(modes), workdir, distributed.describe())
+    logger.info("mode %s, workdir %s, %s", ",".join(names), workdir, distributed.describe())
     if not parallel.is_first():
         logger.setLevel(logging.WARNING)
     overrides = config_flags.get_override_values(FLAGS["config"])
@@ -103,18 +85,25 @@ def _log_start(workdir: Path, modes: list[str]) -> None:
 
 
 def _run() -> None:
-    modes, workdir = _modes(), Path(FLAGS.workdir).expanduser()
+    names, workdir = _modes(), Path(FLAGS.workdir).expanduser()
     distributed.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     interruption.watch()  # again: connecting takes the handlers
-    for mode in set(modes) & set(OF_ONE_PROCESS) if jax.process_count() > 1 else ():
-        raise ValueError(f"--mode={mode} runs in one process: start it once, without --coordinator")
+    for name in names if jax.process_count() > 1 else ():
+        if not modes.MODES[name].processes:
+            raise ValueError(
+                f"--mode={name} runs in one process: start it once, without --coordinator"
+            )
     _keep_compiled(workdir)
     experiment = Experiment.from_config(FLAGS.config)
-    if modes[0] in ("eval", "diagnose", "train_deq") and not workdir.is_dir():
+    if names[0] in ("eval", "diagnose", "train_deq") and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
-    _log_start(workdir, modes)
-    for mode in modes:
-        MODES[mode](experiment, workdir)
+    _log_start(workdir, names)
+    command = modes.Command(workdir, FLAGS.eval_folder, FLAGS.deq_folder)
+    told = {"mode": FLAGS.mode, "eval_folder": FLAGS.eval_folder, "deq_folder": FLAGS.deq_folder}
+    identities.agree(experiment, told)
+    modes.check(experiment, command, names)
+    for name in names:
+        modes.MODES[name].run(experiment, command)
         memory.release()
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import json_lines
-from json_lines import is_count, is_number
 
 Row = dict[str, Any]
 KEY = ("estimator", "protocol", "step", "split", "index", "repeat", "identity")
@@ -88,28 +87,27 @@ class Records:
 
 
 def _is_row(row: Row) -> bool:
-    """Whether an object has the key and the value of a row."""
-    texts = all(isinstance(row.get(field), str) for field in ("estimator", "protocol", "split"))
-    counts = all(is_count(row.get(field)) for field in ("step", "index", "repeat"))
-    value = row.get("value")
-    whole = texts and counts and is_number(value) and math.isfinite(value)
-    return whole and (is_older(row) or is_intact(row))
+    return is_older(row) or is_intact(row)
 
 
 def with_checksum(row: Row) -> Row:
     """The row with the CRC-32 of its text."""
-    return row | {CHECKSUM: _checksum(row)}
+    content = _without_checksum(row)
+    return content | {CHECKSUM: _checksum(content)}
 
 
 def is_intact(row: Row) -> bool:
     """Whether a row has an identity and is as it was when its checksum was taken."""
-    content = {name: value for name, value in row.items() if name != CHECKSUM}
-    return isinstance(row.get("identity"), str) and row.get(CHECKSUM) == _checksum(content)
+    return "identity" in row and row.get(CHECKSUM) == _checksum(_without_checksum(row))
 
 
 def is_older(row: Row) -> bool:
     """Whether a row was written before rows had identities and checksums."""
-    return "identity" not in row and CHECKSUM not in row
+    return row.keys() >= set(KEY) - {"identity"} and not row.keys() & {"identity", CHECKSUM}
+
+
+def _without_checksum(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != CHECKSUM}
 
 
 def _checksum(row: Row) -> str:

@@ -6,6 +6,7 @@
 import contextlib
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,9 @@ def train_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) ->
         ValueError: there is no such checkpoint, or a config field or the data are not usable.
         FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
     """
-    settings = experiment.settings
-    parallel.check_training_batch(settings.training)
-    target = _folder(workdir, deq_folder)
-    ignore = ("eval", "sampling", "optim", "deq")
-    folder.reconcile(workdir, settings.resolved(), ignore=ignore)
+    settings, target = experiment.settings, _folder(workdir, deq_folder)
+    check(experiment, workdir, deq_folder)
     score_step = _score_step(workdir, target)
-    experiment.dequantizer  # noqa: B018 (data that can have none are refused)
-    folder.reconcile(target, settings.resolved(), ignore=("eval", "sampling", "training"))
     score_params = loading.load_parameters(experiment, workdir, score_step)
     score = {"score_step": score_step, "score_parameters": checkpoints.digest(score_params)}
     _check_same_score(target, score)
@@ -57,6 +53,23 @@ def train_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) ->
         folder.write_json(target / "config.json", settings.resolved())
         folder.write_json(target / "versions.json", folder.versions() | score)
         trainer.run()
+
+
+def check(
+    experiment: Experiment, workdir: Path, deq_folder: str, earlier: Collection[str] = ()
+) -> None:
+    """What the training needs; modes before it may still make the score network.
+
+    Raises:
+        ValueError: something is missing or does not fit.
+    """
+    config, target = experiment.settings.resolved(), _folder(workdir, deq_folder)
+    parallel.check_training_batch(experiment.settings.training)
+    folder.reconcile(workdir, config, ignore=("eval", "sampling", "optim", "deq"))
+    if not {"train", "import"} & set(earlier):
+        _score_step(workdir, target)
+    experiment.dequantizer  # noqa: B018 (data that can have none are refused)
+    folder.reconcile(target, config, ignore=("eval", "sampling", "training"))
 
 
 def _score_step(workdir: Path, target: Path) -> int:
@@ -100,7 +113,10 @@ def _check_same_score(target: Path, score: dict[str, Any]) -> None:
 
 
 def _folder(workdir: Path, deq_folder: str) -> Path:
-    return workdir / folder.plain_name(deq_folder, "--deq_folder", taken=("eval",))
+    path = workdir / folder.plain_name(deq_folder, "--deq_folder", taken=("eval",))
+    if (path / "rows.jsonl").exists():
+        raise ValueError(f"--deq_folder={deq_folder!r}: {path} has results of an evaluation")
+    return path
 
 
 def _task(experiment: Experiment, score_params: Any) -> Task:
@@ -120,7 +136,7 @@ def _task(experiment: Experiment, score_params: Any) -> Task:
         loss_fn=mean_loss(per_example),
         frozen=(score_params,),
         held_out=HeldOut(per_example, experiment, (score_params,)),
-        snapshot=lambda ema_params, step: None,
+        snapshot=None,
     )
 
 
@@ -179,20 +195,39 @@ def import_given(experiment: Experiment, workdir: Path, deq_folder: str) -> None
         training.import_checkpoint(experiment, workdir)
 
 
+def check_given(experiment: Experiment, workdir: Path) -> None:
+    """Whether there is something to import.
+
+    Raises:
+        ValueError: none is given.
+    """
+    if not experiment.settings.deq.init_from:
+        training.source_of(experiment.settings, workdir)
+
+
+def check_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) -> Path:
+    """The folder of a trained dequantiser.
+
+    Raises:
+        ValueError: there is none, or the data can have none.
+    """
+    experiment.dequantizer  # noqa: B018 (data that can have none are refused)
+    target = _folder(workdir, deq_folder)
+    if not loading.steps_in(target):
+        raise ValueError(
+            f"eval.dequantization='variational': no dequantiser in {target}: run --mode=train_deq "
+            "with this --workdir first"
+        )
+    return target
+
+
 def load_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) -> tuple[Any, str]:
     """(moving average of the latest checkpoint, its name for the protocol).
 
     Raises:
         ValueError: there is none.
     """
-    experiment.dequantizer  # noqa: B018 (data that can have none are refused)
-    target = _folder(workdir, deq_folder)
-    steps = loading.steps_in(target)
-    if not steps:
-        raise ValueError(
-            f"eval.dequantization='variational': no dequantiser in {target}: run --mode=train_deq "
-            "with this --workdir first"
-        )
+    target = check_dequantizer(experiment, workdir, deq_folder)
     folder.reconcile(
         target,
         experiment.settings.resolved(),

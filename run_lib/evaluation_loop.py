@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import plotting
 from records import Records, Row, summarize
 from run_lib import bits, folder, identities, loading, parallel, quality, quality_loop, report
 from run_lib.baseline_estimators import baseline_estimators
-from run_lib.dequantizer_training import load_dequantizer
+from run_lib.dequantizer_training import check_dequantizer, load_dequantizer
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
 from run_lib.identities import Figure
@@ -64,6 +64,7 @@ def evaluate(
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
+    folder.results_folder(workdir, eval_folder, deq_folder)
     trivial: list[Estimator] = []  # the same for all checkpoints, so that each is fitted once
     for step, params, target in loading.checkpoints_of(experiment, workdir, eval_folder):
         scorer = quality_loop.scorer(experiment, target, step)  # its errors come first
@@ -84,6 +85,30 @@ def evaluate(
     parallel.wait_for_all(f"rows {eval_folder}")
     if parallel.is_first():
         _tell(workdir, eval_folder)
+
+
+def check(
+    experiment: Experiment, workdir: Path, folders: tuple[str, str], earlier: Collection[str]
+) -> None:
+    """What an evaluation needs that comes after other modes, before the first of them begins.
+
+    Args:
+        experiment: settings and data.
+        workdir: the run folder.
+        folders: of the results and of the dequantiser.
+        earlier: the modes before; what they will make need not be there yet.
+
+    Raises:
+        ValueError: something is missing or does not fit.
+    """
+    eval_folder, deq_folder = folders
+    loading.check(experiment, workdir, eval_folder, earlier)
+    folder.results_folder(workdir, eval_folder, deq_folder)
+    variational = "variational" in experiment.settings.eval.dequantizations
+    if variational and not {"train_deq", "import"} & set(earlier):
+        check_dequantizer(experiment, workdir, deq_folder)
+    estimators(experiment), baseline_estimators(experiment)
+    quality_loop.check(experiment, will_have_statistics="fid_stats" in earlier)
 
 
 def _tell(workdir: Path, eval_folder: str) -> None:

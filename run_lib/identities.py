@@ -11,9 +11,12 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 import checkpoints
 from checkpoints import whole_steps
@@ -29,6 +32,7 @@ SIZES = {
     "validation": ("num_train", "num_validation"),
     "test": ("num_test",),
 }
+GRACE_S = 1.0  # that the others have to end by themselves: the first one serves them
 logger = logging.getLogger("fokker")
 
 
@@ -90,11 +94,6 @@ def settings_digest(experiment: Experiment) -> str:
         (data.levels, data.centered, data.logit),
         settings.seed,
     )
-
-
-def data_digest(experiment: Experiment) -> str:
-    """Of all splits."""
-    return _digest(experiment.dataset.digests)
 
 
 def _digest(*parts: Any) -> str:
@@ -202,6 +201,7 @@ def _set_aside(workdir: Path) -> None:
 def claim_import(workdir: Path) -> None:
     """Name the training of a run folder that gets its first checkpoint from elsewhere."""
     if not whole_steps(workdir):
+        _set_aside(workdir)
         folder.write_json(workdir / RUN, {"run": secrets.token_hex(8), "data": None})
 
 
@@ -227,6 +227,32 @@ def _data(experiment: Experiment) -> dict[str, dict[str, Any]]:
 def _is_replaced(then: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether a split has other content that its settings do not ask for."""
     return then["cut"] == now["cut"] and then["digest"] != now["digest"]
+
+
+def agree(experiment: Experiment, command: dict[str, str]) -> None:
+    """See that all processes have the same command, config and data, before they compute together.
+
+    Raises:
+        ValueError: one has others; names it and what differs.
+    """
+    if jax.process_count() == 1:
+        return
+    config = experiment.settings.resolved()
+    config["data"].pop("path")  # the same data may be elsewhere on another machine
+    mine = {"command": command, "config": config, "digest of the data": experiment.dataset.digests}
+    told = [json.loads(text) for text in parallel.told_by_all("identity", json.dumps(mine))]
+    lines = [
+        f"{name}: {ours!r} in process 0, {theirs!r} in process {number}"
+        for number, other in enumerate(told)
+        for name, (ours, theirs) in folder.differences(told[0], other).items()
+    ]
+    if lines:
+        if parallel.is_first():
+            time.sleep(GRACE_S)
+        raise ValueError(
+            f"the processes of this run were started with different configs or data: "
+            f"{'; '.join(lines)}"
+        )
 
 
 def _named(split: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,13 @@ def checkpoints_of(
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
-    settings, dataset = experiment.settings, experiment.dataset
-    target = folder.results_folder(workdir, eval_folder)
-    steps = checkpoint_steps(settings, workdir)
+    settings, target = experiment.settings, workdir / eval_folder
+    check(experiment, workdir, eval_folder)
+    steps = _wanted(settings)
     ignore = ("eval", "sampling", "optim", "deq", "data.num_train")
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
     identities.claim(experiment, workdir)
     folder.same_seed(target, settings.seed)
-    parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
-    require(
-        settings.eval.dataset in dataset.splits,
-        "eval.dataset",
-        settings.eval.dataset,
-        f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)",
-    )
     with folder.alone(target):
         folder.write_json(target / "config.json", settings.resolved())
         for wanted in steps or [None]:
@@ -47,11 +40,43 @@ def checkpoints_of(
             yield int(state.step), state.ema_params, target
 
 
-def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:
-    """Steps to evaluate, begin_ckpt..end_ckpt × snapshot_freq; none said: the latest.
+def check(
+    experiment: Experiment, workdir: Path, eval_folder: str, earlier: Collection[str] = ()
+) -> None:
+    """What an evaluation of checkpoints needs; modes before it may still make these.
 
-    Waits up to `eval.wait_s` seconds for those that training has yet to write.
+    Raises:
+        ValueError: the checkpoints are not there, the folder of results is another's, the data lack
+            the split, or the devices cannot share a batch.
     """
+    config, dataset = experiment.settings.eval, experiment.dataset
+    folder.results_folder(workdir, eval_folder)
+    if "train" in earlier:
+        _check_after_training(experiment.settings)
+    elif "import" not in earlier:
+        _wait_for_checkpoints(experiment.settings, workdir)
+    parallel.check_batch_size(config.batch_size, "eval.batch_size")
+    require(
+        config.dataset in dataset.splits,
+        "eval.dataset",
+        config.dataset,
+        f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)",
+    )
+
+
+def _check_after_training(settings: Settings) -> None:
+    """Whether a training that comes first will leave the checkpoints that are asked for."""
+    training, config = settings.training, settings.eval
+    last = max(_wanted(settings), default=0)
+    allowed = (
+        f"at most {training.n_iters // training.snapshot_freq}, as training ends at step "
+        f"{training.n_iters} and keeps each {training.snapshot_freq}th"
+    )
+    require(last <= training.n_iters, "eval.end_ckpt", config.end_ckpt, allowed)
+
+
+def _wait_for_checkpoints(settings: Settings, workdir: Path) -> None:
+    """Wait up to `eval.wait_s` seconds for the checkpoints that training has yet to write."""
     deadline = time.monotonic() + settings.eval.wait_s
     while True:
         available = steps_in(workdir)
@@ -63,7 +88,6 @@ def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:
         time.sleep(min(POLL_S, left))
     if missing:
         raise ValueError(missing)
-    return _wanted(settings)
 
 
 def steps_in(workdir: Path) -> list[int]:
@@ -78,6 +102,7 @@ def steps_in(workdir: Path) -> list[int]:
 
 
 def _wanted(settings: Settings) -> list[int]:
+    """Steps to evaluate, begin_ckpt..end_ckpt × snapshot_freq; none said: the latest."""
     config = settings.eval
     every = settings.training.snapshot_freq
     return [k * every for k in range(max(config.begin_ckpt, 1), config.end_ckpt + 1)]

@@ -4,6 +4,8 @@ Functions of one device see [B/devices, ...] and the axis name "batch"; nothing 
 a [devices, B, ...] shape. Each process feeds its own devices.
 """
 
+import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,9 @@ from streams import Host
 
 PyTree = Any
 AXIS_NAME = "batch"
+START_S = 300.0  # for the slowest process to read its data
+DAY_S = 86_400.0
+_meetings = itertools.count()  # no point of meeting has the name of another
 
 
 def host() -> Host:
@@ -48,10 +53,39 @@ def check_training_batch(training: TrainingConfig) -> None:
         check_batch_size(training.microbatch, "training.microbatch")
 
 
-def wait_for_all(name: str) -> None:
-    """Return when every process has come to the point of this name; at once with one process."""
+def wait_for_all(name: str, *, seconds: float = DAY_S) -> None:
+    """Return when every process has come to this point; at once with one process.
+
+    By JAX's coordination service, which hears of a process that dies and lets the others end. A
+    collective of devices gives up after 30 s on CPU, however alive the others are.
+
+    Args:
+        name: of the point; all processes come to the same ones in the same order.
+        seconds: after which the others are given up, with a JaxRuntimeError.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        client = importlib.import_module("jax._src.distributed").global_state.client
+        client.wait_at_barrier(f"{name} {next(_meetings)}", round(1000 * seconds))
+
+
+def told_by_all(name: str, text: str) -> list[str]:
+    """What every process passes, in the order of the processes; waits for the slowest to start.
+
+    Args:
+        name: of what is told; all processes tell the same things in the same order.
+        text: of this process.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    client = importlib.import_module("jax._src.distributed").global_state.client
+    key, limit = f"fokker/{name} {next(_meetings)}", round(1000 * START_S)
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    found = [
+        client.blocking_key_value_get(f"{key}/{index}", limit)
+        for index in range(jax.process_count())
+    ]
+    wait_for_all(f"{key}, read", seconds=START_S)  # the first one keeps the texts until then
+    return found
 
 
 def of_first_process(values: np.ndarray) -> np.ndarray:

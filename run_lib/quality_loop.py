@@ -27,6 +27,7 @@ from run_lib.sampling_loop import Generator
 from run_lib.settings import require
 from streams import Host
 
+FILES = ("npz", "folder")  # data sets that are called as their file or folder
 logger = logging.getLogger("fokker")
 
 
@@ -50,8 +51,27 @@ def scorer(experiment: Experiment, target: Path, step: int) -> Scorer | None:
     if not config.enable_sampling:
         return None
     sampling_loop.check_samples(experiment, _folder(target, step))
-    if not config.features:
-        return None
+    return _scorer(experiment) if config.features else None
+
+
+def check(experiment: Experiment, *, will_have_statistics: bool) -> None:
+    """What the samples of a later mode are measured with, before the first mode begins.
+
+    Raises:
+        ValueError: the extractor is absent or does not fit; so are the statistics, unless a mode
+            that makes them comes before.
+    """
+    config = experiment.settings.eval
+    if not (config.enable_sampling and config.features):
+        return
+    if will_have_statistics:
+        evaluation.check_features(config.features, experiment.dataset)
+    else:
+        _scorer(experiment)
+
+
+def _scorer(experiment: Experiment) -> Scorer:
+    config = experiment.settings.eval
     evaluation.check_features(config.features, experiment.dataset)
     require(config.num_samples >= 2, "eval.num_samples", config.num_samples, "2 for a covariance")
     path = _path(experiment)
@@ -73,7 +93,7 @@ def _folder(target: Path, step: int) -> Path:
 def _name(experiment: Experiment) -> str:
     """What the data are called in file names: files and folders by their own name."""
     data = experiment.settings.data
-    named = data.dataset.lower() in ("npz", "folder")
+    named = data.dataset.lower() in FILES
     return Path(data.path).expanduser().resolve().stem if named else data.dataset.lower()
 
 
@@ -90,8 +110,8 @@ def _path(experiment: Experiment) -> Path:
     if config.stats:
         return Path(config.stats).expanduser()
     name, data = _name(experiment), experiment.settings.data
-    if name != data.dataset.lower():  # a file or folder: others may have the same name
-        name += f"-{identities.data_digest(experiment)[:8]}"
+    if data.dataset.lower() in FILES:  # others may have the same name
+        name += f"-{experiment.dataset.digests['train'][:8]}"
     size = experiment.dataset.shape[0]
     return evaluation.statistics_path(name, config.features, category=data.category, size=size)
 
@@ -216,15 +236,26 @@ def fid_stats(experiment: Experiment) -> None:
     Raises:
         ValueError: the extractor is absent, or the file holds something else.
     """
-    if not experiment.settings.eval.features:
-        raise ValueError(
-            "--mode=fid_stats needs --config.eval.features: "
-            f"allowed {sorted(evaluation.EXTRACTORS)} or the folder of a SavedModel"
-        )
+    check_fid_stats(experiment)
     extractor, path = _extractor(experiment), _path(experiment)
     if parallel.is_first():
         _write_statistics(experiment, extractor, path)
     parallel.wait_for_all("statistics")
+
+
+def check_fid_stats(experiment: Experiment) -> None:
+    """Whether the features are named and can be taken of the data.
+
+    Raises:
+        ValueError: they are not or cannot.
+    """
+    features = experiment.settings.eval.features
+    if not features:
+        raise ValueError(
+            "--mode=fid_stats needs --config.eval.features: "
+            f"allowed {sorted(evaluation.EXTRACTORS)} or the folder of a SavedModel"
+        )
+    evaluation.check_features(features, experiment.dataset)
 
 
 def _write_statistics(experiment: Experiment, extractor: Extractor, path: Path) -> None:

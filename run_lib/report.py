@@ -187,6 +187,7 @@ def save_curves(workdir: Path) -> Path | None:
     return workdir / "curves.png"
 
 
+OF = "The figures are of these parameters, data and settings (digests)."
 BITS = "The figure shows how much each noise level adds to the bound."
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
 color:#222}table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3em
@@ -204,6 +205,7 @@ def write(workdir: Path) -> Path:
         for image in sorted(rows.parent.glob("extremes_*.png")):
             parts += [_image(image)]
         parts += _bits(rows.parent)
+        parts += _identities(rows.parent)
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
             "averaged first. ODE: change of variables along the probability-flow ODE, over the "
@@ -250,6 +252,14 @@ def _bits(eval_folder: Path) -> list[str]:
     if not images:
         return []
     return ["<h3>Where the bits are spent</h3>", f"<p>{BITS}</p>", _image(images[max(images)])]
+
+
+def _identities(eval_folder: Path) -> list[str]:
+    """What the figures of a folder are of."""
+    figures = [f for f in (identities.current(eval_folder) or {}).values() if f.kind == "model"]
+    header = ("step", "split", "parameters", "data", "settings")
+    cells = [[str(getattr(figure, name)) for name in header] for figure in sorted(figures)]
+    return [f"<p>{OF}</p>", as_html(header, cells)] if cells else []
 
 
 def _image(path: Path) -> str:

@@ -31,8 +31,7 @@ def train(experiment: Experiment, workdir: Path) -> None:
         Interrupted: the process was asked to stop; the state is saved.
     """
     settings = experiment.settings
-    check(experiment)
-    folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq"))
+    check(experiment, workdir)
     with folder.alone(workdir):
         identities.claim(experiment, workdir)
         trainer = score_trainer(experiment, workdir)
@@ -43,8 +42,12 @@ def train(experiment: Experiment, workdir: Path) -> None:
         report.write(workdir)
 
 
-def check(experiment: Experiment) -> None:
-    """Build and trace what is needed late, so that its errors come before anything is written."""
+def check(experiment: Experiment, workdir: Path) -> None:
+    """What the training needs late is built and traced, so that its errors come first.
+
+    Raises:
+        ValueError: something does not fit, or the folder was made with another config.
+    """
     settings, dataset = experiment.settings, experiment.dataset
     training = settings.training
     parallel.check_training_batch(training)
@@ -74,6 +77,7 @@ def check(experiment: Experiment) -> None:
         return sampler(model.score(params), settings.sde, keys, like).x
 
     jax.eval_shape(jax.vmap(sample, axis_name=parallel.AXIS_NAME), jnp.zeros((1, 2), jnp.int32))
+    folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq"))
 
 
 def score_trainer(experiment: Experiment, workdir: Path) -> Trainer:
@@ -90,8 +94,6 @@ def score_task(experiment: Experiment, workdir: Path) -> Task:
 
     def snapshot(ema_params: Any, step: int) -> None:
         """Samples, as samples/step_<step>.png; training goes on without."""
-        if not settings.training.snapshot_sampling:
-            return
         try:
             samples = generate(ema_params, 64)
         except FloatingPointError as error:
@@ -109,7 +111,7 @@ def score_task(experiment: Experiment, workdir: Path) -> Task:
         loss_fn=mean_loss(experiment.per_example_loss(train=True)),
         frozen=(),
         held_out=HeldOut(experiment.per_example_loss(train=False), experiment, ()),
-        snapshot=snapshot,
+        snapshot=snapshot if settings.training.snapshot_sampling else None,
     )
 
 
@@ -188,12 +190,22 @@ def import_checkpoint(experiment: Experiment, workdir: Path) -> None:
         ValueError: no checkpoint is given or it does not fit, or the folder has checkpoints.
     """
     settings = experiment.settings
+    source = source_of(settings, workdir)
+    state = given_state(experiment, source)
+    identities.claim_import(workdir)
+    folder.write_import(workdir, settings.resolved(), state, settings.training.snapshot_freq)
+
+
+def source_of(settings: Settings, workdir: Path) -> Path:
+    """The checkpoint or run folder to import.
+
+    Raises:
+        ValueError: none is given.
+    """
     source = given_checkpoint(settings, workdir)
     if source is None:
         raise ValueError(
             "training.init_from='': say which checkpoint to import, a Flax file, a .pth or a run "
             f"folder (or put it into {workdir / 'checkpoints-meta'})"
         )
-    state = given_state(experiment, source)
-    identities.claim_import(workdir)
-    folder.write_import(workdir, settings.resolved(), state, settings.training.snapshot_freq)
+    return source

@@ -28,7 +28,7 @@ RUN_LIB = {
     "estimators": 2, "baseline_estimators": 3, "folder": 3, "interruption": 3, "quality": 4,
     "comparison": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "report": 5,
     "training": 6, "bits": 6, "quality_loop": 6, "dequantizer_training": 7, "evaluation_loop": 8,
-    "diagnosis_loop": 9, "__init__": 10,
+    "diagnosis_loop": 9, "modes": 10, "__init__": 10,
 }  # fmt: skip
 
 

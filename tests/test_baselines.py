@@ -343,7 +343,8 @@ def test_real_values_have_two_gaussians_of_finite_or_endless_data(num_train):
 def row(estimator: str, index: int, value: float, **changes: object) -> dict:
     return {
         "estimator": estimator, "protocol": "p", "step": 1, "split": "test", "index": index,
-        "repeat": 0, "value": value, "unit": "bits/dim", "nfe": 1, "seconds": 0.0,
+        "repeat": 0, "identity": "0a1b", "value": value, "unit": "bits/dim", "nfe": 1,
+        "seconds": 0.0,
     } | changes  # fmt: skip
 
 

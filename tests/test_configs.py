@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import main
 import train_state
 from configs import base
 from datasets import DataConfig
 from losses import mean_loss
-from run_lib import parallel
+from run_lib import modes, parallel
 from run_lib.experiment import Experiment
 from run_lib.settings import Settings
 from streams import Dataset, Finite
@@ -80,7 +79,7 @@ def test_its_command_parses(name):
     for command in commands:
         flags = dict(part.removeprefix("--").split("=", 1) for part in shlex.split(command))
         assert Path(flags["config"]) == Path("configs") / f"{name}.py"
-        assert set(flags["mode"].split(",")) <= main.MODES.keys()
+        assert set(flags["mode"].split(",")) <= modes.MODES.keys()
         known = base.get_config()
         for flag in flags.keys() - {"config", "workdir", "mode"}:
             section, field = flag.removeprefix("config.").split(".")

@@ -4,10 +4,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax._src.distributed import global_state
 
 import run_lib
 from checkpoints import whole_steps
@@ -58,6 +60,11 @@ def samples(run: Path) -> np.ndarray:
     return np.concatenate([p["samples"] for p in sampling_loop.read(run / "eval/samples_20", 12)])
 
 
+def by_example(run: Path) -> dict[tuple, dict]:
+    """Rows by their key, without the identity of parameters that differ in their last digits."""
+    return {key[:-1]: row for key, row in Records(run / "eval").rows.items()}
+
+
 @pytest.mark.parametrize("layout", ["2", "4", "2x2"])
 def test_losses_are_equal(runs: dict[str, Path], layout: str) -> None:
     alone, here = metrics(runs["1"]), metrics(runs[layout])
@@ -71,7 +78,7 @@ def test_losses_are_equal(runs: dict[str, Path], layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["2", "4", "2x2"])
 def test_rows_and_samples_are_equal(runs: dict[str, Path], layout: str) -> None:
-    one, other = (Records(runs[name] / "eval").rows for name in ("1", layout))
+    one, other = (by_example(runs[name]) for name in ("1", layout))
     assert len(one) == 2 * 10
     assert other.keys() == one.keys()
     for key, row in one.items():
@@ -184,6 +191,22 @@ def test_a_coordinator_that_does_not_answer_is_told(monkeypatch) -> None:
         ValueError, match=f"--coordinator={address}: process 0 did not answer in 1 s"
     ):
         distributed.connect(address, 2, 1)
+
+
+def test_processes_wait_for_each_other_by_the_coordination_service(monkeypatch) -> None:
+    """Not by a collective of devices, which gives up after 30 s; each meeting has its own name."""
+    calls = []
+    monkeypatch.setattr(
+        global_state, "client", SimpleNamespace(wait_at_barrier=lambda *a: calls.append(a))
+    )
+    parallel.wait_for_all("data")
+    assert calls == []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    parallel.wait_for_all("data", seconds=parallel.START_S)
+    parallel.wait_for_all("data")
+    (first, short), (second, long) = calls
+    assert first != second
+    assert (short, long) == (300_000, 86_400_000)
 
 
 def test_only_the_first_process_draws_a_bar(monkeypatch) -> None:

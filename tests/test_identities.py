@@ -33,8 +33,12 @@ def config(path: Path | None = None, **changes: object) -> ConfigDict:
     c = tiny.config("npz" if path else "digits")
     c.data.update(path=str(path or ""), num_test=0 if path else 24)
     c.training.update(n_iters=5, eval_freq=5, snapshot_freq=5)
-    c.eval.update(enable_bpd=False, enable_sampling=False, **changes)
+    c.eval.update({"enable_bpd": False, "enable_sampling": False} | changes)
     return c
+
+
+def rows_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "eval/rows.jsonl").read_text().splitlines()]
 
 
 def train(c: ConfigDict, workdir: Path) -> None:
@@ -46,30 +50,44 @@ def evaluate(c: ConfigDict, workdir: Path, eval_folder: str = "eval") -> list[re
     return report.summaries(workdir / eval_folder)
 
 
-def test_a_network_trained_again_in_the_same_folder_has_figures_of_its_own(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, trained and evaluated once."""
+    workdir = tmp_path_factory.mktemp("once")
+    train(config(), workdir)
+    evaluate(config(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def trained(once: Path, tmp_path: Path) -> Path:
+    """A copy of that run folder."""
+    return Path(shutil.copytree(once, tmp_path / "run"))
+
+
+def test_a_network_trained_again_in_the_same_folder_has_figures_of_its_own(trained: Path) -> None:
     c = config(enable_sampling=True)
-    train(c, tmp_path)
-    (first,) = evaluate(c, tmp_path)
-    shard = next((tmp_path / "eval/samples_5").glob("*-*.npz"))
+    (first,) = evaluate(c, trained)
+    shard = next((trained / "eval/samples_5").glob("*-*.npz"))
     samples = np.load(shard)["samples"]
-    assert evaluate(c, tmp_path) == [first]
-    shutil.rmtree(tmp_path / "checkpoints")
+    assert evaluate(c, trained) == [first]
+    shutil.rmtree(trained / "checkpoints")
     c.optim.lr = 0.3
-    train(c, tmp_path)
-    assert report.summaries(tmp_path / "eval") == []
-    assert "bits/dim" not in (tmp_path / "report.html").read_text()
-    assert not (tmp_path / "samples.png").exists()
-    (second,) = evaluate(c, tmp_path)
-    (alone,) = evaluate(c, tmp_path, "alone")
+    train(c, trained)
+    assert report.summaries(trained / "eval") == []
+    assert "bits/dim" not in (trained / "report.html").read_text()
+    assert not (trained / "samples.png").exists()
+    (second,) = evaluate(c, trained)
+    (alone,) = evaluate(c, trained, "alone")
     assert second.value == alone.value
     assert abs(second.value.mean - first.value.mean) > 1e-3
     assert (second.value.examples, second.identity) == (24, alone.identity)
-    assert len(Records(tmp_path / "eval").rows) == 48
+    assert len(Records(trained / "eval").rows) == 48
     np.testing.assert_array_equal(
-        np.load(shard)["samples"], np.load(tmp_path / "alone/samples_5" / shard.name)["samples"]
+        np.load(shard)["samples"], np.load(trained / "alone/samples_5" / shard.name)["samples"]
     )
     assert np.any(np.load(shard)["samples"] != samples)
-    (earlier,) = (tmp_path / "eval").glob("samples_5-of-*")
+    (earlier,) = (trained / "eval").glob("samples_5-of-*")
     np.testing.assert_array_equal(np.load(earlier / shard.name)["samples"], samples)
 
 
@@ -96,28 +114,26 @@ def test_other_data_under_the_same_path_are_refused_and_moved_ones_are_not(tmp_p
     assert report.summaries(workdir / "eval") == [before]
 
 
-def test_rows_do_not_depend_on_how_many_training_examples_are_read(tmp_path: Path) -> None:
-    c = config()
-    train(c, tmp_path)
-    before = evaluate(c, tmp_path)
-    c.data.num_train = 100
-    assert evaluate(c, tmp_path) == before
-    c.eval.baselines = True  # these do
-    fitted = {r.estimator: r for r in evaluate(c, tmp_path)}
-    c.data.num_train = 0
-    again = {r.estimator: r for r in evaluate(c, tmp_path)}
-    assert again.keys() == fitted.keys()
-    assert again["bound"] == fitted["bound"]
-    assert again["histogram"].value.mean != fitted["histogram"].value.mean
+def test_rows_do_not_depend_on_how_many_training_examples_are_read(trained: Path) -> None:
+    """Those of baselines do."""
+    c = config(baselines=True)
+    (before,) = report.summaries(trained / "eval")
+    found = []
+    for number in (100, 0):
+        c.data.num_train = number
+        found.append({r.estimator: r for r in evaluate(c, trained)})
+        assert found[-1]["bound"].value == before.value
+    assert found[0].keys() == found[1].keys()
+    assert found[0]["histogram"].value.mean != found[1]["histogram"].value.mean
+    assert len([row for row in rows_of(trained) if row["estimator"] == "bound"]) == 24
 
 
-def test_a_test_split_of_another_size_has_rows_of_its_own(tmp_path: Path) -> None:
+def test_a_test_split_of_another_size_has_rows_of_its_own(trained: Path) -> None:
     c = config()
-    train(c, tmp_path)
-    evaluate(c, tmp_path)
     c.data.num_test = 12
-    (fewer,) = evaluate(c, tmp_path)
+    (fewer,) = evaluate(c, trained)
     assert fewer.value.examples == 12
+    assert len(rows_of(trained)) == 36
 
 
 def test_what_changes_the_network_changes_the_identity(tmp_path: Path) -> None:
@@ -153,41 +169,36 @@ def test_digests_are_those_of_the_content(tmp_path: Path) -> None:
     assert not set(digests(tmp_path / "d.npz").values()) & set(first.values())
 
 
-def test_a_damaged_row_is_left_out_and_computed_again(tmp_path: Path, caplog) -> None:
-    c = config()
-    train(c, tmp_path)
-    (before,) = evaluate(c, tmp_path)
-    path = tmp_path / "eval/rows.jsonl"
+def test_a_damaged_row_is_left_out_and_computed_again(trained: Path, caplog) -> None:
+    (before,) = report.summaries(trained / "eval")
+    path = trained / "eval/rows.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     row = json.loads(lines[3])
     digit = json.dumps(row["value"])
     changed = lines[3].replace(f'"value": {digit}', f'"value": {float(digit) + 1.0}')
     assert changed != lines[3]
     path.write_text("".join([*lines[:3], changed, *lines[4:]]))
-    (less,) = report.summaries(tmp_path / "eval")
+    (less,) = report.summaries(trained / "eval")
     assert less.value.examples == 23
     assert "rows.jsonl: line 4 is damaged" in caplog.text
-    (after,) = evaluate(c, tmp_path)
+    (after,) = evaluate(config(), trained)
     assert after.value == pytest.approx(before.value, rel=1e-12)
 
 
-def test_rows_of_an_older_version_are_computed_anew(tmp_path: Path, caplog) -> None:
-    c = config()
-    train(c, tmp_path)
-    (before,) = evaluate(c, tmp_path)
-    path = tmp_path / "eval/rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def test_rows_of_an_older_version_are_computed_anew(trained: Path, caplog) -> None:
+    (before,) = report.summaries(trained / "eval")
+    path, rows = trained / "eval/rows.jsonl", rows_of(trained)
     for row in rows:
         del row["identity"], row["crc32"]
         row["value"] += 1.0
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("eval/identities.json", "identity.json"):
-        (tmp_path / name).unlink()
+        (trained / name).unlink()
     caplog.clear()
-    (after,) = evaluate(c, tmp_path)
+    (after,) = evaluate(config(), trained)
     assert after.value == pytest.approx(before.value, rel=1e-12)
     assert caplog.text.count("24 rows of an older version") == 1
-    assert len(path.read_text().splitlines()) == 48
+    assert len(rows_of(trained)) == 48
 
 
 def test_statistics_are_of_the_data_that_are_there(tmp_path: Path, monkeypatch) -> None:
@@ -252,13 +263,11 @@ def test_samples_of_another_network_are_never_read(tmp_path: Path) -> None:
         list(sampling_loop.read(where, 1))
 
 
-def test_results_do_not_go_into_the_folder_of_a_dequantiser(tmp_path: Path) -> None:
-    c = config()
-    train(c, tmp_path)
-    (tmp_path / "flowpp_dequantizer/checkpoints").mkdir(parents=True)
+def test_results_do_not_go_into_the_folder_of_a_dequantiser(trained: Path) -> None:
+    (trained / "flowpp_dequantizer/checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"--eval_folder='flowpp_dequantizer': .* a dequantiser"):
-        evaluate(c, tmp_path, "flowpp_dequantizer")
-    assert not (tmp_path / "flowpp_dequantizer/rows.jsonl").exists()
+        evaluate(config(), trained, "flowpp_dequantizer")
+    assert not (trained / "flowpp_dequantizer/rows.jsonl").exists()
 
 
 def test_a_copy_inside_another_repository_has_no_commit(tmp_path: Path) -> None:

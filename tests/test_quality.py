@@ -213,13 +213,13 @@ def test_hosts_share_the_samples_of_a_batch(trained, tmp_path, monkeypatch):
     key = experiment.keys["samples"]
     params = experiment.model.init(key, (8, 8, 1))
     generate = Generator(experiment, key, 8)
-    sampling_loop.draw(generate, params, tmp_path / "one", 20)
+    sampling_loop.draw(generate, params, tmp_path / "one", 20, "0a1b")
     for index in (0, 1):
         host = sampling_loop.parallel.host().__class__(index, 2)
         monkeypatch.setattr(sampling_loop.parallel, "host", lambda host=host: host)
         everything = np.ones(20, bool)
         monkeypatch.setattr(sampling_loop, "_missing", lambda *_, all_=everything: all_)
-        sampling_loop.draw(generate, params, tmp_path / "two", 20)
+        sampling_loop.draw(generate, params, tmp_path / "two", 20, "0a1b")
     spans = [(s.first, s.last) for s in sampling_loop.shards(tmp_path / "two")]
     assert spans == [(0, 3), (4, 7), (8, 11), (12, 15), (16, 19)]
     one, two = (

@@ -338,7 +338,7 @@ def test_rows_of_other_data_or_seeds_do_not_mix(trained: Path) -> None:
     evaluate(trained, "g", enable_bpd=False, enable_sampling=False)
     config = tiny.config()
     config.seed = 1
-    with pytest.raises(ValueError, match="seed: 42 then, now 1"):
+    with pytest.raises(ValueError, match="rows of another seed: 42 then, now 1"):
         run_lib.evaluate(Experiment.from_config(config), trained, "g")
 
 
