@@ -86,7 +86,7 @@ def settings_digest(experiment: Experiment) -> str:
     model = settings.resolved()["model"]
     data, training = settings.data, settings.training
     skipped = set(WITHOUT_EFFECT)
-    if training.continuous and settings.model.time_label not in ("time", "reverse_index"):
+    if training.continuous and settings.model.time_label not in ("level", "reverse_index"):
         skipped.add("num_scales")  # then it is the number of steps of a sampler, no more
     return _digest(
         {name: value for name, value in model.items() if name not in skipped},
