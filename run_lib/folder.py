@@ -25,6 +25,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+import json_files
 from checkpoints import Checkpoints
 from run_lib import parallel
 from train_state import TrainState
@@ -77,7 +78,7 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
     path = workdir / "config.json"
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json_files.read(path)
     changed = differences(before, json.loads(json.dumps(config)))
     changed = {k: v for k, v in changed.items() if not {k, k.split(".")[0]} & set(ignore)}
     lines = [f"{name}: {old!r} in {path}, now {new!r}" for name, (old, new) in changed.items()]
@@ -108,7 +109,7 @@ def same_examples(eval_folder: Path, config: dict[str, Any]) -> None:
     path = eval_folder / "config.json"
     if not path.exists() or not (eval_folder / "rows.jsonl").exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json_files.read(path)
     known = dict(flatten(before))
     lines = [
         f"{name}: {old!r} then, now {new!r}"
