@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from checks import require
 from likelihood import Divergence
 from operators import (
     Batched,
@@ -112,8 +113,7 @@ def gap_factor(lmbd: float) -> float:
     Raises:
         ValueError: λ > 1, which is no member of the family.
     """
-    if lmbd > 1.0:
-        raise ValueError(f"sampling.lmbd={lmbd}: need λ <= 1")
+    require(lmbd <= 1.0, "sampling.lmbd", lmbd, "λ <= 1")
     return math.inf if lmbd == 1.0 else (1.0 - 0.5 * lmbd) ** 2 / (1.0 - lmbd)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from checks import one_of, require
 from fokker_planck import FORMS, Derivatives, FokkerPlanck
 from high_order import THIRD_ORDER_FORMS, HighOrder
 from operators import (
@@ -78,25 +79,17 @@ class Terms:
     fokker_planck: FokkerPlanck | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in ("dsm", "ism"):
-            raise ValueError(f"training.objective={self.objective!r}: allowed ['dsm', 'ism']")
-        if self.estimator not in ("probe", "exact"):
-            raise ValueError(
-                f"training.derivative_estimator={self.estimator!r}: allowed ['exact', 'probe']"
-            )
-        if self.num_probes < 1:
-            raise ValueError(f"training.num_probes={self.num_probes}: need at least 1")
-        if self.estimator == "exact" and self.num_probes > 1:
-            raise ValueError(
-                f"training.num_probes={self.num_probes} with "
-                "training.derivative_estimator='exact', which has no probes: need 1"
-            )
-        if self.high_order is not None and not self.reduce_mean:
-            raise ValueError(
-                "training.reduce_mean=False with training.score_matching_order > 1: the parts of "
-                "orders 2 and 3 are normalised by d² and d³, which goes with the mean over "
-                "dimensions"
-            )
+        one_of("training.objective", self.objective, ("dsm", "ism"))
+        one_of("training.derivative_estimator", self.estimator, ("probe", "exact"))
+        allowed = "at least 1, and 1 with training.derivative_estimator='exact'"
+        fits = self.num_probes == 1 or (self.num_probes > 1 and self.estimator == "probe")
+        require(fits, "training.num_probes", self.num_probes, allowed)
+        allowed = (
+            "True with training.score_matching_order > 1: the parts of orders 2 and 3 are "
+            "normalised by d² and d³, which goes with the mean over dimensions"
+        )
+        fits = self.high_order is None or self.reduce_mean
+        require(fits, "training.reduce_mean", self.reduce_mean, allowed)
         self.strides()
 
     def everywhere(self) -> "Terms":
@@ -144,11 +137,9 @@ class Terms:
 
     def _takes(self, number: np.ndarray, stride: int) -> np.ndarray:
         """Which examples of a device's batch have a term that each n-th of them has."""
-        if stride > 1 and len(number) % stride:
-            raise ValueError(
-                f"training.batch_size: a device has {len(number)} examples; need a multiple of "
-                f"{stride} for a fraction of 1/{stride}"
-            )
+        fits = stride <= 1 or len(number) % stride == 0
+        allowed = f"a multiple of {stride} for a fraction of 1/{stride}"
+        require(fits, "training.batch_size on each device", len(number), allowed)
         return (number % stride == 0) if stride else np.zeros(len(number), bool)
 
     def _only(self, high: bool, residual: bool) -> "Terms":
@@ -270,6 +261,6 @@ def _stride(term: HighOrder | FokkerPlanck | None, field: str) -> int:
     if term is None:
         return 0
     n = round(1.0 / term.fraction) if term.fraction > 0 else 0
-    if n < 1 or abs(n * term.fraction - 1.0) > 5e-3:
-        raise ValueError(f"training.{field}={term.fraction}: allowed 1, 1/2, 1/3, 1/4, ...")
+    fits = n >= 1 and abs(n * term.fraction - 1.0) <= 5e-3
+    require(fits, f"training.{field}", term.fraction, "1, 1/2, 1/3, 1/4, ...")
     return n

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
+from checks import require
 from operators import PerExample, fold_in_each
 from sde_lib import SDE, LinearVESDE, Time
 
@@ -252,9 +253,10 @@ Proposal = Uniform | Importance | Debias | Velocity | Binned | Levels
 
 
 def _check_t_min(t_min: float, sde: SDE, *, positive: bool) -> None:
-    lowest = "0 < " if positive or isinstance(sde, LinearVESDE) else "0 <= "
-    if t_min < 0.0 or t_min >= sde.T or (lowest == "0 < " and t_min == 0.0):
-        raise ValueError(f"smallest time {t_min}: need {lowest}t < T = {sde.T}")
+    positive = positive or isinstance(sde, LinearVESDE)
+    fits = 0.0 <= t_min < sde.T and not (positive and t_min == 0.0)
+    allowed = f"{'0 <' if positive else '0 <='} t < T = {sde.T}"
+    require(fits, "training.smallest_time", t_min, allowed)
 
 
 def independent_uniforms(

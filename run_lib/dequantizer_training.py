@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -15,13 +14,14 @@ import jax.numpy as jnp
 
 import checkpoints
 import flow_importer
+import json_files
 import train_state
 from checkpoints import Checkpoints, whole_steps
+from checks import path_of, require
 from likelihood import dequantizer_loss
 from losses import mean_loss
 from run_lib import folder, identities, loading, parallel, training
 from run_lib.experiment import Experiment
-from run_lib.settings import require
 from run_lib.trainer import HeldOut, Task, Trainer
 from train_state import TrainState
 
@@ -94,7 +94,7 @@ def _begun_with(target: Path) -> dict[str, Any]:
     """versions.json of a training of the dequantiser that has a checkpoint."""
     path = target / "versions.json"
     begun = path.exists() and whole_steps(target)
-    return json.loads(path.read_text(encoding="utf-8")) if begun else {}
+    return json_files.read(path) if begun else {}
 
 
 def _check_same_score(target: Path, score: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ def _state_like(experiment: Experiment) -> TrainState:
 
 def given_state(experiment: Experiment) -> TrainState:
     """The state of a published dequantiser, `deq.init_from`."""
-    source = Path(experiment.settings.deq.init_from).expanduser()
+    source = path_of("deq.init_from", experiment.settings.deq.init_from)
     state = flow_importer.load(source, _state_like(experiment))
     logger.info("starting from %s, step %d", source, int(state.step))
     return state

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 import datasets
 import losses
 import marginals
+from checks import choose, in_section, require
 from dequantization import Draw, Encoding, FlowDequantizer, Pixels, Reals
 from fokker_planck import FokkerPlanck
 from heads import Levels
@@ -27,7 +28,7 @@ from parameterization import PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreMod
 from point_samplers import SAMPLERS
 from restarted import time_of_noise
 from run_lib.parallel import AXIS_NAME
-from run_lib.settings import SamplingConfig, Settings, TrainingConfig, choose, require
+from run_lib.settings import SamplingConfig, Settings, TrainingConfig
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
 from streams import Dataset
 from terms import Terms
@@ -269,6 +270,7 @@ class Experiment:
         )
 
     @functools.cached_property
+    @in_section("sampling")
     def sampler(self) -> Sampler:
         """The sampler of `sampling.method`."""
         sampling = self.settings.sampling
@@ -281,6 +283,7 @@ class Experiment:
         return self.chain_model if self.settings.sampling.method == "pc" else self.model
 
     @functools.cached_property
+    @in_section("eval")
     def solver(self) -> Solver:
         """The solver of the probability-flow ODE of likelihoods."""
         config = self.settings.eval
@@ -293,6 +296,7 @@ class Experiment:
         )
 
     @functools.cached_property
+    @in_section("eval")
     def divergence(self) -> Divergence:
         """How the divergence of the vector field is computed in likelihoods."""
         return Divergence(self.settings.eval.divergence, self.settings.eval.num_probes)

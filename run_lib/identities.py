@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 import checkpoints
+import json_files
 from checkpoints import whole_steps
 from run_lib import folder, parallel
 from run_lib.experiment import Experiment
@@ -109,7 +110,7 @@ def current(target: Path) -> dict[str, Figure] | None:
     path = target / CURRENT
     if not path.exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json_files.read(path)
     if found["run"] != _run_of(target.parent):
         return {}
     return {identity: Figure(**fields) for identity, fields in found["figures"].items()}
@@ -168,7 +169,7 @@ def claim(experiment: Experiment, workdir: Path) -> None:
             _set_aside(workdir)
         folder.write_json(path, {"run": secrets.token_hex(8), "data": now})
         return
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json_files.read(path)
     if content["data"] is None:  # of an import, which reads no data
         folder.write_json(path, content | {"data": now})
         return
@@ -208,7 +209,7 @@ def claim_import(workdir: Path) -> None:
 def _run_of(workdir: Path) -> str:
     """The name of the training in a run folder; of an older version it has none."""
     path = workdir / RUN
-    return json.loads(path.read_text(encoding="utf-8"))["run"] if path.exists() else ""
+    return json_files.read(path)["run"] if path.exists() else ""
 
 
 def _data(experiment: Experiment) -> dict[str, dict[str, Any]]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoints
+from checks import require
 from run_lib import folder, identities, parallel
 from run_lib.experiment import Experiment
-from run_lib.settings import Settings, require
+from run_lib.settings import EvalConfig, Settings
+from streams import Dataset
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
@@ -49,19 +51,23 @@ def check(
         ValueError: the checkpoints are not there, the folder of results is another's, the data lack
             the split, or the devices cannot share a batch.
     """
-    config, dataset = experiment.settings.eval, experiment.dataset
+    config = experiment.settings.eval
     folder.results_folder(workdir, eval_folder)
     if "train" in earlier:
         _check_after_training(experiment.settings)
     elif "import" not in earlier:
         _wait_for_checkpoints(experiment.settings, workdir)
     parallel.check_batch_size(config.batch_size, "eval.batch_size")
-    require(
-        config.dataset in dataset.splits,
-        "eval.dataset",
-        config.dataset,
-        f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)",
-    )
+    _check_split(config, experiment.dataset)
+
+
+def _check_split(config: EvalConfig, dataset: Dataset) -> None:
+    """The split that is to be evaluated is there, and has as many examples as are asked for."""
+    allowed = f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)"
+    require(config.dataset in dataset.splits, "eval.dataset", config.dataset, allowed)
+    size, number = dataset.size(config.dataset), config.num_examples
+    allowed = f"0 (all) to {size}, the examples of the {config.dataset} split"
+    require(size is None or number <= size, "eval.num_examples", number, allowed)
 
 
 def _check_after_training(settings: Settings) -> None:

@@ -1,10 +1,10 @@
 """The rows of quality.json: figures of whole sets of samples, one per step, metric and protocol."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import json_files
 from records import is_intact, is_older, with_checksum
 from run_lib import folder, identities
 
@@ -31,7 +31,7 @@ def add(eval_folder: Path, rows: list[Row]) -> None:
 def _stored(eval_folder: Path) -> list[Row]:
     """All rows of the file but damaged ones, which are said."""
     path = eval_folder / FILE
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = json_files.read(path) if path.exists() else []
     found = [row for row in rows if is_older(row) or is_intact(row)]
     if len(found) < len(rows):
         logger.warning("%s: %d damaged rows are left out", path, len(rows) - len(found))

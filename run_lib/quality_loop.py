@@ -19,12 +19,12 @@ import numpy as np
 import evaluation
 import npz_files
 import plotting
+from checks import path_of, require
 from evaluation import Extractor, Features, Statistics
 from run_lib import figures, identities, parallel, quality, sampling_loop
 from run_lib.experiment import Experiment
 from run_lib.identities import Figure
 from run_lib.sampling_loop import Generator
-from run_lib.settings import require
 from streams import Host
 
 FILES = ("npz", "folder")  # data sets that are called as their file or folder
@@ -94,7 +94,7 @@ def _name(experiment: Experiment) -> str:
     """What the data are called in file names: files and folders by their own name."""
     data = experiment.settings.data
     named = data.dataset.lower() in FILES
-    return Path(data.path).expanduser().resolve().stem if named else data.dataset.lower()
+    return path_of("data.path", data.path).resolve().stem if named else data.dataset.lower()
 
 
 def _data(experiment: Experiment) -> str:
@@ -108,7 +108,7 @@ def _path(experiment: Experiment) -> Path:
     """`eval.stats`, or the default of these data and features."""
     config = experiment.settings.eval
     if config.stats:
-        return Path(config.stats).expanduser()
+        return path_of("eval.stats", config.stats)
     name, data = _name(experiment), experiment.settings.data
     if data.dataset.lower() in FILES:  # others may have the same name
         name += f"-{experiment.dataset.digests['train'][:8]}"

@@ -7,7 +7,6 @@ shard holds, in batches of any size.
 """
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import json_files
 import npz_files
 from operators import fold_in_each
 from run_lib import folder, parallel
@@ -134,7 +134,7 @@ def check_samples(experiment: Experiment, where: Path) -> None:
 def _protocol_of(where: Path) -> dict[str, Any]:
     """protocol.json of a folder of samples."""
     path = where / "protocol.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return json_files.read(path) if path.exists() else {}
 
 
 def _protocol(experiment: Experiment) -> dict[str, Any]:
