@@ -36,7 +36,7 @@ def _data() -> ConfigDict:
             "logit": False,  # logit transform instead of centring
             "uniform_dequantization": True,  # (k + u)/levels in training, too
             "random_flip": False,  # left-right, in training only
-            "num_validation": 0,  # the last so many training images, to choose settings by
+            "num_validation": 0,  # training images, drawn at random, to choose settings by
             "num_train": 0,  # 0: all (2-D sets: fresh samples for ever)
             "num_test": 0,  # 0: all (2-D sets: at least 1)
         }
