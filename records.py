@@ -3,8 +3,8 @@
 A row is one JSON object on one line of `rows.jsonl`, identified by its key (estimator, protocol,
 step, split, index, repeat). With several processes each has a file of its own, `rows-<h>.jsonl`;
 all are read. Lines are appended and flushed to disk batch by batch, so a killed
-evaluation loses at most the batch in flight; a half-written last line is dropped on reading. JSON
-lines need no library to read and survive a kill at any byte.
+evaluation loses at most the batch in flight; a half-written last line and damaged ones are left out
+on reading, and evaluated anew.
 """
 
 import json
@@ -14,6 +14,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import json_lines
+from json_lines import is_count, is_number
 
 Row = dict[str, Any]
 KEY = ("estimator", "protocol", "step", "split", "index", "repeat")
@@ -43,17 +46,9 @@ class Records:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        content = path.read_bytes()
-        complete, _, rest = content.rpartition(b"\n")
-        for number, line in enumerate(complete.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                self.rows[key_of(row)] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is no row: {error!r}") from None
-        if rest and path == self.path:  # so that the next append starts on a line of its own
-            with path.open("r+b") as file:
-                file.truncate(len(content) - len(rest))
+        self.rows |= {key_of(row): row for row in json_lines.read(path, _is_row)}
+        if path == self.path:
+            _cut_half_a_line(path)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write new rows to disk; rows that are already there are left as they are."""
@@ -76,6 +71,23 @@ class Records:
     def select(self, **fields: Any) -> list[Row]:
         """Rows in which every given field has the given value."""
         return [r for r in self.rows.values() if all(r[k] == v for k, v in fields.items())]
+
+
+def _is_row(row: Row) -> bool:
+    """Whether an object has the key and the value of a row."""
+    texts = all(isinstance(row.get(field), str) for field in ("estimator", "protocol", "split"))
+    counts = all(is_count(row.get(field)) for field in ("step", "index", "repeat"))
+    value = row.get("value")
+    return texts and counts and is_number(value) and math.isfinite(value)
+
+
+def _cut_half_a_line(path: Path) -> None:
+    """So that the next append starts on a line of its own."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
 
 
 def key_of(row: Row) -> Key:

@@ -43,6 +43,7 @@ def train_dequantizer(settings: Settings, workdir: Path, deq_folder: str) -> Non
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
     score_step = _score_step(workdir, target)
     dataset = datasets.load(settings.data)
+    parallel.wait_for_all("data", seconds=parallel.START_S)
     build.dequantizer(settings, dataset)
     folder.reconcile(target, settings.resolved(), ignore=("eval", "sampling", "training"))
     score_params = loading.load_parameters(settings, dataset, workdir, score_step)
@@ -94,7 +95,7 @@ def _task(settings: Settings, dataset: Dataset, score_params: Any) -> Task:
         loss_fn=mean_loss(per_example),
         frozen=(score_params,),
         held_out=HeldOut(per_example, settings, dataset, (score_params,)),
-        snapshot=lambda ema_params, step: None,
+        snapshot=None,
     )
 
 

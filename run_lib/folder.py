@@ -7,7 +7,6 @@ may change between runs. With several processes the first one writes.
 import errno
 import fcntl
 import importlib.metadata
-import itertools
 import json
 import logging
 import logging.handlers
@@ -16,8 +15,8 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from checkpoints import Checkpoints
+import json_lines
+from checkpoints import Checkpoints, whole_steps
+from json_lines import is_count, is_number
 from run_lib import parallel
 from train_state import TrainState
 
@@ -75,7 +76,7 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
         ValueError: a field differs that would corrupt the run; names all of them.
     """
     path = workdir / "config.json"
-    if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+    if not path.exists() or not whole_steps(workdir):
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = differences(before, json.loads(json.dumps(config)))
@@ -179,9 +180,14 @@ def write_json(path: Path, content: Any) -> None:
     if not parallel.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, [json.dumps(content, indent=2) + "\n"])
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    """Write a file that holds the old text or the new one, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -193,20 +199,23 @@ def write_import(
     """A state from elsewhere as the only checkpoint of a run folder.
 
     Raises:
-        ValueError: the folder has other checkpoints.
+        ValueError: the folder has other checkpoints, or another process is at it.
     """
-    there = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
-    if there == [str(int(state.step))]:
-        logger.info("%s holds step %s already", workdir, there[0])
-        return
-    if there:
+    step, there = int(state.step), whole_steps(workdir)
+    if there not in ([], [step]):
         raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
-    write_json(workdir / "config.json", config)
-    write_json(workdir / "versions.json", versions())
-    checkpoints = Checkpoints(workdir, keep_every=snapshot_freq)
-    checkpoints.save(state)
-    checkpoints.close()
-    logger.info("wrote %s", checkpoints.directory / str(int(state.step)))
+    with alone(workdir), closing(Checkpoints(workdir, keep_every=snapshot_freq)) as checkpoints:
+        if there and not checkpoints.holds(state):
+            raise ValueError(
+                f"{workdir / 'checkpoints' / str(step)} holds other numbers: use another --workdir"
+            )
+        if there:
+            logger.info("%s holds step %d already", workdir, step)
+            return
+        write_json(workdir / "config.json", config)
+        write_json(workdir / "versions.json", versions())
+        checkpoints.save(state)
+    logger.info("wrote %s", checkpoints.directory / str(step))
 
 
 def versions() -> dict[str, str]:
@@ -291,31 +300,20 @@ class MetricsWriter(NoMetrics):
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """End the file, whose steps ascend, before the first line of a later one or a damaged one."""
-    end = 0
-    with path.open("rb+") as file:
-        for line in file:
-            row = _row(line)
-            if row is None:
-                logger.warning("%s: half-written from byte %d on, which is cut off", path, end)
-            if row is None or row["step"] > step:
-                break
-            end += len(line)
-        file.truncate(end)
+    """Write the file anew without later steps, damaged lines and half a line at the end."""
+    rows = (row for row in json_lines.read(path, _is_metrics) if row["step"] <= step)
+    _replace(path, (json.dumps(row) + "\n" for row in rows))
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    """Half a line, after a kill, and zeros, after a power cut, are none."""
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:  # JSON or UTF-8
-        return None
+def _is_metrics(row: dict[str, Any]) -> bool:
+    """Whether a row has a step, a split and nothing but numbers beside them."""
+    values = (value for name, value in row.items() if name != "split")
+    known = is_count(row.get("step")) and row.get("split") in ("train", "held_out")
+    return known and all(map(is_number, values))
 
 
 def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of metrics.jsonl, one at a time, up to the first that was not wholly written."""
+    """Rows of metrics.jsonl, one at a time; damaged lines are left out and said."""
     path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        yield from itertools.takewhile(lambda row: row is not None, map(_row, file))
+    if path.exists():
+        yield from json_lines.read(path, _is_metrics)

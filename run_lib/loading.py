@@ -36,6 +36,7 @@ def checkpoints_of(
     folder.same_examples(workdir / eval_folder, settings.resolved())
     parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
     dataset = datasets.load(settings.data)
+    parallel.wait_for_all("data", seconds=parallel.START_S)
     require(
         settings.eval.dataset in dataset.splits,
         "eval.dataset",

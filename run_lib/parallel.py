@@ -4,6 +4,8 @@ Functions of one device see [B/devices, ...] and the axis name "batch"; nothing 
 a [devices, B, ...] shape. Each process feeds its own devices.
 """
 
+import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,9 @@ from run_lib.settings import TrainingConfig
 from streams import Host
 
 PyTree = Any
+START_S = 300.0  # for the slowest process to read its data
+DAY_S = 86_400.0
+_meetings = itertools.count()  # no point of meeting has the name of another
 
 
 def host() -> Host:
@@ -48,10 +53,19 @@ def check_training_batch(training: TrainingConfig) -> None:
         check_batch_size(training.microbatch, "training.microbatch")
 
 
-def wait_for_all(name: str) -> None:
-    """Return when every process has come to the point of this name; at once with one process."""
+def wait_for_all(name: str, *, seconds: float = DAY_S) -> None:
+    """Return when every process has come to this point; at once with one process.
+
+    By JAX's coordination service, which hears of a process that dies and lets the others end. A
+    collective of devices gives up after 30 s on CPU, however alive the others are.
+
+    Args:
+        name: of the point; all processes come to the same ones in the same order.
+        seconds: after which the others are given up, with a JaxRuntimeError.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        client = importlib.import_module("jax._src.distributed").global_state.client
+        client.wait_at_barrier(f"{name} {next(_meetings)}", round(1000 * seconds))
 
 
 def of_first_process(values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -39,7 +40,7 @@ class Task:
     loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     frozen: tuple[PyTree, ...]  # what the loss needs beside its parameters
     held_out: Callable[[PyTree], dict[str, float]]  # of the moving average
-    snapshot: Callable[[PyTree, int], None]  # (moving average, step)
+    snapshot: Callable[[PyTree, int], None] | None  # (moving average, step)
 
 
 class Trainer:
@@ -107,7 +108,7 @@ class Trainer:
             for first, batches in self.batches():
                 arguments = (self.state, self.key, batches, *self.task.frozen)
                 if not started:
-                    self.check_memory(arguments)
+                    self.compile_steps(arguments, progress)
                 started = True
                 self.state, metrics = self.step_fn(*arguments)
                 self.step = first + len(batches["mask"])
@@ -119,6 +120,15 @@ class Trainer:
                     stop.steps_are_over()
                     self.save()
                     break
+
+    def compile_steps(self, arguments: tuple[Any, ...], progress: "Progress") -> None:
+        """Compile all that will be dispatched, also what only the last steps need."""
+        state, key, batches, *frozen = arguments
+        with progress.compiling("the training step"):
+            for count in self._counts():
+                shapes = jax.tree.map(functools.partial(_with_steps, count), batches)
+                self.check_memory((state, key, shapes, *frozen))
+        parallel.wait_for_all("compiled")  # the first step is a collective of devices
 
     def check_memory(self, arguments: tuple[Any, ...]) -> None:
         """Compile the step, say what it needs, and refuse what the devices do not have."""
@@ -143,6 +153,13 @@ class Trainer:
             limit,
         )
         raise ValueError(f"{text} of a device: {advice}. What saves memory: {memory.LEVERS}")
+
+    def _counts(self) -> list[int]:
+        """Numbers of steps of a dispatch, as `_groups` makes them, largest first."""
+        whole, left = self.task.n_jitted_steps, self.task.n_iters - self.step
+        first = min(whole - self.step % whole, left)
+        rest = left - first
+        return sorted({first, min(whole, rest), rest % whole} - {0}, reverse=True)
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(first step, batches [n, D, B/D, ...] on their way to the devices)."""
@@ -180,18 +197,25 @@ class Trainer:
             writer.write(self.step, "train", means)
             progress.update(self.step, means)
         if due(training.eval_freq):
-            values = self.task.held_out(self.state.ema_params)
+            with progress.compiling("the held-out loss"):
+                values = self.task.held_out(self.state.ema_params)
             writer.write(self.step, "held_out", values)
             progress.message(f"step {self.step}: held-out {_text(values)}")
         if due(training.snapshot_freq_for_preemption) or due(training.snapshot_freq):
             self.save()
-        if due(training.snapshot_freq):
-            self.task.snapshot(self.state.ema_params, self.step)
+        if self.task.snapshot is not None and due(training.snapshot_freq):
+            with progress.compiling("the sampler of snapshots"):
+                self.task.snapshot(self.state.ema_params, self.step)
 
     def save(self) -> None:
         """Checkpoint, but never a state that follows a value that was not finite."""
         self.metrics.check()
         self.checkpoints.save(parallel.to_global(self.state))
+
+
+def _with_steps(count: int, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape of so many steps of batches, on the devices of `leaf`."""
+    return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
 
 
 class HeldOut:
@@ -284,7 +308,21 @@ class Progress:
         self.step, self.last, self.unit = first, last, unit
         shown = sys.stderr.isatty() and parallel.is_first()
         self.bar = tqdm(total=last, initial=first, unit=unit) if shown else None
-        self.spoken = time.monotonic()
+        self.spoken, self._compiled = time.monotonic(), set()
+
+    @contextlib.contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """A block that compiles when it first runs: then that is said, and its time not counted."""
+        if what in self._compiled:
+            yield
+            return
+        self._compiled.add(what)
+        self.message(f"compiling {what}")
+        began = time.monotonic()
+        yield
+        self.spoken += time.monotonic() - began
+        if self.bar is not None:
+            self.bar.unpause()
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Show the step, its rate and the time left; without a terminal at most every 10 s."""

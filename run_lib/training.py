@@ -33,6 +33,7 @@ def train(settings: Settings, workdir: Path) -> None:
     """
     parallel.check_training_batch(settings.training)
     dataset = datasets.load(settings.data)
+    parallel.wait_for_all("data", seconds=parallel.START_S)
     check(settings, dataset)
     folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq"))
     with folder.alone(workdir):
@@ -89,8 +90,6 @@ def score_task(settings: Settings, dataset: Dataset, workdir: Path) -> Task:
 
     def snapshot(ema_params: Any, step: int) -> None:
         """Samples, as samples/step_<step>.png; training goes on without."""
-        if not settings.training.snapshot_sampling:
-            return
         try:
             samples = generate(ema_params, 64)
         except FloatingPointError as error:
@@ -110,7 +109,7 @@ def score_task(settings: Settings, dataset: Dataset, workdir: Path) -> Task:
         held_out=HeldOut(
             build.per_example_loss(settings, dataset, train=False), settings, dataset, ()
         ),
-        snapshot=snapshot,
+        snapshot=snapshot if settings.training.snapshot_sampling else None,
     )
 
 

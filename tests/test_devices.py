@@ -4,13 +4,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax._src.distributed import global_state
 
 import run_lib
-from checkpoints import Checkpoints
+from checkpoints import whole_steps
 from records import Records
 from run_lib import distributed, folder, parallel, sampling_loop
 from run_lib.settings import Settings
@@ -99,7 +101,7 @@ def test_every_process_writes_its_rows_and_only_the_missing_ones(runs: dict[str,
 def wait_for_step(workdir: Path, step: int, seconds: float = 120.0) -> int:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        found = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+        found = whole_steps(workdir)
         if max(found, default=0) >= step:
             return max(found)
         time.sleep(0.01)
@@ -117,9 +119,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
         step = wait_for_step(tmp_path / "moved", 0)
-    checkpoints = Checkpoints(tmp_path / "moved")
-    last = checkpoints.steps()[-1] + 10
-    checkpoints.close()
+    last = whole_steps(tmp_path / "moved")[-1] + 10
     assert last < 100000
     config = tiny.config()
     config.training.update(stratified=True, n_iters=last)
@@ -186,6 +186,22 @@ def test_a_coordinator_that_does_not_answer_is_told(monkeypatch) -> None:
         ValueError, match=f"--coordinator={address}: process 0 did not answer in 1 s"
     ):
         distributed.connect(address, 2, 1)
+
+
+def test_processes_wait_for_each_other_by_the_coordination_service(monkeypatch) -> None:
+    """Not by a collective of devices, which gives up after 30 s; each meeting has its own name."""
+    calls = []
+    monkeypatch.setattr(
+        global_state, "client", SimpleNamespace(wait_at_barrier=lambda *a: calls.append(a))
+    )
+    parallel.wait_for_all("data")
+    assert calls == []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    parallel.wait_for_all("data", seconds=parallel.START_S)
+    parallel.wait_for_all("data")
+    (first, short), (second, long) = calls
+    assert first != second
+    assert (short, long) == (300_000, 86_400_000)
 
 
 def test_only_the_first_process_draws_a_bar(monkeypatch) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import run_lib
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, whole_steps
 from run_lib import folder, training
 from run_lib.settings import Settings
 from tests import tiny
@@ -43,14 +43,6 @@ def state_of(workdir: Path, step: int, s: Settings):
     like = jax.eval_shape(lambda: training.fresh_state(s, (8, 8, 1)))
     try:
         return checkpoints.restore(step, like)
-    finally:
-        checkpoints.close()
-
-
-def steps_of(workdir: Path) -> list[int]:
-    checkpoints = Checkpoints(workdir)
-    try:
-        return checkpoints.steps()
     finally:
         checkpoints.close()
 
@@ -82,7 +74,7 @@ def test_twenty_kills_change_no_bit_and_no_line(tmp_path: Path) -> None:
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGALRM  # as final as −9, but never too late
-        begun.append(max(steps_of(tmp_path / "killed"), default=0))
+        begun.append(max(whole_steps(tmp_path / "killed"), default=0))
     assert begun == sorted(begun)
     assert 0 < begun[-1] < LAST
     assert len(set(begun)) > 10
@@ -94,6 +86,7 @@ def test_twenty_kills_change_no_bit_and_no_line(tmp_path: Path) -> None:
         for run in (tmp_path / "whole", tmp_path / "killed")
     ]
     assert lines[0] == lines[1]
+    assert whole_steps(tmp_path / "killed") == whole_steps(tmp_path / "whole")
     assert [r["step"] for r in lines[0] if r["split"] == "train"] == list(range(5, LAST + 1, 5))
 
 
@@ -112,7 +105,7 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(tmp_path: Path, number: 
     assert "without saving" not in said  # which would come after 25 s
     assert f"{signal.Signals(number).name}: saving after the step under way" in said
     assert "stopped and saved; the same command continues" in said
-    (step,) = steps_of(tmp_path)
+    (step,) = whole_steps(tmp_path)
     assert step >= 15
     config = tiny.config()
     config.training.n_iters = step
@@ -191,7 +184,7 @@ def test_all_processes_stop_at_the_same_step(tmp_path: Path) -> None:
     said = finish(processes, code=STOPPED)
     assert all("stopped and saved" in text for text in said)
     assert "another process" not in "".join(said)
-    state_of(tmp_path, steps_of(tmp_path)[-1], settings())
+    state_of(tmp_path, whole_steps(tmp_path)[-1], settings())
 
 
 def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
@@ -204,8 +197,7 @@ def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
         assert "another process of this run is gone" in said
     processes[1].communicate()
     # What it left behind is a run folder like any other.
-    last = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*") if p.name.isdigit())
-    state_of(tmp_path, last, settings())
+    state_of(tmp_path, whole_steps(tmp_path)[-1], settings())
 
 
 def damage(path: Path) -> None:
@@ -224,7 +216,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog) ->
     assert "20 cannot be read" in caplog.text
     steps = {json.loads(line)["step"] for line in (tmp_path / "eval/rows.jsonl").open()}
     assert steps == {15}
-    assert steps_of(tmp_path) == [15, 20]
+    assert whole_steps(tmp_path) == [15, 20]
     caplog.clear()
     run_lib.train(settings(n_iters=20), tmp_path)
     assert re.search(r"20 cannot be read.*The one before it is used", caplog.text)
@@ -240,11 +232,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog) ->
 
 def test_if_no_checkpoint_can_be_read_nothing_is_moved(tmp_path: Path) -> None:
     run_lib.train(settings(n_iters=10), tmp_path)
-    for path in (tmp_path / "checkpoints").glob("[0-9]*"):
-        damage(path)
+    for step in whole_steps(tmp_path):
+        damage(tmp_path / "checkpoints" / str(step))
     with pytest.raises(ValueError, match=r"no checkpoint of .* can be read"):
         run_lib.train(settings(n_iters=20), tmp_path)
-    assert steps_of(tmp_path) == [5, 10]
+    assert whole_steps(tmp_path) == [5, 10]
     assert not (tmp_path / "checkpoints-damaged").exists()
 
 
@@ -257,18 +249,18 @@ def small_files(limit: int) -> None:
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
     arguments = [CONFIG, f"--workdir={tmp_path}", "--mode=train"]
     finish([start(arguments)])
-    before = steps_of(tmp_path)
+    before = whole_steps(tmp_path)
     more = [*arguments, "--config.training.n_iters=40", "--compilation_cache_dir="]
     process = start(more, preexec_fn=lambda: small_files(40_000))
     (said,) = finish([process], code=2)
     assert re.search(
         r"^error: a checkpoint could not be written to .*; the same command", said, re.M
     )
-    assert steps_of(tmp_path)[-1] >= before[-1]
-    for step in steps_of(tmp_path):
+    assert whole_steps(tmp_path)[-1] >= before[-1]
+    for step in whole_steps(tmp_path):
         state_of(tmp_path, step, settings())
     finish([start([*arguments, "--config.training.n_iters=40"])])
-    assert steps_of(tmp_path)[-1] == 40
+    assert whole_steps(tmp_path)[-1] == 40
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch) -> None:
@@ -278,8 +270,26 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
     with pytest.raises(OSError, match=r"0\.9 MB are free, 1\.2 MB are asked for.*\[5, 10\]"):
         run_lib.train(settings(n_iters=20), tmp_path)
     monkeypatch.undo()
-    assert steps_of(tmp_path) == [5, 10]
+    assert whole_steps(tmp_path) == [5, 10]
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_an_import_that_was_killed_is_done_again(tmp_path: Path) -> None:
+    """What was half written is no checkpoint, for whatever asks for one."""
+    s = settings()
+    state = training.fresh_state(s, (8, 8, 1))
+    folder.write_json(tmp_path / "config.json", settings(sde="subvpsde").resolved())
+    (tmp_path / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)
+    folder.reconcile(tmp_path, s.resolved())
+    for _ in range(2):
+        folder.write_import(tmp_path, s.resolved(), state, snapshot_freq=10)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path, 0, s), state)
+    other = jax.tree.map(lambda leaf: leaf + 0 * leaf.sum() + (leaf.ndim > 1), state)
+    with pytest.raises(ValueError, match=r"checkpoints/0 holds other numbers: use another"):
+        folder.write_import(tmp_path, s.resolved(), other, snapshot_freq=10)
+    with pytest.raises(ValueError, match="is not empty: use another --workdir"):
+        folder.write_import(tmp_path, s.resolved(), state.replace(step=state.step + 1), 10)
 
 
 def test_a_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:

@@ -213,9 +213,27 @@ def test_each_process_appends_to_a_file_of_its_own_and_reads_all(path: Path) -> 
     assert Records(path.parent).missing([row(0), row(1), row(2)]) == [row(2)]
 
 
-def test_a_damaged_line_is_named(path: Path) -> None:
-    Records(path.parent).append([row(0)])
-    with path.open("a", encoding="utf-8") as file:
-        file.write("not a row\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is no row"):
-        Records(path.parent)
+DAMAGED = {
+    "no object": "[0]",
+    "no text": "\0\0\0",
+    "brackets": "[" * 100_000,
+    "key": json.dumps(row(1)).replace("index", "indox"),
+    "index": json.dumps(row(1.5)),
+    "index that no array holds": json.dumps(row(2**70)),
+    "list for a text": json.dumps(row(1, split=["test"])),
+    "no value": json.dumps(row(1, value=None)),
+    "endless value": json.dumps(row(1)).replace("1.0", "1e999"),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_left_out_and_said_and_its_row_is_missing(path, caplog, damaged) -> None:
+    rows = [row(0), row(1), row(2)]
+    Records(path.parent).append(rows)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], damaged, lines[2], ""]))
+    records = Records(path.parent)
+    assert f"{path}: line 2 is damaged and is left out" in caplog.text
+    assert records.missing(rows) == [row(1)]
+    records.append(rows)
+    assert sorted(Records(path.parent).rows.values(), key=key_of) == rows

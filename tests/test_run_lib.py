@@ -168,15 +168,32 @@ def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     assert len(rows) == len(set(rows)) > len(metrics)
 
 
-def test_metrics_end_where_a_power_cut_has_left_zeros(tmp_path: Path, caplog) -> None:
-    whole = '{"step": 5, "split": "train", "loss": 1}\n'
-    for damaged in ("\0\0\0\n", '{"step": 6, "spl\0\0\n'):
-        (tmp_path / "metrics.jsonl").write_text(whole + damaged + whole.replace("5", "7"))
-        assert [row["step"] for row in folder.read_metrics(tmp_path)] == [5]
-        folder.MetricsWriter(tmp_path, 10).close()
-        assert (tmp_path / "metrics.jsonl").read_text() == whole
-        assert f"half-written from byte {len(whole)} on" in caplog.text
-        caplog.clear()
+DAMAGED = {
+    "zeros of a power cut": "\0\0\0",
+    "two lines in one": '{"step": 6, "spl\0\0',
+    "no step": '{"stup": 6, "split": "train", "loss": 1}',
+    "no split": '{"step": 6, "splat": "train", "loss": 1}',
+    "step of a half": '{"step": 6.5, "split": "train", "loss": 1}',
+    "huge step": '{"step": 1e999, "split": "train", "loss": 1}',
+    "unknown split": '{"step": 6, "split": "tra1n", "loss": 1}',
+    "text for a number": '{"step": 6, "split": "train", "loss": "1"}',
+    "number that no float holds": f'{{"step": 6, "split": "train", "loss": {10**400}}}',
+    "no object": "[6]",
+    "brackets": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_of_the_metrics_is_left_out_and_said(tmp_path, caplog, damaged) -> None:
+    first = '{"step": 5, "split": "train", "loss": 1}\n'
+    path, last = tmp_path / "metrics.jsonl", first.replace("5", "7")
+    path.write_text(first + damaged + "\n" + last)
+    assert [row["step"] for row in folder.read_metrics(tmp_path)] == [5, 7]
+    assert report.save_curves(tmp_path).exists()
+    assert f"{path}: line 2 is damaged and is left out" in caplog.text
+    for step, kept in ((10, first + last), (6, first)):
+        folder.MetricsWriter(tmp_path, step).close()
+        assert path.read_text() == kept
 
 
 def test_events_of_tensorboard_are_those_of_the_metrics(tmp_path: Path) -> None:

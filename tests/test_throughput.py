@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from checkpoints import Checkpoints
 from likelihood import Divergence, ode_log_likelihood
 from losses import mean_loss
 from ode import Solver
-from run_lib import build, folder, interruption, memory, parallel, training
+from run_lib import build, folder, interruption, memory, parallel, trainer, training
 from run_lib.settings import Settings
 from run_lib.trainer import PendingMetrics, Trainer
 from tests import tiny
@@ -359,3 +360,50 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, requests_and_hits: list
         run_lib.evaluate(settings, tmp_path / name, "eval")
     assert requests_and_hits.count("asked") > 20
     assert requests_and_hits.count("found") == requests_and_hits.count("asked")
+
+
+def test_what_the_last_steps_need_is_compiled_and_checked_at_the_start(
+    tmp_path, monkeypatch, caplog, requests_and_hits
+) -> None:
+    """11 steps in dispatches of 5, 5 and 1."""
+    caplog.set_level("INFO", logger="fokker")
+    seen, events = {}, trainer.Trainer.events
+
+    def counted(self, *arguments) -> None:
+        events(self, *arguments)
+        seen[self.step] = len(requests_and_hits)
+
+    monkeypatch.setattr(trainer.Trainer, "events", counted)
+    train(tmp_path / "whole", n_iters=11, eval_freq=5, snapshot_freq=5)
+    assert list(seen) == [5, 10, 11]
+    assert seen[10] == seen[11]
+    assert len(re.findall("a step takes .* of each device", caplog.text)) == 2
+    assert caplog.text.count("compiling the training step") == 1
+    assert caplog.text.count("compiling the held-out loss") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "counts"),
+    [
+        (0, 20, [5]), (0, 21, [5, 1]), (3, 21, [5, 2, 1]), (3, 5, [2]), (6, 9, [3]), (0, 3, [3]),
+        (6, 12, [4, 2]),
+    ],
+)  # fmt: skip
+def test_the_dispatches_are_those_that_are_compiled(monkeypatch, first, last, counts) -> None:
+    found = object.__new__(trainer.Trainer)
+    found.step = first
+    found.task = trainer.Task("", last, 5, 0.9, None, (), None, None)
+    assert found._counts() == counts
+
+
+def test_compilation_is_not_counted_in_the_time_left(monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", logger="fokker")
+    clock = itertools.count(0.0, 20.0)  # 20 s from each look to the next
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
+    progress = trainer.Progress(0, 100, "step")
+    with progress.compiling("a step"):
+        next(clock)  # of 40 s
+    progress.update(40, {})
+    assert "compiling a step" in caplog.text
+    # From the start to here 80 s, of which 40 count.
+    assert "step 40/100, , 1.0 steps/s, 60 s left" in caplog.text
