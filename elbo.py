@@ -87,10 +87,9 @@ def elbo(
         x_t = sde.perturb(x, t, gaussian(fold_in_all(keys, 0), x))
         probes = divergence.draw(fold_in_all(keys, 2), x)
         score, div = divergence(lambda y: score_fn(y, t), x_t, probes)
-        g2, alpha2, sigma2 = sde.g2(t), sde.alpha(t) ** 2, sde.sigma(t) ** 2
+        g2, variance = sde.g2(t), sde.alpha(t) ** 2 + sde.sigma(t) ** 2
         integrand = g2 * (0.5 * squared_norm(score) + div) - d * sde.drift_coefficient(t)
-        centred = squared_norm(x_t) - alpha2 * squared_norm(x) - d * sigma2
-        variate = 0.5 * g2 / (alpha2 + sigma2) ** 2 * centred
+        variate = 0.5 * g2 / variance**2 * sde.centred_norm(x, x_t, t)
         return -(integrand - variate) / proposal.density(t)
 
     return prior_term(sde, x) + _mean_over_draws(draw, keys, num_times, stratified=True)

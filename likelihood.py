@@ -327,7 +327,7 @@ def _strata(
         u = jax.vmap(lambda k: jax.random.uniform(k, (), x.dtype))(keys_now[:, 0])
         t = proposal.quantile((number.astype(x.dtype) + u) / num_times)
         z = gaussian(keys_now[:, 1], x)
-        weight = sde.g2(t) / sde.sigma(t) ** 2 / proposal.density(t) / num_times
+        weight = sde.rate(t) / proposal.density(t) / num_times
         keys_square = fold_in_all(keys_now[:, 1], 1)
         return 0.5 * weight * square(sde.perturb(x, t, z), t, z, keys_square)
 
@@ -347,8 +347,7 @@ def _implicit_square(
     """
     score, div_score = divergence(lambda y: score_fn(y, t), x_t, probes)
     signal, noise = sde.alpha(t) ** 2, sde.sigma(t) ** 2
-    centred = squared_norm(x_t) - signal * squared_norm(x) - noise * dimension(x)
-    variate = noise / (signal + noise) ** 2 * centred
+    variate = noise / (signal + noise) ** 2 * sde.centred_norm(x, x_t, t)
     return noise * (squared_norm(score) + 2.0 * div_score) + dimension(x) - variate
 
 

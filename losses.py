@@ -49,7 +49,7 @@ def noise_weight(t: PerExample, sde: SDE) -> PerExample:
 
 def likelihood_weight(t: PerExample, sde: SDE) -> PerExample:
     """w = g²/σ², so that w‖e1‖² = g²‖s − ∇log q(x_t|x0)‖² (Song et al. 2021, 2101.09258)."""
-    return sde.g2(t) / sde.sigma(t) ** 2
+    return sde.rate(t)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from operators import PerExample, fold_in_each
+from sde_base import check_time
 from sde_lib import SDE, LinearVESDE, Time
+
+FIELD = "training.smallest_time"  # of which t_min and t_eps are values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Uniform:
     t_min: float
 
     def __post_init__(self) -> None:
-        _check_t_min(self.t_min, self.sde, positive=False)
+        # Without σ at t = 0 the linear VE has no weight there either: g²/σ² is 0/0.
+        check_time(FIELD, self.t_min, self.sde, positive=isinstance(self.sde, LinearVESDE))
 
     @property
     def length(self) -> float:
@@ -53,28 +57,54 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True)
-class Importance:
-    """p(t) = (g²/σ²)/Z on [t_min, T], the likelihood-weighting proposal.
-
-    Reference: Song et al. 2021, https://arxiv.org/abs/2101.09258, section 5.1; closed forms in
-    sde_lib.
-    """
+class _Stretched:
+    """A law under which a growing function of t, the `coordinate`, is uniform on [t_min, T]."""
 
     sde: SDE
     t_min: float
 
     def __post_init__(self) -> None:
-        _check_t_min(self.t_min, self.sde, positive=True)
+        check_time(FIELD, self.t_min, self.sde, positive=True)
 
     @property
     def length(self) -> float:
         """Of the interval, T − t_min."""
         return self.sde.T - self.t_min
 
+    def coordinate(self, t: Time) -> Time:
+        """What is uniform."""
+        raise NotImplementedError
+
+    def time_of_coordinate(self, c: Time) -> Time:
+        """Inverse of `coordinate`."""
+        raise NotImplementedError
+
     def bounds(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """W(t_min), W(T)."""
-        weight = self.sde.cumulative_weight
-        return weight(jnp.asarray(self.t_min, dtype)), weight(jnp.asarray(self.sde.T, dtype))
+        """The coordinate at t_min and T."""
+        ends = jnp.asarray(self.t_min, dtype), jnp.asarray(self.sde.T, dtype)
+        return self.coordinate(ends[0]), self.coordinate(ends[1])
+
+    def quantile(self, u: Time) -> Time:
+        """Inverse CDF."""
+        low, high = self.bounds(u.dtype)
+        return jnp.clip(self.time_of_coordinate(low + (high - low) * u), self.t_min, self.sde.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance(_Stretched):
+    """p(t) = (g²/σ²)/Z on [t_min, T], the likelihood-weighting proposal: W is uniform.
+
+    Reference: Song et al. 2021, https://arxiv.org/abs/2101.09258, section 5.1; closed forms in
+    sde_lib.
+    """
+
+    def coordinate(self, t: Time) -> Time:
+        """W(t)."""
+        return self.sde.cumulative_weight(t)
+
+    def time_of_coordinate(self, c: Time) -> Time:
+        """W⁻¹."""
+        return self.sde.time_of_weight(c)
 
     @property
     def normalizer(self) -> Float[Array, ""]:
@@ -82,15 +112,9 @@ class Importance:
         low, high = self.bounds()
         return high - low
 
-    def quantile(self, u: Time) -> Time:
-        """Inverse CDF: t = W⁻¹(W(t_min) + Z u)."""
-        low, high = self.bounds(u.dtype)
-        t = self.sde.time_of_weight(low + (high - low) * u)
-        return jnp.clip(t, self.t_min, self.sde.T)
-
     def density(self, t: Time) -> Time:
         """p(t)."""
-        return self.sde.g2(t) / self.sde.sigma(t) ** 2 / self.normalizer.astype(t.dtype)
+        return self.sde.rate(t) / self.normalizer.astype(t.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +129,17 @@ class Debias:
     t_eps: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check_t_min(self.t_eps, self.sde, positive=True)
+        check_time(FIELD, self.t_eps, self.sde, positive=True)
 
     @property
     def length(self) -> float:
         """Of the interval, T."""
         return self.sde.T
 
-    def rate(self, t: Time) -> Time:
-        """r(t) = g²/σ²."""
-        return self.sde.g2(t) / self.sde.sigma(t) ** 2
-
     def pieces(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], ...]:
         """r(t_eps), t_eps r(t_eps), W(t_eps), Z."""
         t_eps = jnp.asarray(self.t_eps, dtype)
-        rate, low = self.rate(t_eps), self.sde.cumulative_weight(t_eps)
+        rate, low = self.sde.rate(t_eps), self.sde.cumulative_weight(t_eps)
         high = self.sde.cumulative_weight(jnp.asarray(self.sde.T, dtype))
         return rate, t_eps * rate, low, t_eps * rate + high - low
 
@@ -137,11 +157,11 @@ class Debias:
 
     def density(self, t: Time) -> Time:
         """p(t)."""
-        return self.rate(jnp.maximum(t, self.t_eps)) / self.normalizer.astype(t.dtype)
+        return self.sde.rate(jnp.maximum(t, self.t_eps)) / self.normalizer.astype(t.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Velocity:
+class Velocity(_Stretched):
     """p(t) = (d log σ²/dt)/Z on [t_min, T]: log σ² is uniform.
 
     Against the importance law, fewer times where little of the signal is left. In float32 log σ² is
@@ -150,27 +170,13 @@ class Velocity:
     Reference: Zheng et al. 2023, https://arxiv.org/abs/2305.03935, section 3.3.
     """
 
-    sde: SDE
-    t_min: float
+    def coordinate(self, t: Time) -> Time:
+        """log σ²."""
+        return 2.0 * jnp.log(self.sde.sigma(t))
 
-    def __post_init__(self) -> None:
-        _check_t_min(self.t_min, self.sde, positive=True)
-
-    @property
-    def length(self) -> float:
-        """Of the interval, T − t_min."""
-        return self.sde.T - self.t_min
-
-    def bounds(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """log σ² at t_min and T."""
-        ends = jnp.asarray(self.t_min, dtype), jnp.asarray(self.sde.T, dtype)
-        return tuple(2.0 * jnp.log(self.sde.sigma(t)) for t in ends)
-
-    def quantile(self, u: Time) -> Time:
-        """Inverse CDF."""
-        low, high = self.bounds(u.dtype)
-        t = self.sde.time_of_sigma(jnp.exp(0.5 * (low + (high - low) * u)))
-        return jnp.clip(t, self.t_min, self.sde.T)
+    def time_of_coordinate(self, c: Time) -> Time:
+        """t of log σ²."""
+        return self.sde.time_of_sigma(jnp.exp(0.5 * c))
 
     def density(self, t: Time) -> Time:
         """p(t)."""
@@ -249,12 +255,6 @@ class Levels:
 
 
 Proposal = Uniform | Importance | Debias | Velocity | Binned | Levels
-
-
-def _check_t_min(t_min: float, sde: SDE, *, positive: bool) -> None:
-    lowest = "0 < " if positive or isinstance(sde, LinearVESDE) else "0 <= "
-    if t_min < 0.0 or t_min >= sde.T or (lowest == "0 < " and t_min == 0.0):
-        raise ValueError(f"smallest time {t_min}: need {lowest}t < T = {sde.T}")
 
 
 def independent_uniforms(
