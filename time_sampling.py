@@ -12,6 +12,7 @@ nothing but stratified u.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -279,6 +280,32 @@ def stratified_uniforms(
     shift = jax.random.randint(key_shift, (), 0, batch_size, ids.dtype)
     jitter = independent_uniforms(key_jitter, ids, batch_size, dtype)
     return (((ids + shift) % batch_size).astype(dtype) + jitter) / batch_size
+
+
+def draws(
+    function: Callable[[Key[Array, "b 2"], PerExample], PerExample],
+    keys: Key[Array, " b"],
+    number: int,
+    dtype: DTypeLike,
+    *,
+    stratified: bool = True,
+    smallest: float = 0.0,
+) -> Float[Array, "n b"]:
+    """function(two keys per example, u) of `number` draws of u ~ U(0, 1), one row each.
+
+    Stratified: u of row i is uniform in the i-th of as many cells of [0, 1). `smallest` is the
+    least u within a cell, for laws that must not see u = 0.
+    """
+
+    def draw(i: Int[Array, ""]) -> PerExample:
+        keys_now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i), 3))(keys)
+        u = jax.vmap(lambda k: jax.random.uniform(k, (), dtype, smallest))(keys_now[:, 0])
+        u = (i.astype(dtype) + u) / number if stratified else u
+        return function(keys_now[:, 1:], u)
+
+    if number == 1:  # no loop: XLA on CPU is slow at gradients of convolutions inside one
+        return draw(jnp.zeros((), jnp.int32))[None]
+    return jax.lax.map(draw, jnp.arange(number))
 
 
 UNIFORMS = {False: independent_uniforms, True: stratified_uniforms}
