@@ -20,7 +20,10 @@ from jaxtyping import Array, Float, Int, Key
 from ode import Solver
 from operators import Batched, PerExample, fold_in_all, gaussian, scale, squared_norm
 from parameterization import ScoreFn
+from sde_base import check_time
 from sde_lib import SDE
+
+FIELD = "sampling.smallest_time"
 
 
 class Grid(NamedTuple):
@@ -128,8 +131,6 @@ def _times(value: Float[Array, ""] | float, x: Batched) -> PerExample:
 
 
 def _check_sampler(t_min: float, num_steps: int, noise_removal: bool) -> None:
-    if not 0.0 <= t_min < 1.0:
-        raise ValueError(f"sampling.smallest_time={t_min}: need 0 <= t < 1")
     if noise_removal and t_min == 0.0:  # the score of VP and sub-VP does not exist at t = 0
         raise ValueError("sampling.noise_removal=True needs sampling.smallest_time > 0")
     if num_steps < 2:
@@ -168,6 +169,7 @@ class PredictorCorrector:
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
     ) -> Samples:
         """One sample per key, of the shape of `like`."""
+        check_time(FIELD, self.t_min, sde, positive=False)
         self._check_chain(sde)
         grid = Grid((sde.T - self.t_min) / (self.num_steps - 1), self.num_steps)
 
@@ -267,6 +269,7 @@ class ReverseSDE:
         stops: tuple[int, ...],
     ) -> Float[Array, "n b *d"]:
         """x after each of these growing numbers of steps (0: the draw from the prior)."""
+        check_time(FIELD, self.t_min, sde, positive=False)
         grid = Grid((sde.T - self.t_min) / self.num_steps, self.num_steps)
 
         def step(k: Int[Array, ""], x: Batched) -> Batched:
@@ -291,14 +294,11 @@ class OdeSampler:
     t_min: float
     noise_removal: bool = True
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.t_min < 1.0:
-            raise ValueError(f"sampling.smallest_time={self.t_min}: need 0 < t < 1 for the ODE")
-
     def __call__(
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
     ) -> Samples:
         """One sample per key, of the shape of `like`; NaN where the solver ran out of steps."""
+        check_time(FIELD, self.t_min, sde, positive=True)
 
         def field(t: PerExample, x: Batched, args: None) -> Batched:
             del args

@@ -16,8 +16,7 @@ import datasets
 import flow_importer
 import train_state
 from checkpoints import Checkpoints
-from likelihood import dequantizer_loss
-from losses import mean_loss
+from losses import dequantizer_loss, mean_loss
 from run_lib import build, folder, loading, parallel, training
 from run_lib.settings import Settings, require
 from run_lib.trainer import HeldOut, Task, Trainer

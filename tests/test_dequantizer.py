@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 import datasets
 import run_lib
 from dequantization import Draw, FlowDequantizer
-from likelihood import Bound, dequantizer_loss, ode_log_likelihood, variational_bound
-from losses import mean_loss
+from likelihood import Bound, ode_log_likelihood, variational_bound
+from losses import dequantizer_loss, mean_loss
 from operators import fold_in_all, fold_in_each, gaussian
 from parameterization import ScoreModel
 from records import Records

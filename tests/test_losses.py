@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import losses
 from dequantization import Pixels, Reals
+from high_order import first_order_residual
 from losses import (
     FLOOR,
     LIKELIHOOD_LAWS,
@@ -26,7 +27,7 @@ from losses import (
 from operators import squared_norm
 from parameterization import TIME_LABELS, ScoreModel, score_from_noise, unit_time_label
 from sde_lib import SDE, VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
-from terms import Terms, first_order_residual
+from terms import Terms
 from time_sampling import Binned, Debias, Importance, Uniform, Velocity
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dsm_orders.npz"
