@@ -85,11 +85,13 @@ def loaded_after(code: str) -> set[str]:
     return set(output.splitlines()[-1].split())
 
 
+@pytest.mark.slow
 def test_all_below_run_lib_do_not_load_tensorflow() -> None:
     modules = ", ".join(name for name, level in LEVELS.items() if level <= 7)
     assert "tensorflow" not in loaded_after(f"import {modules}")
 
 
+@pytest.mark.slow
 def test_whole_runs_on_embedded_data_do_not_load_tensorflow(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
@@ -109,6 +111,7 @@ for dataset in ("digits", "swissroll"):
     assert "tensorflow" not in loaded
 
 
+@pytest.mark.slow
 def test_each_script_of_the_command_line_explains_itself() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -158,7 +158,7 @@ from tests.test_diagnosis import small
 
 
 def get_config():
-    config = small("mog1d")
+    config = small("moons")
     config.training.derivative_estimator = "exact"
     config.eval.enable_sampling = False
     return config
@@ -171,7 +171,7 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first_name, second_name = (f"score_matching_order={order}" for order in (1, 2))
     arguments = ["compare", file, f"--workdir={out}", "--seeds=2", "--modes=train,eval"]
     arguments += ["--vary", "training.score_matching_order=1,2"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--set", "data.num_test=30"])
+    monkeypatch.setattr("sys.argv", [*arguments, "--set", "data.num_test=12"])
     compare.main()
     first = (out / "compare.txt").read_text()
     log = (out / first_name / "seed_1/log.txt").read_text()
@@ -188,7 +188,7 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert line.endswith(expected)
     assert (out / "compare.png").stat().st_size > 1000
     assert json.loads((out / first_name / "seed_2/config.json").read_text())["seed"] == 2
-    changed = [*arguments, "--set", "data.num_test=30", "--set", "training.stratified=True"]
+    changed = [*arguments, "--set", "data.num_test=12", "--set", "training.stratified=True"]
     monkeypatch.setattr("sys.argv", changed)
     with pytest.raises(SystemExit):  # a complete run keeps the training that it had
         compare.main()
