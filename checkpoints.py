@@ -6,7 +6,6 @@ run has left beside these is deleted when training starts. A checkpoint that can
 `checkpoints-damaged/` when training goes on from the one before it.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
+import json_files
 from train_state import TrainState, equal_moments
 
 logger = logging.getLogger("fokker")
@@ -222,7 +222,7 @@ class Checkpoints:
     def _compare(self, step: int, state: TrainState) -> None:
         """Values that are not those that were saved: nothing else tells of a flipped bit."""
         path = self.directory / str(step) / "_CHECKPOINT_METADATA"
-        saved = json.loads(path.read_text(encoding="utf-8")).get("custom_metadata") or {}
+        saved = json_files.read(path).get("custom_metadata") or {}
         found = _checksums(state)
         wrong = [
             leaf
@@ -259,7 +259,7 @@ class Checkpoints:
     def _written_leaves(self, step: int) -> list[dict[str, Any]]:
         """What Orbax has written of every leaf and of every empty node."""
         path = self.directory / str(step) / "default" / "_METADATA"
-        return list(json.loads(path.read_text(encoding="utf-8"))["tree_metadata"].values())
+        return list(json_files.read(path)["tree_metadata"].values())
 
     def _check_shapes(self, step: int, like: TrainState) -> None:
         """Before the restore, which tells a misfit by hundreds of lines of cancelled reads."""

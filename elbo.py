@@ -17,6 +17,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from checks import require
 from likelihood import Divergence
 from operators import (
     Batched,
@@ -111,8 +112,7 @@ def gap_factor(lmbd: float) -> float:
     Raises:
         ValueError: λ > 1, which is no member of the family.
     """
-    if lmbd > 1.0:
-        raise ValueError(f"sampling.lmbd={lmbd}: need λ <= 1")
+    require(lmbd <= 1.0, "sampling.lmbd", lmbd, "λ <= 1")
     return math.inf if lmbd == 1.0 else (1.0 - 0.5 * lmbd) ** 2 / (1.0 - lmbd)
 
 

@@ -23,6 +23,8 @@ import numpy as np
 
 import classifier
 import npz_files
+from checks import path_of
+from lazy_tensorflow import tensorflow
 from streams import Dataset
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -112,7 +114,7 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> Measure:
     TF-GAN's blocks of at most 1024, but ten blocks if there are fewer, for the sake of the error.
     Both sets are shuffled (fixed seed): a reference sorted by class would bias every block.
     """
-    tf, tfgan = _tensorflow(), _tfgan()
+    tf, tfgan = tensorflow(), _tfgan()
     larger = max(len(samples), len(reference))
     blocks = max(math.ceil(larger / 1024), SPLITS)
     blocks = max(1, min(blocks, min(len(samples), len(reference)) // 2))
@@ -145,20 +147,13 @@ def scores(samples: Features, reference: np.ndarray, title: str) -> Iterator[Sco
         yield Score(f"IS of {SPLITS} splits{suffix}", *found, "std over splits")
 
 
-def _tensorflow() -> types.ModuleType:
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    return tf
-
-
 def _tfgan() -> types.ModuleType:
     """TF-GAN 2.1.0, its last release, made to import.
 
     It wants `tf.estimator`, which TensorFlow has dropped: of it, the class of session hooks is
     given, and the subpackage that builds on it is replaced by an empty one. The metrics need none.
     """
-    tf = _tensorflow()
+    tf = tensorflow()
     if "tensorflow_gan" not in sys.modules:
         tf.get_logger().setLevel("ERROR")  # one deprecation per block of KID
         hook = types.SimpleNamespace(SessionRunHook=tf.compat.v1.train.SessionRunHook)
@@ -205,7 +200,7 @@ class SavedModel:
         return Features(*(np.concatenate(part) for part in zip(*chunks, strict=True)))
 
     def _run(self, images: Images) -> Features:
-        tf = _tensorflow()
+        tf = tensorflow()
         x = np.float32(images) * (255.0 / (self.levels - 1)) / 127.5 - 1.0
         x = np.repeat(x, 3, axis=3) if x.shape[3] == 1 else x
         outputs = self.network(tf.constant(x, tf.float32))
@@ -270,7 +265,7 @@ def _folder(path: Path, dataset: Dataset) -> SavedModel:
 
 
 def _network(path: Path) -> Callable:
-    tf = _tensorflow()
+    tf = tensorflow()
     try:
         found = tf.saved_model.load(str(path))
     except (OSError, ValueError, RuntimeError, KeyError, tf.errors.OpError) as error:
@@ -296,7 +291,7 @@ def extractor(features: str, dataset: Dataset, folder: Path) -> Extractor:
     if features in EXTRACTORS:
         found = EXTRACTORS[features](dataset, folder)
     else:
-        found = _folder(Path(features).expanduser(), dataset)
+        found = _folder(path_of("eval.features", features), dataset)
     try:
         extract(found, np.zeros((2, *dataset.shape), np.uint8))
     except Exception as error:  # a foreign network can raise anything
@@ -311,7 +306,7 @@ def check_features(features: str, dataset: Dataset) -> None:
     """Raise a ValueError where the name is none, or the data are points; quick."""
     if (
         features not in EXTRACTORS
-        and not (Path(features).expanduser() / "saved_model.pb").is_file()
+        and not (path_of("eval.features", features) / "saved_model.pb").is_file()
     ):
         raise ValueError(
             f"eval.features={features!r}: allowed are {sorted(EXTRACTORS)} and the folder of a "
@@ -364,8 +359,10 @@ PUBLISHED = {"cifar10": "cifar10", "celeba": "celeba", "lsun": "lsun_{category}_
 def statistics_path(dataset: str, features: str, *, category: str, size: int) -> Path:
     """assets/stats/, in the repository: published names for Inception of published sets."""
     published = PUBLISHED.get(dataset) if features == "inception" else None
-    name = published or f"{dataset}_{Path(features).name}"
-    return ASSETS / "stats" / f"{name.format(category=category, size=size)}_stats.npz"
+    name = f"{dataset}_{Path(features).name}"
+    if published is not None:
+        name = published.format(category=category, size=size)
+    return ASSETS / "stats" / f"{name}_stats.npz"
 
 
 def read_statistics(path: Path) -> Statistics:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from checks import one_of, require
 from operators import (
     Batched,
     PerExample,
@@ -121,17 +122,12 @@ class HighOrder:
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.order not in (2, 3):
-            raise ValueError(f"training.score_matching_order={self.order}: allowed [1, 2, 3]")
-        if self.third_order_form not in THIRD_ORDER_FORMS:
-            raise ValueError(
-                f"training.third_order_form={self.third_order_form!r}: allowed "
-                f"{sorted(THIRD_ORDER_FORMS)}"
-            )
+        allowed = "1, 2 or 3"
+        require(self.order in (2, 3), "training.score_matching_order", self.order, allowed)
+        one_of("training.third_order_form", self.third_order_form, THIRD_ORDER_FORMS)
         names = ("second_order_weight", "frobenius_weight", "trace_weight", "third_order_weight")
         for name in names:
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name}={getattr(self, name)}: need 0 or more")
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
 
     @property
     def names(self) -> list[str]:

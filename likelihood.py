@@ -22,6 +22,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from checks import one_of, positive
 from dequantization import Draw
 from high_order import first_order_residual
 from ode import Solver
@@ -52,11 +53,8 @@ class Divergence:
     num_probes: int = 1
 
     def __post_init__(self) -> None:
-        allowed = ["exact", *sorted(PROBES)]
-        if self.kind not in allowed:
-            raise ValueError(f"divergence={self.kind!r}: allowed {allowed}")
-        if self.num_probes < 1:
-            raise ValueError(f"num_probes={self.num_probes}: need at least 1")
+        one_of("divergence", self.kind, ["exact", *PROBES])
+        positive(num_probes=self.num_probes)
 
     def draw(self, keys: Key[Array, " b"], x: Batched) -> Float[Array, "b p *d"]:
         """Probes of every example, fixed over a solve; no probes (p = 0) when exact."""

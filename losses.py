@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from checks import one_of, require
 from dequantization import Encoding, FlowDequantizer
 from likelihood import variational_bound
 from operators import PerExample, fold_in_all, fold_in_each, gaussian
@@ -145,24 +146,25 @@ def time_law(
             likelihood weighting (it would have no effect), debias together with either, or levels
             together with any of them.
     """
-    if levels and (likelihood_weighting or importance_weighting or debias or name):
-        raise ValueError(
-            "training.continuous=False takes uniform levels of weight 1; set "
-            "training.likelihood_weighting, training.importance_weighting and training.debias "
-            "False and training.time_law=''"
-        )
+    switches = (likelihood_weighting, importance_weighting, debias, name)
+    allowed = (
+        "True, or training.likelihood_weighting, training.importance_weighting and training.debias "
+        "False and training.time_law='': discrete levels are uniform, of weight 1"
+    )
+    require(not (levels and any(switches)), "training.continuous", False, allowed)
     if levels:
         return TimeLaw(Levels(sde, levels), noise_weight, stratified)
-    if debias and (likelihood_weighting or importance_weighting):
-        raise ValueError(
-            "training.debias=True already weights by g²/σ² through its proposal; set "
-            "training.likelihood_weighting=False and training.importance_weighting=False"
-        )
-    if importance_weighting and not likelihood_weighting:
-        raise ValueError(
-            "training.importance_weighting=True needs training.likelihood_weighting=True: "
-            "it is the proposal for the likelihood weight g²/σ²"
-        )
+    allowed = (
+        "False, or training.likelihood_weighting=False and training.importance_weighting=False: "
+        "its proposal already weights by g²/σ²"
+    )
+    twice = debias and (likelihood_weighting or importance_weighting)
+    require(not twice, "training.debias", debias, allowed)
+    allowed = (
+        "False, or training.likelihood_weighting=True: it is the proposal for the weight g²/σ²"
+    )
+    fits = likelihood_weighting or not importance_weighting
+    require(fits, "training.importance_weighting", importance_weighting, allowed)
     switched = "debias" if debias else "importance" if importance_weighting else ""
     _check_name(name, switched, likelihood_weighting or debias)
     if not (likelihood_weighting or debias):
@@ -172,18 +174,15 @@ def time_law(
 
 def _check_name(name: str, switched: str, weighted: bool) -> None:
     """A name must be known, go with the switches, and have the likelihood weight to propose for."""
-    if name and name not in LIKELIHOOD_LAWS:
-        raise ValueError(f"training.time_law={name!r}: allowed '', {sorted(LIKELIHOOD_LAWS)}")
-    if name and switched and name != switched:
-        raise ValueError(
-            f"training.time_law={name!r} contradicts the switch that means {switched!r}: set "
-            "training.importance_weighting=False and training.debias=False"
-        )
-    if name not in ("", "uniform") and not weighted:
-        raise ValueError(
-            f"training.time_law={name!r} proposes times for the likelihood weight g²/σ²: set "
-            "training.likelihood_weighting=True"
-        )
+    one_of("training.time_law", name, ["", *LIKELIHOOD_LAWS])
+    allowed = (
+        f"'' or {switched!r}, or training.importance_weighting=False and training.debias=False, "
+        f"which mean {switched!r}"
+    )
+    fits = not name or not switched or name == switched
+    require(fits, "training.time_law", name, allowed)
+    allowed = "training.likelihood_weighting=True: it proposes times for the weight g²/σ²"
+    require(weighted or name in ("", "uniform"), "training.time_law", name, allowed)
 
 
 PerExampleLoss = Callable[[Params, Key[Array, ""], Batch], tuple[PerExample, dict[str, PerExample]]]

@@ -6,29 +6,47 @@
 
 Every field of the config can be changed on the command line, e.g. --config.training.batch_size=64
 --config.training.likelihood_weighting=True --config.eval.num_repeats=5; configs/base.py lists all
-fields. A run continues where it was when it is started again with the same --workdir.
+fields, and None gives a field its default. The config.json of a run folder is a config, too.
+A run continues where it was when it is started again with the same --workdir.
 
 Exit codes: 0 done; 2 a mistake in command, config or data, or no room for it; 3 another process of
 the run is gone (134 where JAX ends this one); 75 stopped by SIGTERM or SIGINT, to be started again.
 """
 
-import logging
+# ruff: noqa: E402  (signals are heard before the imports, which take seconds)
+
 import os
+import signal
 import sys
+
+
+def _end(number: int, frame: object) -> None:
+    """The end of a process that has done nothing yet."""
+    del frame
+    os.write(2, f"{signal.Signals(number).name}: stopped before the start\n".encode())
+    os._exit(75)
+
+
+if __name__ == "__main__":
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, _end)
+
+import logging
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 import run_lib
 from checkpoints import LostProcessError
-from run_lib import distributed, folder, interruption, memory, parallel
-from run_lib.settings import Settings, choose
+from checks import FieldError, choose, of_type, path_of, require
+from run_lib import config_files, distributed, folder, interruption, memory, parallel
+from run_lib.settings import Settings
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
-config_flags.DEFINE_config_file("config", None, "Experiment: a file under configs/.")
+flags.DEFINE_string("config", None, "A file under configs/, or the config.json of a run folder.")
 flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
 flags.DEFINE_string(
     "mode",
@@ -85,38 +103,53 @@ def _keep_compiled(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", chosen or None)
 
 
-def _log_start(workdir: Path, modes: list[str]) -> None:
+def _log_start(workdir: Path, modes: list[str], changed: dict[str, object]) -> None:
     """The first process tells everything, the others what they are and what goes wrong."""
     if parallel.is_first():
-        folder.log_to(workdir)
+        try:
+            folder.log_to(workdir)
+        except OSError as error:
+            allowed = f"need a folder that can be made and written to: {error.strerror}"
+            raise FieldError("--workdir", str(workdir), allowed) from None
     logger.info("mode %s, workdir %s, %s", ",".join(modes), workdir, distributed.describe())
     if not parallel.is_first():
         logger.setLevel(logging.WARNING)
-    overrides = config_flags.get_override_values(FLAGS["config"])
-    for name, value in sorted(overrides.items()):
+    for name, value in sorted(changed.items()):
         logger.info("config.%s = %r (command line)", name, value)
 
 
-def _run() -> None:
-    modes, workdir = _modes(), Path(FLAGS.workdir).expanduser()
+def _run(fields: list[str]) -> None:
+    """Run the modes; `fields` are those of the config that the command line changes, name=value."""
+    for name in ("eval_folder", "deq_folder", "coordinator"):
+        of_type(f"--{name}", FLAGS[name].value, str)
+    modes, workdir = _modes(), path_of("--workdir", FLAGS.workdir)
+    config = config_files.load(FLAGS.config)
+    pairs = [field.partition("=") for field in fields]
+    changed = {name: config_files.change(config, name, text) for name, _, text in pairs}
     distributed.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     interruption.watch()  # again: connecting takes the handlers
     for mode in set(modes) & set(OF_ONE_PROCESS) if jax.process_count() > 1 else ():
-        raise ValueError(f"--mode={mode} runs in one process: start it once, without --coordinator")
+        allowed = "need another mode: this one runs in one process, without --coordinator"
+        raise FieldError("--mode", mode, allowed)
     _keep_compiled(workdir)
-    settings = Settings.from_config(FLAGS.config)
-    if modes[0] in ("eval", "diagnose", "train_deq") and not workdir.is_dir():
-        raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
-    _log_start(workdir, modes)
+    settings = Settings.from_config(config)
+    there = workdir.is_dir() or modes[0] not in ("eval", "diagnose", "train_deq")
+    require(there, "--workdir", str(workdir), "a folder that exists: run --mode=train first")
+    _log_start(workdir, modes, changed)
+    steps, warmup = settings.training.n_iters, settings.optim.warmup
+    if "train" in modes and steps <= warmup:
+        text = "training.n_iters=%d ends within optim.warmup=%d: the rate never reaches optim.lr"
+        logger.warning(text, steps, warmup)
     for mode in modes:
         MODES[mode](settings, workdir)
         memory.release()
 
 
 def main(argv: list[str]) -> None:
-    """Run the chosen mode; a mistake of the user ends in one clear message, without a traceback."""
-    if len(argv) > 1:
-        app.usage(shorthelp=True, detailed_error=f"unexpected arguments: {argv[1:]}", exitcode=2)
+    """Run the chosen modes; a mistake of the user ends in one clear line, without a traceback.
+
+    `argv` is what `parse` returns.
+    """
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk is told once, not by every line of the log
@@ -126,7 +159,7 @@ def main(argv: list[str]) -> None:
     memory.one_arena()
     interruption.watch()
     try:
-        _run()
+        _run(argv[1:])
     except (ValueError, FloatingPointError, OSError) as error:
         _fail(str(error), EXIT_USER_ERROR)
     except interruption.Interrupted as stop:
@@ -156,16 +189,20 @@ def _fail(message: str, code: int) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse the flags; a config file or field that does not exist ends in one line."""
+    """Parse the flags; returns the program and the changed fields of the config, as name=value."""
+    fields, others = config_files.separate(argv[1:])
     try:
-        rest = FLAGS(argv)
-        getattr(FLAGS.config, "seed", None)  # a file that failed to load complains on first use
-        return rest
+        rest = FLAGS([argv[0], *others])
     except flags.Error as error:
-        message = str(error)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        message = f"--config: {error}".replace("\\n", " ").replace("\n", " ")
-    sys.stderr.write(f"error: {message}\nmain.py --help explains the flags\n")
+        _refuse(" ".join(str(error).split()))
+    if len(rest) > 1:
+        _refuse(f"unexpected arguments {rest[1:]}")
+    return [argv[0], *(f"{name}={text}" for name, text in fields)]
+
+
+def _refuse(message: str) -> NoReturn:
+    """The end of a command line that cannot be understood."""
+    sys.stderr.write(f"error: {message}; main.py --help explains the flags\n")
     sys.exit(EXIT_USER_ERROR)
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from checks import one_of, positive, require
 from operators import PerExample, scale
 
 State = Any
@@ -82,17 +83,13 @@ class Solver:
     estimate_error: bool = True
 
     def __post_init__(self) -> None:
-        if self.name not in SOLVERS:
-            raise ValueError(f"solver={self.name!r}: allowed {sorted(SOLVERS)}")
-        if not (self.rtol > 0 and self.atol > 0):
-            raise ValueError(f"rtol={self.rtol}, atol={self.atol}: need both > 0")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: need at least 1")
-        if self.num_steps < 0 or (self.estimate_error and self.num_steps % 2):
-            raise ValueError(
-                f"num_steps={self.num_steps}: need at least 0 (adaptive), and an even number with "
-                "estimate_error=True"
-            )
+        one_of("solver", self.name, SOLVERS)
+        for field in ("rtol", "atol"):
+            require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
+        positive(max_steps=self.max_steps)
+        fits = self.num_steps >= 0 and not (self.estimate_error and self.num_steps % 2)
+        allowed = "at least 0 (adaptive), and an even number with estimate_error=True"
+        require(fits, "num_steps", self.num_steps, allowed)
 
     @property
     def estimates_error(self) -> bool:

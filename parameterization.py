@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from checks import in_section
 from heads import Atoms, Cells
 from models.layers import QUICK
 from operators import Batched, PerExample, scale
@@ -127,8 +128,13 @@ class ScoreModel:
     label: Callable[[PerExample, SDE, int], PerExample] = time_label
     num_scales: int = 1000
 
+    @in_section("model")
     def init(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
-        """Parameters for examples of the given shape."""
+        """Parameters for examples of the given shape.
+
+        Raises:
+            FieldError: the network has no values for examples of this shape.
+        """
         if isinstance(key, jax.core.Tracer):
             return self.init_in_order(key, shape)
         # Compiled as a whole, without care: it runs once, and op by op takes many times as long.

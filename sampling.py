@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from checks import one_of, require
 from ode import Solver
 from operators import Batched, PerExample, fold_in_all, gaussian, scale, squared_norm
 from parameterization import ScoreFn
@@ -57,11 +58,8 @@ def ancestral_sampling(
     score: Batched, x: Batched, t: PerExample, z: Batched, sde: SDE, grid: Grid, lmbd: float
 ) -> Step:
     """Ancestral step of DDPM (VP) or SMLD (VE); λ must be 0."""
-    if lmbd != 0.0:
-        raise ValueError(
-            "sampling.predictor='ancestral_sampling' has no deterministic form: "
-            "set sampling.probability_flow=False"
-        )
+    allowed = "sampling.probability_flow=False with it: it has no deterministic form"
+    require(lmbd == 0.0, "sampling.predictor", "ancestral_sampling", allowed)
     mean, std = sde.ancestral(score, x, t, grid.num_steps)
     return mean + scale(std, z), mean
 
@@ -131,10 +129,10 @@ def _times(value: Float[Array, ""] | float, x: Batched) -> PerExample:
 
 
 def _check_sampler(t_min: float, num_steps: int, noise_removal: bool) -> None:
-    if noise_removal and t_min == 0.0:  # the score of VP and sub-VP does not exist at t = 0
-        raise ValueError("sampling.noise_removal=True needs sampling.smallest_time > 0")
-    if num_steps < 2:
-        raise ValueError(f"model.num_scales={num_steps}: need at least 2 steps")
+    # The score of VP and sub-VP does not exist at t = 0.
+    allowed = "False, or sampling.smallest_time > 0"
+    require(not noise_removal or t_min > 0.0, "sampling.noise_removal", noise_removal, allowed)
+    require(num_steps >= 2, "model.num_scales", num_steps, "at least 2 steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +157,10 @@ class PredictorCorrector:
     def __post_init__(self) -> None:
         _check_sampler(self.t_min, self.num_steps, self.noise_removal)
         for field, table in (("predictor", PREDICTORS), ("corrector", CORRECTORS)):
-            name = getattr(self, field)
-            if name not in table:
-                raise ValueError(f"sampling.{field}={name!r}: allowed {sorted(table)}")
-        if self.predictor == self.corrector == "none":
-            raise ValueError("sampling.predictor and sampling.corrector are both 'none'")
+            one_of(f"sampling.{field}", getattr(self, field), table)
+        allowed = "another predictor, or another sampling.corrector than 'none'"
+        both = self.predictor == self.corrector == "none"
+        require(not both, "sampling.predictor", self.predictor, allowed)
 
     def __call__(
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
@@ -190,12 +187,12 @@ class PredictorCorrector:
     def _check_chain(self, sde: SDE) -> None:
         """A chain has N levels from T to 0; stopping early would take some of them twice."""
         uses_chain = self.predictor in ("reverse_diffusion", "ancestral_sampling") and sde.has_chain
-        if uses_chain and self.t_min * (self.num_steps - 1) >= 1.0:
-            raise ValueError(
-                f"sampling.smallest_time={self.t_min} with model.num_scales={self.num_steps}: "
-                f"predictor {self.predictor!r} follows a chain whose last level is at 1/(N − 1); "
-                "need a smaller time, fewer levels, or 'euler_maruyama'"
-            )
+        fits = not uses_chain or self.t_min * (self.num_steps - 1) < 1.0
+        allowed = (
+            f"less than 1/(N − 1), the last level of the chain of {self.predictor!r}, for "
+            f"N = model.num_scales={self.num_steps}; or fewer levels, or 'euler_maruyama'"
+        )
+        require(fits, "sampling.smallest_time", self.t_min, allowed)
 
     def evaluations(self) -> int:
         """Score evaluations of one sample."""
@@ -248,8 +245,8 @@ class ReverseSDE:
 
     def __post_init__(self) -> None:
         _check_sampler(self.t_min, self.num_steps, self.noise_removal)
-        if not self.lmbd <= 1.0:
-            raise ValueError(f"sampling.lmbd={self.lmbd}: need λ <= 1, the diffusion is √(1 − λ) g")
+        allowed = "λ <= 1: the diffusion is √(1 − λ) g"
+        require(self.lmbd <= 1.0, "sampling.lmbd", self.lmbd, allowed)
 
     def __call__(
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched

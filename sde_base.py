@@ -13,6 +13,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from checks import FieldError, require
 from operators import Batched, PerExample, dimension, gaussian, scale, squared_norm
 
 Time = Float[Array, "*t"]
@@ -131,10 +132,8 @@ class SDE:
 
     def chain(self, num_scales: int) -> "SDE":
         """The same with α and σ of the discrete chain of N levels; VP and VE only."""
-        raise ValueError(
-            f"training.continuous=False has no chain for {type(self).__name__}; allowed SDEs: "
-            "VPSDE (DDPM), VESDE (SMLD)"
-        )
+        allowed = f"True: {type(self).__name__} has no chain; VPSDE (DDPM) and VESDE (SMLD) have"
+        raise FieldError("training.continuous", False, f"need {allowed}")
 
     def langevin_alpha(self, t: PerExample, num_steps: int) -> PerExample:
         """Factor 1 − β_i (VP, sub-VP) or 1 (VE) of the corrector's step size."""
@@ -145,17 +144,17 @@ class SDE:
         self, score: Batched, x: Batched, t: PerExample, num_steps: int
     ) -> tuple[Batched, PerExample]:
         """Mean and standard deviation of the ancestral step; VP and VE only."""
-        raise ValueError(
-            f"sampling.predictor='ancestral_sampling' has no chain for {type(self).__name__}; "
-            "allowed SDEs: VPSDE, VESDE (use 'reverse_diffusion' or 'euler_maruyama')"
+        allowed = (
+            f"'reverse_diffusion' or 'euler_maruyama': {type(self).__name__} has no chain; VPSDE "
+            "and VESDE have"
         )
+        raise FieldError("sampling.predictor", "ancestral_sampling", f"need {allowed}")
 
 
 def check_time(field: str, t: float, sde: SDE, *, positive: bool) -> None:
-    """Raise a ValueError that names the field unless 0 ≤ t < T, and t > 0 where it must be."""
-    if not 0.0 <= t < sde.T or (positive and t == 0.0):
-        relation = "<" if positive else "<="
-        raise ValueError(f"{field}={t}: need 0 {relation} t < T = {sde.T}")
+    """Raise a FieldError unless 0 ≤ t < T, and t > 0 where it must be."""
+    fits = 0.0 <= t < sde.T and not (positive and t == 0.0)
+    require(fits, field, t, f"0 {'<' if positive else '<='} t < T = {sde.T}")
 
 
 def chain_index(t: PerExample, num_steps: int, T: float) -> Int[Array, " b"]:

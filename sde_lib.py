@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from checks import require
 from operators import Batched, PerExample, scale
 from sde_base import SDE, Time, chain_index
 
@@ -26,11 +27,8 @@ class _LinearBeta(SDE):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.beta_min < self.beta_max:
-            raise ValueError(
-                f"model.beta_min={self.beta_min}, model.beta_max={self.beta_max}: "
-                "need 0 < beta_min < beta_max"
-            )
+        allowed = f"0 < beta_min < beta_max={self.beta_max}"
+        require(0.0 < self.beta_min < self.beta_max, "beta_min", self.beta_min, allowed)
 
     def beta(self, t: Time) -> Time:
         """Rate β(t)."""
@@ -55,11 +53,8 @@ class _LinearBeta(SDE):
 
     def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
         """β_i of the discrete chain: β_i = linspace(β0/N, β1/N, N)[i], i = ⌊t(N − 1)/T⌋."""
-        if self.beta_max >= num_steps:
-            raise ValueError(
-                f"model.num_scales={num_steps}: the chain needs β_N = beta_max/N < 1, "
-                f"so more than {self.beta_max} steps"
-            )
+        allowed = f"β_N = beta_max/N < 1 of the chain, so more than {self.beta_max} steps"
+        require(self.beta_max < num_steps, "model.num_scales", num_steps, allowed)
         betas = jnp.linspace(self.beta_min, self.beta_max, num_steps, dtype=t.dtype) / num_steps
         return betas[chain_index(t, num_steps, self.T)]
 
@@ -196,11 +191,8 @@ class VESDE(SDE):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"model.sigma_min={self.sigma_min}, model.sigma_max={self.sigma_max}: "
-                "need 0 < sigma_min < sigma_max"
-            )
+        allowed = f"0 < sigma_min < sigma_max={self.sigma_max}"
+        require(0.0 < self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, allowed)
 
     @property
     def prior_std(self) -> float:
@@ -280,8 +272,7 @@ class LinearVESDE(SDE):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not self.sigma_max > 0.0:
-            raise ValueError(f"model.sigma_max={self.sigma_max}: need sigma_max > 0")
+        require(self.sigma_max > 0.0, "sigma_max", self.sigma_max, "more than 0")
 
     @property
     def prior_std(self) -> float:
@@ -331,8 +322,8 @@ class LinearPath(SDE):
     end: float = 1.0 / (1.0 + math.exp(-5.0))
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.end < 1.0:
-            raise ValueError(f"model.end={self.end}: need 0 < end < 1, the drift has a pole at 1")
+        allowed = "0 < end < 1: the drift has a pole at 1"
+        require(0.0 < self.end < 1.0, "end", self.end, allowed)
 
     @property
     def T(self) -> float:

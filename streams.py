@@ -10,6 +10,7 @@ the batches it would have seen. Toy sets can also be fresh samples for ever.
 import collections
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from checks import one_of, require
 from toy_data import Law
 
+logger = logging.getLogger("fokker")
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
 Shape = tuple[int, ...]
@@ -36,17 +39,11 @@ class Host:
 
     def part(self, batch_size: int) -> slice:
         """Rows of a global batch that belong to this host."""
-        require(0 <= self.index < self.count, "host", self, "0 <= index < count")
+        require(0 <= self.index < self.count, "the host", self, "0 <= index < count")
         divides = batch_size >= 1 and batch_size % self.count == 0
         require(divides, "batch_size", batch_size, f"a positive multiple of {self.count} host(s)")
         size = batch_size // self.count
         return slice(self.index * size, (self.index + 1) * size)
-
-
-def require(condition: bool, field: str, value: object, expected: str) -> None:
-    """Unless the condition holds, a ValueError that names field, value and what is expected."""
-    if not condition:
-        raise ValueError(f"{field}={value!r}: expected {expected}")
 
 
 @lru_cache(maxsize=2)  # a batch that crosses an epoch needs two
@@ -125,7 +122,8 @@ class Dataset:
 
     Images are uint8 in 0, …, levels − 1; toy points are float32 and have levels None. `index` is
     the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹). `law`
-    is the exact law of the points of both splits, where it is known.
+    is the exact law of the points of both splits, where it is known. `source` says where the
+    examples come from and how they are split, `left_out` what is there and is not used.
     """
 
     name: str
@@ -135,6 +133,14 @@ class Dataset:
     test: Finite
     law: Law | None = None
     validation: Finite | None = None
+    source: str = ""
+    left_out: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One line: the source, the number of examples of every split, and what is left out."""
+        sizes = [f"{s.size or 'endless'} {name}" for name, s in self.splits.items()]
+        left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        return f"data {self.name}: {self.source}; {', '.join(sizes)} examples{left_out}"
 
     @property
     def held_out(self) -> str:
@@ -148,7 +154,7 @@ class Dataset:
         return found if self.validation is None else found | {"validation": self.validation}
 
     def _split(self, name: str) -> Finite | Fresh:
-        require(name in self.splits, "split", name, f"one of {sorted(self.splits)}")
+        one_of("split", name, self.splits)
         return self.splits[name]
 
     def size(self, split: str) -> int | None:
@@ -166,6 +172,11 @@ class Dataset:
         require(0 <= seed < 2**32, "seed", seed, "0 <= seed < 2**32")
         require(first_step >= 0, "first_step", first_step, "at least 0")
         part, draw = host.part(batch_size), self.train.training_batch
+        if self.train.size is not None and batch_size > self.train.size:
+            logger.warning(
+                "batch_size=%d is more than the %d training examples: a batch holds some twice",
+                batch_size, self.train.size,
+            )  # fmt: skip
         draw = partial(draw, seed=seed, batch_size=batch_size, part=part)
         return ahead(map(draw, itertools.count(first_step)))
 

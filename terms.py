@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from checks import one_of, require
 from fokker_planck import FORMS, Derivatives, FokkerPlanck
 from high_order import THIRD_ORDER_FORMS, HighOrder, first_order_residual
 from operators import (
@@ -76,25 +77,17 @@ class Terms:
     fokker_planck: FokkerPlanck | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in ("dsm", "ism"):
-            raise ValueError(f"training.objective={self.objective!r}: allowed ['dsm', 'ism']")
-        if self.estimator not in ("probe", "exact"):
-            raise ValueError(
-                f"training.derivative_estimator={self.estimator!r}: allowed ['exact', 'probe']"
-            )
-        if self.num_probes < 1:
-            raise ValueError(f"training.num_probes={self.num_probes}: need at least 1")
-        if self.estimator == "exact" and self.num_probes > 1:
-            raise ValueError(
-                f"training.num_probes={self.num_probes} with "
-                "training.derivative_estimator='exact', which has no probes: need 1"
-            )
-        if self.high_order is not None and not self.reduce_mean:
-            raise ValueError(
-                "training.reduce_mean=False with training.score_matching_order > 1: the parts of "
-                "orders 2 and 3 are normalised by d² and d³, which goes with the mean over "
-                "dimensions"
-            )
+        one_of("training.objective", self.objective, ("dsm", "ism"))
+        one_of("training.derivative_estimator", self.estimator, ("probe", "exact"))
+        allowed = "at least 1, and 1 with training.derivative_estimator='exact'"
+        fits = self.num_probes == 1 or (self.num_probes > 1 and self.estimator == "probe")
+        require(fits, "training.num_probes", self.num_probes, allowed)
+        allowed = (
+            "True with training.score_matching_order > 1: the parts of orders 2 and 3 are "
+            "normalised by d² and d³, which goes with the mean over dimensions"
+        )
+        fits = self.high_order is None or self.reduce_mean
+        require(fits, "training.reduce_mean", self.reduce_mean, allowed)
         self.strides()
 
     def everywhere(self) -> "Terms":
@@ -242,8 +235,8 @@ def _stride(term: HighOrder | FokkerPlanck | None, field: str) -> int:
     if term is None:
         return 0
     n = round(1.0 / term.fraction) if term.fraction > 0 else 0
-    if n < 1 or abs(n * term.fraction - 1.0) > 5e-3:
-        raise ValueError(f"training.{field}={term.fraction}: allowed 1, 1/2, 1/3, 1/4, ...")
+    fits = n >= 1 and abs(n * term.fraction - 1.0) <= 5e-3
+    require(fits, f"training.{field}", term.fraction, "1, 1/2, 1/3, 1/4, ...")
     return n
 
 
@@ -251,9 +244,6 @@ def _taken(stride: int, number: int) -> np.ndarray:
     """Which of a device's examples have a term that each n-th of them has."""
     if stride == 0:
         return np.zeros(number, bool)
-    if number % stride:
-        raise ValueError(
-            f"training.batch_size: a device has {number} examples; need a multiple of {stride} for "
-            f"a fraction of 1/{stride}"
-        )
+    allowed = f"a multiple of {stride} for a fraction of 1/{stride}"
+    require(number % stride == 0, "training.batch_size on each device", number, allowed)
     return np.arange(number) % stride == 0

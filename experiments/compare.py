@@ -12,12 +12,10 @@ config are paired by seed. WORKDIR gets compare.txt, compare.jsonl and compare.p
 """
 
 import argparse
-import ast
 import itertools
 import json
 import logging
 import math
-import runpy
 import statistics
 import sys
 from pathlib import Path
@@ -26,10 +24,12 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+import json_files
 import plotting
 import run_lib
-from run_lib import comparison, folder, report
-from run_lib.settings import Settings, choose, require
+from checks import one_of, require
+from run_lib import comparison, config_files, folder, report
+from run_lib.settings import Settings
 
 logger = logging.getLogger("fokker")
 AVERAGED_CURVES = ("dsm", "r_fp", "asymmetry")
@@ -55,23 +55,12 @@ def load(path: str, settings: list[str]) -> ConfigDict:
     Raises:
         ValueError: the file is missing, or a field does not exist.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"config {path!r} does not exist")
-    config = runpy.run_path(path)["get_config"]()
+    config = config_files.load(path)
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting!r}: need section.field=value")
-        if name == "seed":
-            raise ValueError(f"--set {setting}: the seeds are those of --seeds and --first_seed")
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            value = text
-        try:
-            config.update_from_flattened_dict({name: value})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"--set {setting}: {error}") from error
+        require(bool(equals), "--set", setting, "section.field=value")
+        require(name != "seed", "--set", setting, "--seeds and --first_seed for the seeds")
+        config_files.change(config, name, text)
     return config
 
 
@@ -122,7 +111,7 @@ def _same_training(settings: Settings, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))["training"]
+    before = json_files.read(path)["training"]
     now = json.loads(json.dumps(settings.resolved()["training"]))
     free = ("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
     changed = [name for name in now if name not in free and before.get(name) != now[name]]
@@ -247,7 +236,7 @@ def main() -> None:
     results: dict[str, Results] = {}
     try:
         for mode in options.modes.split(","):
-            choose(dict.fromkeys(("train", "eval", "diagnose")), mode, "--modes")
+            one_of("--modes", mode, ("train", "eval", "diagnose"))
         require(options.seeds >= 1, "--seeds", options.seeds, "at least 1")
         configs = variants(options.configs, options.vary, options.set)
         for seed in range(options.first_seed, options.first_seed + options.seeds):

@@ -17,7 +17,8 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
-from models.layers import ACTIVATIONS, check_option, check_positive
+from checks import one_of, positive
+from models.layers import ACTIVATIONS
 
 
 def uniform_init(fan_in: int) -> Initializer:
@@ -44,8 +45,8 @@ class ConcatMLP(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_positive(hidden=self.hidden, depth=self.depth)
-        check_option("activation", self.activation, ACTIVATIONS)
+        positive(hidden=self.hidden, depth=self.depth)
+        one_of("activation", self.activation, ACTIVATIONS)
         super().__post_init__()
 
     @nn.compact

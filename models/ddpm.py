@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from checks import one_of, positive, rate, require
 from models.layers import (
     ACTIVATIONS,
     DOWNSAMPLE_PADDING,
@@ -33,9 +34,6 @@ from models.layers import (
     Image,
     Upsample,
     check_levels,
-    check_option,
-    check_positive,
-    check_rate,
     conv3x3,
     default_init,
     dropout,
@@ -136,22 +134,20 @@ class DDPM(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_positive(num_res_blocks=self.num_res_blocks, num_groups=self.num_groups)
+        positive(num_res_blocks=self.num_res_blocks, num_groups=self.num_groups)
         check_levels(self.nf, self.ch_mult)
-        check_option("dtype", self.dtype, DTYPES)
-        check_option("remat", self.remat, REMAT)
-        check_option("nonlinearity", self.nonlinearity, ACTIVATIONS)
-        check_option("up_attention", self.up_attention, UP_ATTENTION)
-        check_option("downsample_padding", self.downsample_padding, DOWNSAMPLE_PADDING)
-        check_option("init_mode", self.init_mode, INIT_MODES)
-        check_option("dropout_mode", self.dropout_mode, DROPOUT_SHARED_AXES)
-        check_rate("dropout", self.dropout)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("remat", self.remat, REMAT)
+        one_of("nonlinearity", self.nonlinearity, ACTIVATIONS)
+        one_of("up_attention", self.up_attention, UP_ATTENTION)
+        one_of("downsample_padding", self.downsample_padding, DOWNSAMPLE_PADDING)
+        one_of("init_mode", self.init_mode, INIT_MODES)
+        one_of("dropout_mode", self.dropout_mode, DROPOUT_SHARED_AXES)
+        rate("dropout", self.dropout)
         for channels in (self.nf, *(self.nf * mult for mult in self.ch_mult)):
-            if channels % self.num_groups:  # the skips' channels are sums of these
-                raise ValueError(
-                    f"nf, ch_mult: {channels} channels are not divisible by num_groups = "
-                    f"{self.num_groups}"
-                )
+            fits = channels % self.num_groups == 0  # the skips' channels are sums of these
+            allowed = f"a divisor of {channels} channels, from nf and ch_mult"
+            require(fits, "num_groups", self.num_groups, allowed)
         super().__post_init__()
 
     @nn.compact

@@ -18,11 +18,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from checks import one_of, positive, rate, require
 from models.layers import (
     ACTIVATIONS,
-    check_option,
-    check_positive,
-    check_rate,
     default_init,
     joined,
     sinusoidal_embedding,
@@ -74,11 +72,10 @@ class MLP(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_positive(hidden=self.hidden, depth=self.depth)
-        if self.embed_dim < 4:
-            raise ValueError(f"embed_dim is {self.embed_dim!r}; it must be at least 4")
-        check_rate("dropout", self.dropout)
-        check_option("activation", self.activation, ACTIVATIONS)
+        positive(hidden=self.hidden, depth=self.depth)
+        require(self.embed_dim >= 4, "embed_dim", self.embed_dim, "at least 4")
+        rate("dropout", self.dropout)
+        one_of("activation", self.activation, ACTIVATIONS)
         super().__post_init__()
 
     @nn.compact

@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from checks import one_of, positive, rate
 from models.ddpm import Embedding, ResnetBlockDDPM
 from models.fir import (
     FIRDownsample,
@@ -40,9 +41,6 @@ from models.layers import (
     Image,
     Upsample,
     check_levels,
-    check_option,
-    check_positive,
-    check_rate,
     conv3x3,
     default_init,
     dropout,
@@ -202,8 +200,8 @@ class NCSNpp(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_positive(nf=self.nf, num_res_blocks=self.num_res_blocks)
-        check_rate("dropout", self.dropout)
+        positive(nf=self.nf, num_res_blocks=self.num_res_blocks)
+        rate("dropout", self.dropout)
         check_taps(self.fir_kernel)
         for field, known in (
             ("nonlinearity", ACTIVATIONS),
@@ -215,7 +213,7 @@ class NCSNpp(nn.Module):
             ("dtype", DTYPES),
             ("remat", REMAT),
         ):
-            check_option(field, getattr(self, field), known)
+            one_of(field, getattr(self, field), known)
         check_levels(self.nf, self.ch_mult)
         super().__post_init__()
 

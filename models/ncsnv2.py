@@ -20,12 +20,11 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
+from checks import one_of, positive, require
 from models.layers import (
     ACTIVATIONS,
     Image,
-    check_levels,
-    check_option,
-    check_positive,
+    check_sides,
     mean_downsample,
 )
 
@@ -153,10 +152,9 @@ class NCSNv2(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_positive(nf=self.nf)
-        check_option("activation", self.activation, ACTIVATIONS)
-        if len(self.widths) < 4:
-            raise ValueError(f"widths is {self.widths!r}; need at least 4 stages")
+        positive(nf=self.nf, **{f"widths[{i}]": width for i, width in enumerate(self.widths)})
+        one_of("activation", self.activation, ACTIVATIONS)
+        require(len(self.widths) >= 4, "widths", self.widths, "at least 4 stages")
         super().__post_init__()
 
     @nn.compact
@@ -167,7 +165,7 @@ class NCSNv2(nn.Module):
             ValueError: x is not a batch of images, or H or W cannot be halved by every stage.
         """
         del label, train
-        check_levels(self.nf, self.widths[:-2], x.shape)
+        check_sides(x.shape, 2 ** (len(self.widths) - 3), "widths", self.widths)
         act, (first, *rest) = ACTIVATIONS[self.activation], self.widths
         block = functools.partial(ResidualBlock, activation=self.activation)
         h = conv(self.nf, x.shape[-1])(x if self.centered else 2.0 * x - 1.0)

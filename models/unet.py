@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from checks import one_of, positive, rate, require
 from models.layers import (
     ACTIVATIONS,
     DTYPES,
@@ -28,9 +29,7 @@ from models.layers import (
     AttnBlock,
     Dropout,
     Image,
-    check_option,
-    check_positive,
-    check_rate,
+    check_sides,
     conv3x3,
     default_init,
     joined,
@@ -97,25 +96,20 @@ class UNet(nn.Module):
         """Check the fields."""
         for name in ("channels", "blocks"):
             values = getattr(self, name)
-            if not values:
-                raise ValueError(f"{name} is empty; it needs one number per level")
-            check_positive(**{f"{name}[{i}]": value for i, value in enumerate(values)})
-        if len(self.channels) != len(self.blocks):
-            raise ValueError(
-                f"blocks is {self.blocks!r}; it needs a number for each of channels={self.channels}"
-            )
-        check_positive(patch=self.patch)
-        if self.embed_dim < 4:
-            raise ValueError(f"embed_dim is {self.embed_dim!r}; it must be at least 4")
-        check_rate("dropout", self.dropout)
-        if self.summary < 0:
-            raise ValueError(f"summary is {self.summary!r}; it must be 0 (none) or a width")
+            require(len(values) > 0, name, values, "one number per level")
+            positive(**{f"{name}[{i}]": value for i, value in enumerate(values)})
+        fits = len(self.channels) == len(self.blocks)
+        require(fits, "blocks", self.blocks, f"a number for each of channels={self.channels}")
+        positive(patch=self.patch)
+        require(self.embed_dim >= 4, "embed_dim", self.embed_dim, "at least 4")
+        rate("dropout", self.dropout)
+        require(self.summary >= 0, "summary", self.summary, "0 (none) or a width")
         for field, known in (
             ("activation", ACTIVATIONS),
             ("dtype", DTYPES),
             ("remat", REMAT),
         ):
-            check_option(field, getattr(self, field), known)
+            one_of(field, getattr(self, field), known)
         super().__post_init__()
 
     @nn.compact
@@ -133,7 +127,8 @@ class UNet(nn.Module):
         Raises:
             ValueError: x is no batch of images, or H or W is not divisible by the coarsest level.
         """
-        self._check_shape(x.shape)
+        divisor = self.patch * 2 ** (len(self.channels) - 1)
+        check_sides(x.shape, divisor, "channels", self.channels)
         act, seen = ACTIVATIONS[self.activation], joined(x, features)
         cond = self._condition(label, x, features, train)
         h = conv3x3(self.channels[0], dtype=self.dtype)(space_to_depth(seen, self.patch))
@@ -164,18 +159,6 @@ class UNet(nn.Module):
                 q = nn.Dense(self.summary)(q)
             cond = act(cond + nn.Dense(width)(act(q)))
         return cond
-
-    @nn.nowrap
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 4:
-            raise ValueError(f"x has shape {shape}; allowed: [B, H, W, C]")
-        divisor = self.patch * 2 ** (len(self.channels) - 1)
-        for side, size in (("height", shape[1]), ("width", shape[2])):
-            if size % divisor:
-                raise ValueError(
-                    f"image {side} is {size}; {len(self.channels)} levels (channels) and "
-                    f"patch={self.patch} allow multiples of {divisor}"
-                )
 
     @nn.nowrap
     def _with_positions(self, h: Image) -> Image:

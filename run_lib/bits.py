@@ -8,11 +8,11 @@ depends on the rows only, in whatever order they were computed; `bits_<step>.png
 """
 
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import json_files
 import plotting
 from records import Records, Row, example_means, key_of, summarize
 from run_lib import comparison, folder, report
@@ -36,7 +36,7 @@ def save(target: Path, step: int, table: list[Estimator]) -> None:
 
 
 def _read(path: Path) -> list[Parts]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return json_files.read(path) if path.exists() else []
 
 
 def all_parts(rows: list[Row], edges: dict[tuple[str, str], list[float]]) -> list[Parts]:

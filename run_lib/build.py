@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 
 import losses
 import marginals
+from checks import choose, in_section, require
 from dequantization import Draw, Encoding, FlowDequantizer, Pixels, Reals
 from fokker_planck import FokkerPlanck
 from heads import Levels
@@ -22,7 +23,7 @@ from ode import Solver
 from operators import fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
 from restarted import time_of_noise
-from run_lib.settings import Settings, choose, require
+from run_lib.settings import Settings
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
 from streams import Dataset
 from terms import Terms
@@ -300,6 +301,7 @@ def _ode(settings: Settings, num_steps: int) -> Sampler:
 METHODS: dict[str, Callable[[Settings, int], Sampler]] = {"pc": _pc, "sde": _sde, "ode": _ode}
 
 
+@in_section("sampling")
 def sampler(settings: Settings) -> Sampler:
     """The sampler of `sampling.method`."""
     return choose(METHODS, settings.sampling.method, "sampling.method")(
@@ -316,6 +318,7 @@ class LikelihoodTools:
     proposal: Importance
 
 
+@in_section("eval")
 def likelihood_tools(settings: Settings) -> LikelihoodTools:
     """What the `eval` section asks for; the bound's times follow p(t) ∝ g²/σ²."""
     config = settings.eval

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ import jax.numpy as jnp
 
 import datasets
 import flow_importer
+import json_files
 import train_state
 from checkpoints import Checkpoints
+from checks import path_of, require
 from losses import dequantizer_loss, mean_loss
 from run_lib import build, folder, loading, parallel, training
-from run_lib.settings import Settings, require
+from run_lib.settings import Settings
 from run_lib.trainer import HeldOut, Task, Trainer
 from streams import Dataset
 from train_state import TrainState
@@ -65,7 +66,7 @@ def _score_step(workdir: Path, target: Path) -> int:
     if not steps:
         raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}: run --mode=train first")
     begun = path.exists() and loading.steps_in(target)
-    before = json.loads(path.read_text(encoding="utf-8")).get("score_step") if begun else None
+    before = json_files.read(path).get("score_step") if begun else None
     if before not in (None, *steps):
         logger.warning(
             "the dequantiser in %s began with step %d of the score network, which is gone; it goes "
@@ -129,7 +130,7 @@ def _shapes(settings: Settings, shape: tuple[int, ...]) -> TrainState:
 
 def given_state(settings: Settings, shape: tuple[int, ...]) -> TrainState:
     """The state of a published dequantiser, `deq.init_from`."""
-    source = Path(settings.deq.init_from).expanduser()
+    source = path_of("deq.init_from", settings.deq.init_from)
     state = flow_importer.load(source, _shapes(settings, shape))
     logger.info("starting from %s, step %d", source, int(state.step))
     return state

@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from run_lib.settings import require
+from checks import require
 
 logger = logging.getLogger("fokker")
 # Number of processes of this launch, as the launchers tell it.

@@ -24,6 +24,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+import json_files
 import json_lines
 from checkpoints import Checkpoints, whole_steps
 from json_lines import is_count, is_number
@@ -78,7 +79,7 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
     path = workdir / "config.json"
     if not path.exists() or not whole_steps(workdir):
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json_files.read(path)
     changed = differences(before, json.loads(json.dumps(config)))
     changed = {k: v for k, v in changed.items() if not {k, k.split(".")[0]} & set(ignore)}
     lines = [f"{name}: {old!r} in {path}, now {new!r}" for name, (old, new) in changed.items()]
@@ -109,7 +110,7 @@ def same_examples(eval_folder: Path, config: dict[str, Any]) -> None:
     path = eval_folder / "config.json"
     if not path.exists() or not (eval_folder / "rows.jsonl").exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json_files.read(path)
     known = dict(flatten(before))
     lines = [
         f"{name}: {old!r} then, now {new!r}"

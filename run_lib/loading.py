@@ -10,8 +10,9 @@ import jax
 
 import datasets
 from checkpoints import Checkpoints
+from checks import require
 from run_lib import build, folder, parallel
-from run_lib.settings import Settings, require
+from run_lib.settings import EvalConfig, Settings
 from streams import Dataset
 from train_state import TrainState
 
@@ -37,18 +38,22 @@ def checkpoints_of(
     parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
     dataset = datasets.load(settings.data)
     parallel.wait_for_all("data", seconds=parallel.START_S)
-    require(
-        settings.eval.dataset in dataset.splits,
-        "eval.dataset",
-        settings.eval.dataset,
-        f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)",
-    )
+    _check_split(settings.eval, dataset)
     target = workdir / eval_folder
     with folder.alone(target):
         folder.write_json(target / "config.json", settings.resolved())
         for wanted in steps or [None]:
             state = load_state(settings, dataset, workdir, wanted)
             yield int(state.step), dataset, state.ema_params, target
+
+
+def _check_split(config: EvalConfig, dataset: Dataset) -> None:
+    """The split that is to be evaluated is there, and has as many examples as are asked for."""
+    allowed = f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)"
+    require(config.dataset in dataset.splits, "eval.dataset", config.dataset, allowed)
+    size, number = dataset.size(config.dataset), config.num_examples
+    allowed = f"0 (all) to {size}, the examples of the {config.dataset} split"
+    require(size is None or number <= size, "eval.num_examples", number, allowed)
 
 
 def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:

@@ -1,9 +1,9 @@
 """The rows of quality.json: figures of whole sets of samples, one per step, metric and protocol."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import json_files
 from run_lib import folder
 
 FILE = "quality.json"
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 def read(eval_folder: Path) -> list[Row]:
     """All rows, in order."""
     path = eval_folder / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return json_files.read(path) if path.exists() else []
 
 
 def add(eval_folder: Path, rows: list[Row]) -> None:

@@ -19,10 +19,11 @@ import datasets
 import evaluation
 import npz_files
 import plotting
+from checks import path_of, require
 from evaluation import Extractor, Features, Statistics
 from run_lib import build, figures, parallel, quality, sampling_loop
 from run_lib.sampling_loop import Generator
-from run_lib.settings import Settings, require
+from run_lib.settings import Settings
 from streams import Dataset, Host
 
 logger = logging.getLogger("fokker")
@@ -72,7 +73,7 @@ def _name(settings: Settings) -> str:
     """What the data are called in file names: files and folders by their own name."""
     data = settings.data
     named = data.dataset.lower() in ("npz", "folder")
-    return Path(data.path).expanduser().resolve().stem if named else data.dataset.lower()
+    return path_of("data.path", data.path).resolve().stem if named else data.dataset.lower()
 
 
 def _data(settings: Settings, dataset: Dataset) -> str:
@@ -84,7 +85,7 @@ def _data(settings: Settings, dataset: Dataset) -> str:
 def _path(settings: Settings, dataset: Dataset) -> Path:
     """`eval.stats`, or the default of these data and features."""
     if settings.eval.stats:
-        return Path(settings.eval.stats).expanduser()
+        return path_of("eval.stats", settings.eval.stats)
     return evaluation.statistics_path(
         _name(settings),
         settings.eval.features,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import json_files
 import plotting
 from records import Records, Row, Summary, summarize
 from run_lib import comparison, folder, quality
@@ -104,7 +105,7 @@ def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
 def protocols(eval_folder: Path) -> dict[str, dict[str, Any]]:
     """The details of every protocol by its text."""
     path = eval_folder / PROTOCOLS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return json_files.read(path) if path.exists() else {}
 
 
 def write_summaries(eval_folder: Path, results: list[Result]) -> None:
@@ -229,7 +230,7 @@ def write(workdir: Path) -> Path:
             parts += [f"<h2>{title}</h2>", _image(image)]
     for title, path in (("Config", "config.json"), ("Versions", "versions.json")):
         if (workdir / path).exists():
-            text = json.dumps(json.loads((workdir / path).read_text(encoding="utf-8")), indent=2)
+            text = json.dumps(json_files.read(workdir / path), indent=2)
             parts += [f"<h2>{title}</h2><pre>{html.escape(text)}</pre>"]
     page = workdir / "report.html"
     page.write_text(

@@ -6,7 +6,6 @@ the network). It is written as a whole, by the one host that drew it, and sample
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import json_files
 import npz_files
 from operators import fold_in_each
 from run_lib import build, folder, parallel
@@ -125,7 +125,7 @@ def check_samples(settings: Settings, where: Path) -> None:
     path, now = where / "protocol.json", _identity(settings)
     if not shards(where) or not path.exists():
         return
-    then = json.loads(path.read_text(encoding="utf-8"))
+    then = json_files.read(path)
     if then != now:
         raise ValueError(
             f"{where} has samples of another sampler or seed, {then}; now {now}. Use another "

@@ -11,11 +11,12 @@ import datasets
 import importers
 import plotting
 from checkpoints import Checkpoints
+from checks import path_of, require
 from losses import NUM_BINS, mean_loss
 from operators import fold_in_each
 from run_lib import build, folder, parallel, report
 from run_lib.sampling_loop import Generator
-from run_lib.settings import Settings, require
+from run_lib.settings import Settings
 from run_lib.trainer import HeldOut, Task, Trainer
 from streams import Dataset
 from train_state import TrainState
@@ -165,7 +166,7 @@ def given_state(settings: Settings, shape: tuple[int, ...], source: Path) -> Tra
 def given_checkpoint(settings: Settings, workdir: Path) -> Path | None:
     """A checkpoint or run folder from elsewhere to start from."""
     if settings.training.init_from:
-        return Path(settings.training.init_from).expanduser()
+        return path_of("training.init_from", settings.training.init_from)
     published = [p for p in (workdir / "checkpoints-meta").glob("checkpoint*") if p.is_file()]
     return max(published, key=lambda p: (_last_number(p.stem), p.name), default=None)
 

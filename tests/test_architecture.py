@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Level of every module; run_lib has levels of its own.
 LEVELS = {
+    "checks": -2, "json_files": -1, "lazy_tensorflow": -1,
     "taylor": -1, "operators": 0, "models": 0, "sde_base": 0.5, "sde_lib": 1, "time_sampling": 2,
     "torch_files": 0, "tfrecords": 0, "json_lines": 0, "importers": 7, "flow_importer": 7.5,
     "npz_files": 0, "classifier": 6, "evaluation": 7,
@@ -23,7 +24,8 @@ LEVELS = {
     "main": 9,
 }  # fmt: skip
 RUN_LIB = {
-    "settings": 0, "memory": 0, "profiling": 0, "build": 1, "distributed": 1, "parallel": 2,
+    "settings": 0, "memory": 0, "profiling": 0, "config_files": 1, "build": 1, "distributed": 1,
+    "parallel": 2,
     "estimators": 2, "baseline_estimators": 3, "folder": 3, "interruption": 3, "quality": 4,
     "comparison": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "report": 5,
     "training": 6, "bits": 6, "quality_loop": 6, "dequantizer_training": 7, "evaluation_loop": 8,

@@ -311,7 +311,7 @@ def test_forms_and_starts_of_the_same_quantity_agree(trained: Path) -> None:
     [
         ({"dequantization": "normal"}, r"eval.dequantization='normal'.*tn.*uniform.*variational"),
         ({"tn_tau": 0.0}, r"eval.tn_tau=0.0: need more than 0"),
-        ({"num_importance": 0}, r"eval.num_importance=0: need at least 1"),
+        ({"num_importance": 0}, r"eval.num_importance=0: need an integer of at least 1"),
         ({"ode_start": "noise"}, r"eval.ode_start='noise'.*noised"),
     ],
 )
@@ -345,7 +345,7 @@ def test_logit_data_have_no_truncated_normal() -> None:
     c = config()
     c.data.update(centered=False, logit=True)
     found = Settings.from_config(c)
-    with pytest.raises(ValueError, match=r"'tn' with data\.logit=True"):
+    with pytest.raises(ValueError, match=r"'tn': need .*data\.logit=True"):
         build.dequantization(found, datasets.load(found.data), "tn")
 
 

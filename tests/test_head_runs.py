@@ -34,7 +34,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         ({"data.centered": False, "data.logit": True}, "data.logit with .*'cells'"),
         ({"data.dataset": "moons"}, "model.parameterization='cells': need 'mixture' or 'whitened'"),
         ({"model.rank": 1}, "model.rank=1: need at least 2"),
-        ({"model.components": 4}, "model.components=4 is used neither by"),
+        ({"model.components": 4}, "model.components=4: used neither by"),
         ({"model.parameterization": "cell"}, "model.parameterization='cell': allowed .*cells"),
         ({"eval.elbo": True}, "eval.elbo=True with model.parameterization='cells'"),
         ({"model.parameterization": "mixture", "model.floor": 0.0}, "model.floor=0.0: need more"),

@@ -394,6 +394,28 @@ def test_a_torch_file_truncated_anywhere_is_refused(tmp_path):
 
 
 @needs_fixtures
+@pytest.mark.parametrize("kind", ["unbegun", "model", "weights"])
+def test_a_torch_file_without_moments_or_of_weights_alone_is_enough(monkeypatch, caplog, kind):
+    """An optimizer that has taken no step has an empty state; weights may be saved alone."""
+    path = FIXTURES / "torch_ddpmpp_vp" / "checkpoint_6.pth"
+    state = torch_files.read(path)
+    alone = {"model": state["model"]}
+    unbegun = state | {"optimizer": {"state": {}, "param_groups": []}}
+    given = {"unbegun": unbegun, "model": alone, "weights": state["model"]}[kind]
+    monkeypatch.setattr(torch_files, "read", lambda path: given)
+    model = score_model("torch_ddpmpp_vp")
+    found = load(path, model)
+    monkeypatch.undo()
+    whole = load(path, model)
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    same(found.params, whole.params)
+    same(found.ema_params, whole.ema_params if kind == "unbegun" else whole.params)
+    assert int(found.step) == (int(whole.step) if kind == "unbegun" else 0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.opt_state))
+    assert f"{path} has no " in caplog.text
+
+
+@needs_fixtures
 @pytest.mark.parametrize("changes", [{"num_res_blocks": 2}, {"nf": 16}, {"conditional": False}])
 def test_a_torch_file_of_another_network_is_refused(changes):
     with pytest.raises(ValueError, match="probably"):

@@ -604,7 +604,10 @@ def test_refuses_a_chain_so_short_that_its_beta_reaches_one(predictor):
         (lambda: ReverseSDE(1, T_MIN), "model.num_scales=1"),
         (lambda: PredictorCorrector("euler", "none", 5, T_MIN), "sampling.predictor='euler'"),
         (lambda: PredictorCorrector("none", "mala", 5, T_MIN), "sampling.corrector='mala'"),
-        (lambda: PredictorCorrector("none", "none", 5, T_MIN), "both 'none'"),
+        (
+            lambda: PredictorCorrector("none", "none", 5, T_MIN),
+            "sampling.predictor='none': need another",
+        ),
         (lambda: PredictorCorrector("none", "ald", 5, 0.0), "sampling.noise_removal"),
         (lambda: PredictorCorrector("none", "ald", 1, T_MIN), "model.num_scales=1"),
     ],
@@ -638,7 +641,7 @@ def test_refuses_the_end_of_the_ode_at_the_data():
 @pytest.mark.parametrize("kind", ["subvp", "linearve"])
 def test_refuses_ancestral_sampling_without_a_chain(kind):
     sampler = PredictorCorrector("ancestral_sampling", "none", 5, T_MIN)
-    with pytest.raises(ValueError, match=r"ancestral_sampling.*allowed SDEs: VPSDE, VESDE"):
+    with pytest.raises(ValueError, match=r"ancestral_sampling.*VPSDE and VESDE have"):
         draw(sampler, KINDS[kind], keys_of(2))
 
 

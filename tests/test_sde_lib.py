@@ -298,7 +298,7 @@ def test_ve_ancestral_step_is_the_posterior():
 def test_ancestral_sampling_without_a_chain_is_refused(sde):
     x, t = jnp.ones((1, 2)), jnp.ones((1,))
     with pytest.raises(
-        ValueError, match=rf"ancestral_sampling.*{type(sde).__name__}.*VPSDE, VESDE"
+        ValueError, match=rf"ancestral_sampling.*{type(sde).__name__}.*VPSDE and VESDE"
     ):
         sde.ancestral(x, x, t, 10)
 
@@ -332,7 +332,7 @@ def test_the_prior_of_the_linear_path_is_the_noise_at_its_end():
 
 @pytest.mark.parametrize("end", [0.0, 1.0, -0.5, float("nan")])
 def test_a_linear_path_up_to_its_pole_is_refused(end):
-    with pytest.raises(ValueError, match=r"model\.end="):
+    with pytest.raises(ValueError, match=r"end=.*: need 0 < end < 1"):
         LinearPath(end)
 
 
@@ -363,7 +363,7 @@ def test_chain_of_ddpm_has_the_products_of_its_betas():
 def test_chain_of_smld_is_the_sde_and_other_sdes_have_none():
     assert VESDE().chain(10) == VESDE()
     for sde in (SubVPSDE(), LinearVESDE()):
-        with pytest.raises(ValueError, match="continuous=False has no chain for"):
+        with pytest.raises(ValueError, match=r"continuous=False: need True: .* has no chain"):
             sde.chain(10)
 
 
