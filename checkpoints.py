@@ -6,6 +6,8 @@ run has left beside these is deleted when training starts. A checkpoint that can
 `checkpoints-damaged/` when training goes on from the one before it.
 """
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -362,3 +364,9 @@ def _checksums(tree: Any) -> dict[str, str]:
     """Dtype and CRC-32 of every leaf: read back as another dtype, it is not to be compared."""
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in _by_path(tree).items()}
     return {path: f"{a.dtype} {zlib.crc32(a.view(np.uint8)):08x}" for path, a in arrays.items()}
+
+
+def digest(tree: Any) -> str:
+    """Sixteen hexadecimal digits of the checksums of all leaves: equal for equal numbers."""
+    text = json.dumps(_checksums(tree), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

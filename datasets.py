@@ -8,7 +8,7 @@ import logging
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -57,9 +57,10 @@ def _points(config: DataConfig, sampler: Sampler) -> Dataset:
 
     def fixed(n: int, split: int) -> Finite:
         # Words [s] and [s, 0, 0] seed the same; no training batch has a fourth word, [seed, 0, k].
-        return Finite(n, sampler(np.random.default_rng([0, 0, 0, split]), n).__getitem__)
+        points = sampler(np.random.default_rng([0, 0, 0, split]), n)
+        return Finite(n, points.__getitem__, known_by=f"{name} {split}")
 
-    train = fixed(config.num_train, split=1) if config.num_train else Fresh(sampler)
+    train = fixed(config.num_train, split=1) if config.num_train else Fresh(sampler, known_by=name)
     test = fixed(config.num_test, split=2)
     law = LAWS[name]() if name in LAWS else None
     shape = test.examples(np.arange(1)).shape[1:]
@@ -99,7 +100,8 @@ def _image_set(
         n = n or split.size
         if n < split.size:
             left_out.append(f"{split.size - n} {name} by data.num_{name}")
-        return Finite(n, split.examples, labels=None if split.labels is None else split.labels[:n])
+        labels = None if split.labels is None else split.labels[:n]
+        return dataclasses.replace(split, size=n, labels=labels)
 
     train, test = first("train", config.num_train), first("test", config.num_test)
     validation = splits.get("validation")
@@ -132,7 +134,12 @@ def _held_out(config: DataConfig, train: Finite) -> tuple[Finite, Finite | None]
 def _only(split: Finite, chosen: np.ndarray) -> Finite:
     """The chosen examples of a split."""
     labels = None if split.labels is None else split.labels[chosen]
-    return Finite(len(chosen), lambda ids: split.examples(chosen[ids]), labels=labels)
+    return dataclasses.replace(
+        split,
+        size=len(chosen),
+        examples=lambda ids: split.examples(chosen[ids]),
+        labels=labels,
+    )
 
 
 def _check_array(key: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
@@ -327,6 +334,7 @@ def _on_demand(
     inputs: Callable[[np.ndarray], np.ndarray],
     size: int,
     name: Callable[[int], str],
+    files: Iterable[pathlib.Path],
 ) -> Finite:
     """A split that is decoded when it is asked for; an example that cannot be is named."""
     tf = tensorflow()
@@ -343,7 +351,7 @@ def _on_demand(
                     raise ValueError(f"{name(number)} is damaged or gone: {problem}") from None
             raise
 
-    return Finite(size, examples)
+    return Finite(size, examples, known_by=tuple(files))
 
 
 def _problem(decode: Decode, given: bytes) -> str:
@@ -363,7 +371,9 @@ def _files(paths: list[pathlib.Path], shape: Shape) -> Finite:
         image = tf.io.decode_image(tf.io.read_file(name), expand_animations=False)
         return tf.ensure_shape(image, shape)
 
-    return _on_demand(decode, names.__getitem__, len(names), lambda number: str(paths[number]))
+    return _on_demand(
+        decode, names.__getitem__, len(names), lambda number: str(paths[number]), paths
+    )
 
 
 def _folder(config: DataConfig) -> Dataset:
@@ -499,7 +509,7 @@ def _decoded(records: Records, parse: Decode, prepare: Prepare, size: int) -> Fi
     def read(ids: np.ndarray) -> np.ndarray:
         return np.array(records[ids], object)
 
-    return _on_demand(one, read, len(records), records.name)
+    return _on_demand(one, read, len(records), records.name, records.paths)
 
 
 def _check_colour(config: DataConfig, sizes: tuple[int, ...] = ()) -> None:

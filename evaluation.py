@@ -346,6 +346,7 @@ class Statistics:
     extractor: str = ""
     dataset: str = ""
     split: str = ""
+    digest: str = ""  # of the data of the split
 
     def write(self, path: Path) -> None:
         """Write the published format, and the names as arrays of their own."""
@@ -378,14 +379,28 @@ def read_statistics(path: Path) -> Statistics:
         raise ValueError(
             f"{path}: pool_3 is {pool_3.dtype} {pool_3.shape}; need finite floats [n, d], n >= 2"
         )
-    names = {key: str(arrays.get(key, "")) for key in ("extractor", "dataset", "split")}
+    names = {key: str(arrays.get(key, "")) for key in ("extractor", "dataset", "split", "digest")}
     return Statistics(pool_3, **names)
 
 
 def check_statistics(
-    found: Statistics, path: Path, *, extractor: str, dataset: str, width: int
+    found: Statistics,
+    path: Path,
+    *,
+    extractor: str,
+    dataset: str,
+    width: int,
+    digests: dict[str, str],
 ) -> None:
     """Refuse statistics of another network or other data.
+
+    Args:
+        found: the statistics; those of other codes have no names, and their data are not checked.
+        path: their file.
+        extractor: the identity of the network.
+        dataset: the name of the data.
+        width: the number of features.
+        digests: of the splits of the data.
 
     Raises:
         ValueError: says which.
@@ -397,3 +412,10 @@ def check_statistics(
         )
     if found.dataset not in ("", dataset):
         raise ValueError(f"{path} holds statistics of {found.dataset}, the data are {dataset}")
+    now = digests.get(found.split, "none")
+    if found.extractor and found.digest != now:
+        made = f"of data with digest {found.digest}" if found.digest else "by an older version"
+        raise ValueError(
+            f"{path} was made {made}; the digest of the {found.split} split is {now} now. Delete "
+            "the file and make it by --mode=fid_stats, or set eval.stats"
+        )

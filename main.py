@@ -38,11 +38,19 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
-import run_lib
 from checkpoints import LostProcessError
 from checks import FieldError, choose, of_type, path_of, require
-from run_lib import config_files, distributed, folder, interruption, memory, parallel
-from run_lib.settings import Settings
+from run_lib import (
+    config_files,
+    distributed,
+    folder,
+    identities,
+    interruption,
+    memory,
+    modes,
+    parallel,
+)
+from run_lib.experiment import Experiment
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
@@ -68,19 +76,6 @@ flags.DEFINE_string(
 )
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
-MODES = {
-    "train": run_lib.train,
-    "train_deq": lambda settings, workdir: run_lib.train_dequantizer(
-        settings, workdir, FLAGS.deq_folder
-    ),
-    "eval": lambda settings, workdir: run_lib.evaluate(
-        settings, workdir, FLAGS.eval_folder, FLAGS.deq_folder
-    ),
-    "import": lambda settings, workdir: run_lib.import_given(settings, workdir, FLAGS.deq_folder),
-    "fid_stats": lambda settings, workdir: run_lib.fid_stats(settings),
-    "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
-}
-OF_ONE_PROCESS = ("import", "diagnose")
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
 EXIT_BUG = 1
@@ -88,10 +83,10 @@ EXIT_BUG = 1
 
 def _modes() -> list[str]:
     """The modes to run, in turn."""
-    modes = FLAGS.mode.split(",")
-    for mode in modes:
-        choose(MODES, mode, "--mode")
-    return modes
+    names = FLAGS.mode.split(",")
+    for name in names:
+        choose(modes.MODES, name, "--mode")
+    return names
 
 
 def _keep_compiled(workdir: Path) -> None:
@@ -103,7 +98,7 @@ def _keep_compiled(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", chosen or None)
 
 
-def _log_start(workdir: Path, modes: list[str], changed: dict[str, object]) -> None:
+def _log_start(workdir: Path, names: list[str], changed: dict[str, object]) -> None:
     """The first process tells everything, the others what they are and what goes wrong."""
     if parallel.is_first():
         try:
@@ -111,7 +106,7 @@ def _log_start(workdir: Path, modes: list[str], changed: dict[str, object]) -> N
         except OSError as error:
             allowed = f"need a folder that can be made and written to: {error.strerror}"
             raise FieldError("--workdir", str(workdir), allowed) from None
-    logger.info("mode %s, workdir %s, %s", ",".join(modes), workdir, distributed.describe())
+    logger.info("mode %s, workdir %s, %s", ",".join(names), workdir, distributed.describe())
     if not parallel.is_first():
         logger.setLevel(logging.WARNING)
     for name, value in sorted(changed.items()):
@@ -122,26 +117,30 @@ def _run(fields: list[str]) -> None:
     """Run the modes; `fields` are those of the config that the command line changes, name=value."""
     for name in ("eval_folder", "deq_folder", "coordinator"):
         of_type(f"--{name}", FLAGS[name].value, str)
-    modes, workdir = _modes(), path_of("--workdir", FLAGS.workdir)
+    names, workdir = _modes(), path_of("--workdir", FLAGS.workdir)
     config = config_files.load(FLAGS.config)
     pairs = [field.partition("=") for field in fields]
     changed = {name: config_files.change(config, name, text) for name, _, text in pairs}
     distributed.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     interruption.watch()  # again: connecting takes the handlers
-    for mode in set(modes) & set(OF_ONE_PROCESS) if jax.process_count() > 1 else ():
-        allowed = "need another mode: this one runs in one process, without --coordinator"
-        raise FieldError("--mode", mode, allowed)
+    for name in names if jax.process_count() > 1 else ():
+        allowed = "another mode: this one runs in one process, without --coordinator"
+        require(modes.MODES[name].processes, "--mode", name, allowed)
     _keep_compiled(workdir)
-    settings = Settings.from_config(config)
-    there = workdir.is_dir() or modes[0] not in ("eval", "diagnose", "train_deq")
+    experiment = Experiment.from_config(config)
+    there = workdir.is_dir() or names[0] not in ("eval", "diagnose", "train_deq")
     require(there, "--workdir", str(workdir), "a folder that exists: run --mode=train first")
-    _log_start(workdir, modes, changed)
-    steps, warmup = settings.training.n_iters, settings.optim.warmup
-    if "train" in modes and steps <= warmup:
+    _log_start(workdir, names, changed)
+    steps, warmup = experiment.settings.training.n_iters, experiment.settings.optim.warmup
+    if "train" in names and steps <= warmup:
         text = "training.n_iters=%d ends within optim.warmup=%d: the rate never reaches optim.lr"
         logger.warning(text, steps, warmup)
-    for mode in modes:
-        MODES[mode](settings, workdir)
+    command = modes.Command(workdir, FLAGS.eval_folder, FLAGS.deq_folder)
+    told = {"mode": FLAGS.mode, "eval_folder": FLAGS.eval_folder, "deq_folder": FLAGS.deq_folder}
+    identities.agree(experiment, told)
+    modes.check(experiment, command, names)
+    for name in names:
+        modes.MODES[name].run(experiment, command)
         memory.release()
 
 

@@ -1,26 +1,32 @@
 """Per-example evaluation rows: append, know what is missing, mean ± standard error.
 
 A row is one JSON object on one line of `rows.jsonl`, identified by its key (estimator, protocol,
-step, split, index, repeat). With several processes each has a file of its own, `rows-<h>.jsonl`;
-all are read. Lines are appended and flushed to disk batch by batch, so a killed
-evaluation loses at most the batch in flight; a half-written last line and damaged ones are left out
-on reading, and evaluated anew.
+step, split, index, repeat, identity). The identity is a digest of the parameters, the data and the
+settings that the value depends on. With several processes each has a file of its own,
+`rows-<h>.jsonl`; all are read. Lines are appended and flushed to disk batch by batch, so a killed
+evaluation loses at most the batch in flight. Every row ends with a checksum. A half-written last
+line, damaged rows, and rows of older versions, which lack the identity, are left out on reading,
+and evaluated anew.
 """
 
+import functools
 import json
+import logging
 import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import json_lines
-from json_lines import is_count, is_number
 
 Row = dict[str, Any]
-KEY = ("estimator", "protocol", "step", "split", "index", "repeat")
+KEY = ("estimator", "protocol", "step", "split", "index", "repeat", "identity")
+CHECKSUM = "crc32"
 Key = tuple
+logger = logging.getLogger("fokker")
 
 
 class Summary(NamedTuple):
@@ -46,7 +52,14 @@ class Records:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        self.rows |= {key_of(row): row for row in json_lines.read(path, _is_row)}
+        older = 0
+        for row in json_lines.read(path, _is_row):
+            if row.pop(CHECKSUM, None) is None:
+                older += 1
+            else:
+                self.rows[key_of(row)] = row
+        if older:
+            _say_older(path, older)
         if path == self.path:
             _cut_half_a_line(path)
 
@@ -59,7 +72,7 @@ class Records:
                 raise ValueError(f"row {key} of {self.path}: value={row['value']} is not finite")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in new.values())
+            file.writelines(json.dumps(with_checksum(row)) + "\n" for row in new.values())
             file.flush()
             os.fsync(file.fileno())
         self.rows |= new
@@ -74,11 +87,40 @@ class Records:
 
 
 def _is_row(row: Row) -> bool:
-    """Whether an object has the key and the value of a row."""
-    texts = all(isinstance(row.get(field), str) for field in ("estimator", "protocol", "split"))
-    counts = all(is_count(row.get(field)) for field in ("step", "index", "repeat"))
-    value = row.get("value")
-    return texts and counts and is_number(value) and math.isfinite(value)
+    return is_older(row) or is_intact(row)
+
+
+def with_checksum(row: Row) -> Row:
+    """The row with the CRC-32 of its text."""
+    content = _without_checksum(row)
+    return content | {CHECKSUM: _checksum(content)}
+
+
+def is_intact(row: Row) -> bool:
+    """Whether a row has an identity and is as it was when its checksum was taken."""
+    return "identity" in row and row.get(CHECKSUM) == _checksum(_without_checksum(row))
+
+
+def is_older(row: Row) -> bool:
+    """Whether a row was written before rows had identities and checksums."""
+    return row.keys() >= set(KEY) - {"identity"} and not row.keys() & {"identity", CHECKSUM}
+
+
+def _without_checksum(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != CHECKSUM}
+
+
+def _checksum(row: Row) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
+@functools.cache  # once for each file
+def _say_older(path: Path, number: int) -> None:
+    logger.warning(
+        "%s: %d rows of an older version do not say which parameters and data they are of; they "
+        "stay in the file, and are computed anew and not reported",
+        path, number,
+    )  # fmt: skip
 
 
 def _cut_half_a_line(path: Path) -> None:

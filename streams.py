@@ -9,12 +9,15 @@ the batches it would have seen. Toy sets can also be fresh samples for ever.
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -26,8 +29,12 @@ logger = logging.getLogger("fokker")
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
 Shape = tuple[int, ...]
+Source = str | tuple[Path, ...]  # a description, or files
 T = TypeVar("T")
 Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, *shape]
+DIGITS = 16  # of a digest, hexadecimal
+READ_BYTES = 2**30  # of files that are known by their content; larger ones by size and time
+logger = logging.getLogger("fokker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +65,28 @@ class Finite:
     """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them.
 
     `labels` are their classes 0, 1, …, int [size], where they are known; no model sees them.
+    `known_by` is what the digest is of where the examples are not in memory: a description of
+    generated ones, the files of others.
     """
 
     size: int
     examples: Examples
     flip: bool = False
     labels: np.ndarray | None = None
+    known_by: Source = ""
+
+    def digest(self) -> str:
+        """Hexadecimal digits that differ where size, examples or labels differ."""
+        found = hashlib.sha256(f"{self.size}".encode())
+        if not self.known_by:
+            for first in range(0, self.size, 1000):
+                ids = np.arange(first, min(first + 1000, self.size))
+                found.update(np.ascontiguousarray(self.examples(ids)))
+        else:
+            found.update(_digest_of(self.known_by).encode())
+        if self.labels is not None:
+            found.update(np.ascontiguousarray(self.labels, np.int64))
+        return found.hexdigest()[:DIGITS]
 
     def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
         """Rows `part` of batch `step` of the shuffled, endless stream."""
@@ -93,6 +116,11 @@ class Fresh:
 
     sampler: Sampler
     size: None = None
+    known_by: str = ""
+
+    def digest(self) -> str:
+        """Hexadecimal digits of the description."""
+        return hashlib.sha256(f"endless {self.known_by}".encode()).hexdigest()[:DIGITS]
 
     def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
         """Rows `part` of batch `step`; every host draws the whole batch."""
@@ -100,6 +128,28 @@ class Fresh:
         number = step * batch_size + np.arange(batch_size)[part]
         index = (number % 2**31).astype(np.int32)  # stays an int32 that cannot be taken for padding
         return {"image": image, "index": index, "mask": np.ones(len(index), bool)}
+
+
+def _digest_of(source: Source) -> str:
+    """Of a description; of files by their paths below a common folder, and by their content.
+
+    Where there are too many bytes to read at every start, size and time of change stand for the
+    content.
+    """
+    if isinstance(source, str):
+        return hashlib.sha256(source.encode()).hexdigest()
+    found, root = hashlib.sha256(), os.path.commonpath([path.parent for path in source])
+    stats = [path.stat() for path in source]
+    total = sum(stat.st_size for stat in stats)
+    if total > READ_BYTES:
+        logger.info("%.1f GB below %s are known by path, size and time", total / 1e9, root)
+    for path, stat in zip(source, stats, strict=True):
+        found.update(f"{os.path.relpath(path, root)} {stat.st_size} ".encode())
+        if total > READ_BYTES:
+            found.update(f"{int(stat.st_mtime)}".encode())
+        else:
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -141,6 +191,18 @@ class Dataset:
         sizes = [f"{s.size or 'endless'} {name}" for name, s in self.splits.items()]
         left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
         return f"data {self.name}: {self.source}; {', '.join(sizes)} examples{left_out}"
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Hexadecimal digits of each split that differ where anything in it differs.
+
+        They depend on shape, kind of values, examples and labels, not on where the data are.
+        """
+        kind = f"{self.shape} {self.levels} "
+        return {
+            name: hashlib.sha256((kind + split.digest()).encode()).hexdigest()[:DIGITS]
+            for name, split in self.splits.items()
+        }
 
     @property
     def held_out(self) -> str:

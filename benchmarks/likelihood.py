@@ -22,14 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
 
-import datasets
 from experiments.compare import load
 from likelihood import Divergence, ode_log_likelihood
 from ode import Solver
 from operators import dimension, fold_in_each, inner
-from run_lib import build
+from run_lib.experiment import Experiment
 from run_lib.loading import load_parameters, steps_in
-from run_lib.settings import Settings
 
 VARIANTS = {
     **{
@@ -80,18 +78,18 @@ class FixedProbes:
 class Problem:
     """The images of a run, their noise and their probes."""
 
-    def __init__(self, settings: Settings, workdir: Path, number: int) -> None:
-        self.settings, self.dataset = settings, datasets.load(settings.data)
+    def __init__(self, experiment: Experiment, workdir: Path, number: int) -> None:
+        self.settings, self.dataset = experiment.settings, experiment.dataset
         self.step = steps_in(workdir)[-1]
-        self.params = load_parameters(settings, self.dataset, workdir, self.step)
-        self.model = build.score_model(settings)
-        self.encoding = build.encoding(settings, self.dataset)
+        self.params = load_parameters(experiment, workdir, self.step)
+        self.model = experiment.model
+        self.encoding = experiment.encoding
         batch = next(self.dataset.eval_batches("test", batch_size=number))
         self.keys = fold_in_each(jax.random.key(0), jnp.asarray(batch["index"]))
         self.x = self.encoding.encode(jnp.asarray(batch["image"]), self.keys)
         self.divergence = Divergence("rademacher", 1)
         self.probes = self.divergence.draw(self.keys, self.x)
-        self.t_min = settings.training.smallest_time
+        self.t_min = experiment.settings.training.smallest_time
 
     def ours(self, solver: Solver, dtype: jnp.dtype) -> Callable[[], Found]:
         """A compiled solve of all images, in the given precision."""
@@ -195,8 +193,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="variants whose name contains this")
     options = parser.parse_args()
-    settings = Settings.from_config(load(options.config, options.set))
-    problem = Problem(settings, options.workdir, options.images)
+    experiment = Experiment.from_config(load(options.config, options.set))
+    problem = Problem(experiment, options.workdir, options.images)
     with jax.enable_x64(True):
         exact = problem.ours(Solver("dopri8", 1e-9, 1e-9, max_steps=20_000), jnp.float64)()
     runs = {"published": problem.published()}

@@ -28,7 +28,8 @@ import json_files
 import plotting
 import run_lib
 from checks import one_of, require
-from run_lib import comparison, config_files, folder, report
+from run_lib import comparison, config_files, folder, identities, report
+from run_lib.experiment import Experiment
 from run_lib.settings import Settings
 
 logger = logging.getLogger("fokker")
@@ -92,18 +93,28 @@ def _split(setting: str) -> tuple[str, str]:
 def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[str, float]:
     """Train, evaluate and diagnose one config with one seed; what its folder then says."""
     config.seed = seed
-    settings = Settings.from_config(config)
+    experiment = Experiment.from_config(config)
+    settings = experiment.settings
     _same_training(settings, workdir)
     folder.log_to(workdir)
     rows = workdir / "eval" / f"diagnosis_{settings.training.n_iters}.jsonl"
     if "train" in modes:
-        run_lib.train(settings, workdir)
+        run_lib.train(experiment, workdir)
     if "eval" in modes:
-        run_lib.evaluate(settings, workdir, "eval")
-    if "diagnose" in modes and not rows.exists():
-        run_lib.diagnose(settings, workdir, "eval")
+        run_lib.evaluate(experiment, workdir, "eval")
+    if "diagnose" in modes and not _is_diagnosed(rows):
+        run_lib.diagnose(experiment, workdir, "eval")
     jax.clear_caches()
     return evaluated(settings, workdir) | (diagnosed(rows) if "diagnose" in modes else {})
+
+
+def _is_diagnosed(path: Path) -> bool:
+    """Whether there are rows of a diagnosis of the checkpoint that is there now."""
+    if not path.exists():
+        return False
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    named = [row for row in rows if "identity" in row]
+    return bool(named) and identities.reported(path.parent, named) == rows
 
 
 def _same_training(settings: Settings, workdir: Path) -> None:

@@ -1,6 +1,6 @@
 """From a config to a run: wiring, loops, logging, devices; no formulas.
 
-settings  sections of the config as frozen dataclasses      build     names and settings to objects
+settings  sections of the config as frozen dataclasses      experiment  all objects that follow
 parallel  the one place that maps over devices              folder    what a run folder holds
 distributed  how processes find each other                  interruption  signals: save, then end
 memory    what a compiled step needs, and what would fit    profiling  traces

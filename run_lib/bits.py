@@ -15,7 +15,7 @@ from typing import Any
 import json_files
 import plotting
 from records import Records, Row, example_means, key_of, summarize
-from run_lib import comparison, folder, report
+from run_lib import comparison, folder, identities, report
 from run_lib.estimators import Estimator
 
 Parts = dict[str, Any]  # of the rows of one estimator, protocol and split at one step
@@ -30,7 +30,8 @@ def save(target: Path, step: int, table: list[Estimator]) -> None:
     path = target / f"bits_{step}.json"
     before = {(parts["estimator"], parts["protocol"]): parts["edges"] for parts in _read(path)}
     edges = before | {(e.name, e.protocol): list(e.edges) for e in table if e.edges}
-    if found := all_parts(Records(target).select(step=step), edges):
+    rows = identities.reported(target, Records(target).select(step=step))
+    if found := all_parts(rows, edges):
         folder.write_json(path, found)
         plotting.save_bits(path.with_suffix(".png"), list(map(_drawn, found)))
 

@@ -30,9 +30,8 @@ from likelihood import (
 from operators import dimension, fold_in_all, fold_in_each
 from real_heads import Mixture
 from restarted import Restarted, noise_to_signal
-from run_lib import build
+from run_lib.experiment import Dequantization, Experiment
 from run_lib.settings import Settings
-from streams import Dataset
 from time_sampling import Importance
 
 # Fields of `training` that the value of the objective depends on.
@@ -61,7 +60,7 @@ class Estimator:
     name: str
     details: Details  # of the protocol, by name
     unit: str
-    key: str  # a name in build.keys; likelihoods share their dequantisation noise
+    key: str  # a name in Experiment.keys; likelihoods share their dequantisation noise
     # (parameters, key, batch with noise_id) → {value, nfe, converged, …}, each [B]
     function: Callable[[Any, jax.Array, dict], dict[str, jax.Array]]
     edges: tuple[float, ...] = ()  # of a bound: log(σ/α) at the ends of its bins
@@ -78,38 +77,38 @@ def _text(value: str | float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def estimators(settings: Settings, dataset: Dataset, dequantizer: str = "") -> list[Estimator]:
+def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]:
     """The enabled estimators.
 
     Args:
-        settings: of the run.
-        dataset: its data.
+        experiment: settings and data.
         dequantizer: what to call the trained dequantiser, where there is one.
     """
-    config, table = settings.eval, []
+    settings, table = experiment.settings, []
+    config = settings.eval
     for kind in config.dequantizations:
-        noise = build.dequantization(settings, dataset, kind, dequantizer)
+        noise = experiment.dequantization(kind, dequantizer)
         if config.enable_bpd:
-            table.append(_ode(settings, dataset, noise))
+            table.append(_ode(experiment, noise))
         if config.bound:
-            table.append(_bound(settings, dataset, noise))
+            table.append(_bound(experiment, noise))
         if config.elbo:
-            table.append(_elbo(settings, dataset, noise))
+            table.append(_elbo(experiment, noise))
     if config.bound and isinstance(settings.head, Atoms):
-        table.append(_discrete_bound(settings, dataset))
-    if config.enable_bpd and dataset.law is not None:
-        table.append(_divergence_from_data(settings, dataset))
+        table.append(_discrete_bound(experiment))
+    if config.enable_bpd and experiment.dataset.law is not None:
+        table.append(_divergence_from_data(experiment))
     if config.enable_loss:
-        table.append(_loss(settings, dataset))
+        table.append(_loss(experiment))
     return table
 
 
-def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
-    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, config = build.likelihood_tools(settings), settings.eval
+def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
+    settings, model = experiment.settings, experiment.model
+    encoding = experiment.evaluation_encoding
     t_min = noise.start or settings.training.smallest_time
-    noised, number = _starts_noised(settings) and not noise.start, config.num_importance
-    if number > 1 and dataset.levels is None and not noised:
+    noised, number = _starts_noised(settings) and not noise.start, settings.eval.num_importance
+    if number > 1 and experiment.dataset.levels is None and not noised:
         raise ValueError(
             f"eval.num_importance={number} with real-valued data: there is no noise to draw; "
             "allowed: 1, or eval.ode_start='noised'"
@@ -128,7 +127,7 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
             # and its exponential does not raise their mean.
             found = ode_log_likelihood(
                 score_fn, model.sde, draw.x, fold_in_all(keys, 1),
-                t_min=t_min, solver=tools.solver, divergence=tools.divergence,
+                t_min=t_min, solver=experiment.solver, divergence=experiment.divergence,
             )  # fmt: skip
             return found.log_p - draw.log_q, (found.nfe, found.converged, found.error)
 
@@ -138,13 +137,13 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
             "nfe": jnp.sum(nfe, axis=0),
             "converged": jnp.all(converged, axis=0) & jnp.isfinite(value),
         }
-        if tools.solver.estimates_error:
+        if experiment.solver.estimates_error:
             worst = jnp.max(error, axis=0)
             result["error"] = encoding.negative_log_likelihood(-worst, batch["image"])
             result["converged"] &= jnp.isfinite(worst)
         return result
 
-    details = _ode_details(settings, t_min) | noise.details
+    details = _ode_details(experiment, t_min) | noise.details
     details |= {"start": "noised"} | _decoder_name(settings) if noised else {}
     details |= {"draws": number} if number > 1 else {}
     return Estimator("ODE", details, encoding.unit, "eval", function)
@@ -168,39 +167,37 @@ def draw_keys(keys: jax.Array, k: jax.Array | int) -> jax.Array:
     return fold_in_all(fold_in_all(keys, 0), k)
 
 
-def _divergence_from_data(settings: Settings, dataset: Dataset) -> Estimator:
+def _divergence_from_data(experiment: Experiment) -> Estimator:
     """log q(x) − log p(x), whose mean is the divergence of the model from the known law."""
-    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, law, t_min = (
-        build.likelihood_tools(settings),
-        dataset.law,
-        settings.training.smallest_time,
-    )
+    model, law = experiment.model, experiment.dataset.law
+    t_min = experiment.settings.training.smallest_time
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         x, keys = batch["image"], fold_in_each(key, batch["noise_id"])
         found = ode_log_likelihood(
             model.score(params.score), model.sde, x, fold_in_all(keys, 1),
-            t_min=t_min, solver=tools.solver, divergence=tools.divergence,
+            t_min=t_min, solver=experiment.solver, divergence=experiment.divergence,
         )  # fmt: skip
         return {
             "value": law.log_data(x) - found.log_p, "nfe": found.nfe, "converged": found.converged,
         }  # fmt: skip
 
-    details = _ode_details(settings, t_min)
-    return Estimator("KL(data ‖ ODE)", details, encoding.unit, "eval", function)
+    details = _ode_details(experiment, t_min)
+    return Estimator(
+        "KL(data ‖ ODE)", details, experiment.evaluation_encoding.unit, "eval", function
+    )
 
 
-def _ode_details(settings: Settings, t_min: float) -> Details:
-    tools = build.likelihood_tools(settings)
-    return tools.solver.details | {"trace": trace(tools.divergence), "t_min": t_min}
+def _ode_details(experiment: Experiment, t_min: float) -> Details:
+    return experiment.solver.details | {"trace": trace(experiment.divergence), "t_min": t_min}
 
 
-def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
-    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, config = build.likelihood_tools(settings), settings.eval
-    number, offset, t_min = config.num_times, config.offset, settings.training.smallest_time
-    divergence = None if config.dsm else tools.divergence
+def _bound(experiment: Experiment, noise: Dequantization) -> Estimator:
+    settings, model = experiment.settings, experiment.model
+    encoding = experiment.evaluation_encoding
+    config, t_min = settings.eval, settings.training.smallest_time
+    number, offset = config.num_times, config.offset
+    divergence = None if config.dsm else experiment.divergence
     sde = Restarted(model.sde, noise.start) if noise.start else model.sde
     proposal = Importance(sde, noise.start + t_min)
     edges = _edges(proposal, number)
@@ -225,9 +222,9 @@ def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) ->
     return Estimator(name, details, encoding.unit, "eval", function, edges)
 
 
-def _discrete_bound(settings: Settings, dataset: Dataset) -> Estimator:
+def _discrete_bound(experiment: Experiment) -> Estimator:
     """The bound on −log P(k) of atoms, without dequantisation."""
-    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
+    settings, model, encoding = experiment.settings, experiment.model, experiment.encoding
     number, t_min = settings.eval.num_times, settings.training.smallest_time
     proposal = Importance(model.sde, t_min)
 
@@ -293,11 +290,11 @@ def _edges(proposal: Importance, number: int) -> tuple[float, ...]:
     return tuple(float(f"{edge:.6g}") for edge in 0.5 * np.log(ratio))
 
 
-def _elbo(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
-    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, number = build.likelihood_tools(settings), settings.eval.num_times
-    name, divergence = settings.eval.elbo_estimator, tools.divergence
-    build.check_elbo(settings)
+def _elbo(experiment: Experiment, noise: Dequantization) -> Estimator:
+    config, model = experiment.settings.eval, experiment.model
+    encoding = experiment.evaluation_encoding
+    name, number, divergence = config.elbo_estimator, config.num_times, experiment.divergence
+    experiment.check_elbo()
     if noise.start:
         raise ValueError(
             "eval.elbo=True with eval.dequantization='tn': the ELBO starts at t = 0; use eval.bound"
@@ -324,14 +321,14 @@ def _elbo(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> 
     return Estimator("-ELBO", details, encoding.unit, "eval", function)
 
 
-def _loss(settings: Settings, dataset: Dataset) -> Estimator:
-    per_example = build.per_example_loss(settings, dataset, train=False)
+def _loss(experiment: Experiment) -> Estimator:
+    per_example = experiment.per_example_loss(train=False)
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         value, _ = per_example(params.score, key, batch)
         return {"value": value, "nfe": jnp.ones(value.shape), "converged": jnp.isfinite(value)}
 
-    fields = dataclasses.asdict(settings.training)
+    fields = dataclasses.asdict(experiment.settings.training)
     details = {name: fields[name] for name in OBJECTIVE_FIELDS}
     return Estimator("loss", details, "", "eval_loss", function)
 

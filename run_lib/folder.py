@@ -33,6 +33,7 @@ from train_state import TrainState
 
 logger = logging.getLogger("fokker")
 LOG_BYTES = 10_000_000
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 # Sections and fields that fix what the parameters mean; the rest may change between runs.
 FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer", "deq")
@@ -101,27 +102,20 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
         logger.info("config field changed: %s", line)
 
 
-def same_examples(eval_folder: Path, config: dict[str, Any]) -> None:
-    """Rows are identified by the index of their example: refuse to mix data or seeds in a folder.
+def same_seed(eval_folder: Path, seed: int) -> None:
+    """The noise of an example depends on the seed: refuse to mix two of them in a folder.
 
     Raises:
-        ValueError: the folder has rows of other data or another seed; names the fields.
+        ValueError: the folder has rows of another seed.
     """
     path = eval_folder / "config.json"
     if not path.exists() or not (eval_folder / "rows.jsonl").exists():
         return
-    before = json_files.read(path)
-    known = dict(flatten(before))
-    lines = [
-        f"{name}: {old!r} then, now {new!r}"
-        for name, (old, new) in differences(before, json.loads(json.dumps(config))).items()
-        if name in known and (name == "seed" or name.startswith("data."))
-    ]
-    if lines:
+    before = json_files.read(path).get("seed", seed)
+    if before != seed:
         raise ValueError(
-            f"{eval_folder} has rows of other data or noise:\n  "
-            + "\n  ".join(lines)
-            + "\nUse another --eval_folder."
+            f"{eval_folder} has rows of another seed: {before} then, now {seed}. Use another "
+            "--eval_folder, or the old seed"
         )
 
 
@@ -144,6 +138,21 @@ def plain_name(name: str, flag: str, taken: tuple[str, ...] = ()) -> str:
     if Path(name).name != name or name in ("", "..", *own):
         raise ValueError(f"{flag}={name!r}: need the plain name of a folder, other than {own}")
     return name
+
+
+def results_folder(workdir: Path, name: str, deq_folder: str = "") -> Path:
+    """The folder of results of that name.
+
+    Raises:
+        ValueError: it is a path, or has checkpoints, as the folder of a dequantiser.
+    """
+    path = workdir / plain_name(name, "--eval_folder")
+    if name == deq_folder or (path / "checkpoints").exists():
+        raise ValueError(
+            f"--eval_folder={name!r}: {path} is for the checkpoints of a dequantiser; need another "
+            "folder for results"
+        )
+    return path
 
 
 @contextmanager
@@ -225,11 +234,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "git_commit": git_commit(), **found}
 
 
-def git_commit() -> str:
-    """Commit of the code, with '+' if files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
+def git_commit(root: Path = ROOT) -> str:
+    """Commit of the code, with '+' if files differ from it.
+
+    It is 'unknown' outside git, and for a copy of the code inside another repository.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        own = Path(git("rev-parse", "--show-toplevel")).samefile(root)
+        return git("describe", "--always", "--dirty=+") if own else "unknown"
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

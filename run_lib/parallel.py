@@ -14,11 +14,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from run_lib.build import AXIS_NAME
 from run_lib.settings import TrainingConfig
 from streams import Host
 
 PyTree = Any
+AXIS_NAME = "batch"
 START_S = 300.0  # for the slowest process to read its data
 DAY_S = 86_400.0
 _meetings = itertools.count()  # no point of meeting has the name of another
@@ -66,6 +66,26 @@ def wait_for_all(name: str, *, seconds: float = DAY_S) -> None:
     if jax.process_count() > 1:
         client = importlib.import_module("jax._src.distributed").global_state.client
         client.wait_at_barrier(f"{name} {next(_meetings)}", round(1000 * seconds))
+
+
+def told_by_all(name: str, text: str) -> list[str]:
+    """What every process passes, in the order of the processes; waits for the slowest to start.
+
+    Args:
+        name: of what is told; all processes tell the same things in the same order.
+        text: of this process.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    client = importlib.import_module("jax._src.distributed").global_state.client
+    key, limit = f"fokker/{name} {next(_meetings)}", round(1000 * START_S)
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    found = [
+        client.blocking_key_value_get(f"{key}/{index}", limit)
+        for index in range(jax.process_count())
+    ]
+    wait_for_all(f"{key}, read", seconds=START_S)  # the first one keeps the texts until then
+    return found
 
 
 def of_first_process(values: np.ndarray) -> np.ndarray:

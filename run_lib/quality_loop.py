@@ -8,6 +8,7 @@ Whatever can go wrong with the extractor or the statistics is found before anyth
 """
 
 import dataclasses
+import hashlib
 import logging
 import math
 from pathlib import Path
@@ -15,17 +16,18 @@ from typing import Any
 
 import numpy as np
 
-import datasets
 import evaluation
 import npz_files
 import plotting
 from checks import path_of, require
 from evaluation import Extractor, Features, Statistics
-from run_lib import build, figures, parallel, quality, sampling_loop
+from run_lib import figures, identities, parallel, quality, sampling_loop
+from run_lib.experiment import Experiment
+from run_lib.identities import Figure
 from run_lib.sampling_loop import Generator
-from run_lib.settings import Settings
-from streams import Dataset, Host
+from streams import Host
 
+FILES = ("npz", "folder")  # data sets that are called as their file or folder
 logger = logging.getLogger("fokker")
 
 
@@ -38,30 +40,49 @@ class Scorer:
     path: Path  # of the statistics
 
 
-def scorer(settings: Settings, dataset: Dataset, target: Path, step: int) -> Scorer | None:
+def scorer(experiment: Experiment, target: Path, step: int) -> Scorer | None:
     """What the samples of a checkpoint are measured with; None where no metrics are asked for.
 
     Raises:
         ValueError: the extractor or the statistics are absent or do not fit, or the folder has
             samples of another sampler.
     """
-    config = settings.eval
+    config = experiment.settings.eval
     if not config.enable_sampling:
         return None
-    sampling_loop.check_samples(settings, _folder(target, step))
-    if not config.features:
-        return None
-    evaluation.check_features(config.features, dataset)
+    sampling_loop.check_samples(experiment, _folder(target, step))
+    return _scorer(experiment) if config.features else None
+
+
+def check(experiment: Experiment, *, will_have_statistics: bool) -> None:
+    """What the samples of a later mode are measured with, before the first mode begins.
+
+    Raises:
+        ValueError: the extractor is absent or does not fit; so are the statistics, unless a mode
+            that makes them comes before.
+    """
+    config = experiment.settings.eval
+    if not (config.enable_sampling and config.features):
+        return
+    if will_have_statistics:
+        evaluation.check_features(config.features, experiment.dataset)
+    else:
+        _scorer(experiment)
+
+
+def _scorer(experiment: Experiment) -> Scorer:
+    config = experiment.settings.eval
+    evaluation.check_features(config.features, experiment.dataset)
     require(config.num_samples >= 2, "eval.num_samples", config.num_samples, "2 for a covariance")
-    path = _path(settings, dataset)
+    path = _path(experiment)
     if not path.exists():
         raise ValueError(
             f"there are no statistics {path}: make them with --mode=fid_stats and the same "
             "--config.eval.features and --config.eval.stats (--config.eval.dataset is their split)"
             f", or see {evaluation.ASSETS / 'stats' / 'README.md'} (eval.features='': no metrics)"
         )
-    reference, extractor = evaluation.read_statistics(path), _extractor(settings, dataset)
-    _check(reference, path, extractor, dataset, settings)
+    reference, extractor = evaluation.read_statistics(path), _extractor(experiment)
+    _check(reference, path, extractor, experiment)
     return Scorer(extractor, reference, path)
 
 
@@ -69,71 +90,86 @@ def _folder(target: Path, step: int) -> Path:
     return target / f"samples_{step}"
 
 
-def _name(settings: Settings) -> str:
+def _name(experiment: Experiment) -> str:
     """What the data are called in file names: files and folders by their own name."""
-    data = settings.data
-    named = data.dataset.lower() in ("npz", "folder")
+    data = experiment.settings.data
+    named = data.dataset.lower() in FILES
     return path_of("data.path", data.path).resolve().stem if named else data.dataset.lower()
 
 
-def _data(settings: Settings, dataset: Dataset) -> str:
+def _data(experiment: Experiment) -> str:
     """The data as written in statistics, as cifar10 32x32x3."""
-    category = f" {settings.data.category}" if settings.data.category else ""
-    return f"{_name(settings)}{category} {'x'.join(map(str, dataset.shape))}"
+    category = experiment.settings.data.category
+    category = f" {category}" if category else ""
+    return f"{_name(experiment)}{category} {'x'.join(map(str, experiment.dataset.shape))}"
 
 
-def _path(settings: Settings, dataset: Dataset) -> Path:
+def _path(experiment: Experiment) -> Path:
     """`eval.stats`, or the default of these data and features."""
-    if settings.eval.stats:
-        return path_of("eval.stats", settings.eval.stats)
-    return evaluation.statistics_path(
-        _name(settings),
-        settings.eval.features,
-        category=settings.data.category,
-        size=dataset.shape[0],
-    )
+    config = experiment.settings.eval
+    if config.stats:
+        return path_of("eval.stats", config.stats)
+    name, data = _name(experiment), experiment.settings.data
+    if data.dataset.lower() in FILES:  # others may have the same name
+        name += f"-{experiment.dataset.digests['train'][:8]}"
+    size = experiment.dataset.shape[0]
+    return evaluation.statistics_path(name, config.features, category=data.category, size=size)
 
 
-def _extractor(settings: Settings, dataset: Dataset) -> Extractor:
+def _extractor(experiment: Experiment) -> Extractor:
     """The extractor; what it must make or download first, the first process makes for all."""
-    named = dataclasses.replace(dataset, name=_name(settings))
-    folder, features = _path(settings, dataset).parent, settings.eval.features
+    named = dataclasses.replace(experiment.dataset, name=_name(experiment))
+    folder, features = _path(experiment).parent, experiment.settings.eval.features
     if parallel.is_first():
         found = evaluation.extractor(features, named, folder)
     parallel.wait_for_all("extractor")
     return found if parallel.is_first() else evaluation.extractor(features, named, folder)
 
 
-def _check(
-    found: Statistics, path: Path, extractor: Extractor, dataset: Dataset, settings: Settings
-) -> None:
-    probe = evaluation.extract(extractor, np.zeros((1, *dataset.shape), np.uint8))
+def _digest_of(reference: Statistics) -> str:
+    """Of the data of statistics; of files of other codes, of the features themselves."""
+    features = hashlib.sha256(np.ascontiguousarray(reference.pool_3)).hexdigest()[:16]
+    return reference.digest or features
+
+
+def _check(found: Statistics, path: Path, extractor: Extractor, experiment: Experiment) -> None:
+    probe = evaluation.extract(extractor, np.zeros((1, *experiment.dataset.shape), np.uint8))
     evaluation.check_statistics(
         found,
         path,
         extractor=extractor.identity,
-        dataset=_data(settings, dataset),
+        dataset=_data(experiment),
         width=probe.pool_3.shape[1],
+        digests=experiment.dataset.digests,
     )
 
 
 def sample(
-    settings: Settings,
-    dataset: Dataset,
+    experiment: Experiment,
     params: Any,
-    step: int,
+    model: Figure,
     target: Path,
     scorer: Scorer | None,
 ) -> None:
-    """Draw `eval.num_samples` samples, show them, and measure them."""
-    where, number = _folder(target, step), settings.eval.num_samples
-    key, size = build.keys(settings)["samples"], settings.eval.batch_size
-    sampling_loop.draw(Generator(settings, dataset, key, size), params, where, number)
+    """Draw `eval.num_samples` samples, show them, and measure them.
+
+    Args:
+        experiment: settings and data.
+        params: of the network.
+        model: the identity of its figures.
+        target: folder of the results.
+        scorer: measures the samples, if there is one.
+    """
+    config = experiment.settings.eval
+    where, number = _folder(target, model.step), config.num_samples
+    identity = identities.of_samples(model).identity
+    generate = Generator(experiment, experiment.keys["samples"], config.batch_size)
+    sampling_loop.draw(generate, params, where, number, identity)
     if scorer is not None:
         extract_all(scorer.extractor, where, number)
-    _show(settings, dataset, params, where, target.parent)
+    _show(experiment, params, where, target.parent)
     if parallel.is_first() and scorer is not None:
-        _measure(settings, dataset, step, target, scorer)
+        _measure(experiment, model, target, scorer)
     parallel.wait_for_all(f"quality {where}")
 
 
@@ -144,38 +180,43 @@ def extract_all(extractor: Extractor, where: Path, number: int) -> None:
     for shard in of_first[host.index :: host.count]:
         path = where / extractor.identity / shard.path.name
         if not npz_files.is_whole(path):
-            images = npz_files.read(shard.path, ("samples",))["samples"]
-            npz_files.write(path, evaluation.extract(extractor, images)._asdict())
+            arrays = npz_files.read(shard.path, ("samples", "identity"))
+            features = evaluation.extract(extractor, arrays["samples"])._asdict()
+            npz_files.write(path, features | {"identity": arrays["identity"]})
             logger.info("features of samples %d to %d are there", shard.first, shard.last)
     parallel.wait_for_all(f"features {where}")
 
 
-def _show(settings: Settings, dataset: Dataset, params: Any, where: Path, workdir: Path) -> None:
+def _show(experiment: Experiment, params: Any, where: Path, workdir: Path) -> None:
     """samples.png, and the figures of toy sets; of images the first hundred are read."""
-    number = settings.eval.num_samples
-    shown = number if dataset.levels is None else min(number, 100)
+    number, levels = experiment.settings.eval.num_samples, experiment.dataset.levels
+    shown = number if levels is None else min(number, 100)
     samples = np.concatenate([rows["samples"] for rows in sampling_loop.read(where, shown)])
     if parallel.is_first():
-        plotting.save_samples(workdir / "samples.png", samples, dataset.levels)
-    if dataset.levels is None:  # densities are computed by all devices
-        figures.save_toy(settings, dataset, params, samples, workdir)
+        plotting.save_samples(workdir / "samples.png", samples, levels)
+    if levels is None:  # densities are computed by all devices
+        figures.save_toy(experiment, params, samples, workdir)
 
 
-def _measure(settings: Settings, dataset: Dataset, step: int, target: Path, scorer: Scorer) -> None:
+def _measure(experiment: Experiment, model: Figure, target: Path, scorer: Scorer) -> None:
     """Write the rows of this checkpoint into quality.json."""
-    where, number = _folder(target, step), settings.eval.num_samples
+    step = model.step
+    where, number = _folder(target, step), experiment.settings.eval.num_samples
     extractor, reference = scorer.extractor, scorer.reference
     parts = list(sampling_loop.read(where, number, extractor.identity))
     features = Features(*(np.concatenate([p[key] for p in parts]) for key in Features._fields))
     nfe = np.concatenate([rows["nfe"] for rows in sampling_loop.read(where, number)])
+    figure = identities.of_samples(model, reference.split, _digest_of(reference))
+    identities.declare(target, [figure])
     shared = {
+        "identity": figure.identity,
         "step": step,
         "n_samples": number,
         "extractor": extractor.identity,
         "nfe": float(nfe.mean()),
         "max_nfe": int(nfe.max()),
-        "protocol": f"{sampling_loop.sampling_protocol(settings)}; {extractor.note}",
-        "data": _data(settings, dataset),
+        "protocol": f"{sampling_loop.sampling_protocol(experiment)}; {extractor.note}",
+        "data": _data(experiment),
     }
     against = " ".join(filter(None, [reference.dataset or scorer.path.name, reference.split]))
     compared = {"reference": against, "n_reference": len(reference.pool_3)}
@@ -189,32 +230,40 @@ def _measure(settings: Settings, dataset: Dataset, step: int, target: Path, scor
     quality.add(target, rows)
 
 
-def fid_stats(settings: Settings) -> None:
+def fid_stats(experiment: Experiment) -> None:
     """Features of every image of the split `eval.dataset`, once, in order, into one file.
 
     Raises:
         ValueError: the extractor is absent, or the file holds something else.
     """
-    config = settings.eval
-    if not config.features:
+    check_fid_stats(experiment)
+    extractor, path = _extractor(experiment), _path(experiment)
+    if parallel.is_first():
+        _write_statistics(experiment, extractor, path)
+    parallel.wait_for_all("statistics")
+
+
+def check_fid_stats(experiment: Experiment) -> None:
+    """Whether the features are named and can be taken of the data.
+
+    Raises:
+        ValueError: they are not or cannot.
+    """
+    features = experiment.settings.eval.features
+    if not features:
         raise ValueError(
             "--mode=fid_stats needs --config.eval.features: "
             f"allowed {sorted(evaluation.EXTRACTORS)} or the folder of a SavedModel"
         )
-    dataset = datasets.load(settings.data)
-    extractor, path = _extractor(settings, dataset), _path(settings, dataset)
-    if parallel.is_first():
-        _write_statistics(settings, dataset, extractor, path)
-    parallel.wait_for_all("statistics")
+    evaluation.check_features(features, experiment.dataset)
 
 
-def _write_statistics(
-    settings: Settings, dataset: Dataset, extractor: Extractor, path: Path
-) -> None:
-    split = settings.eval.dataset
+def _write_statistics(experiment: Experiment, extractor: Extractor, path: Path) -> None:
+    config, dataset = experiment.settings.eval, experiment.dataset
+    split = config.dataset
     if path.exists():
         found = evaluation.read_statistics(path)
-        _check(found, path, extractor, dataset, settings)
+        _check(found, path, extractor, experiment)
         if (found.split, len(found.pool_3)) != (split, dataset.size(split)):
             raise ValueError(
                 f"{path} has statistics of {len(found.pool_3)} images of split {found.split!r}; "
@@ -222,9 +271,12 @@ def _write_statistics(
             )
         logger.info("%s is there already", path)
         return
-    parts, size = [], settings.eval.batch_size
+    parts, size = [], config.batch_size
     for batch in dataset.eval_batches(split, batch_size=size, host=Host()):
         parts.append(evaluation.extract(extractor, batch["image"][batch["mask"]]).pool_3)
     pool_3 = np.concatenate(parts)
-    Statistics(pool_3, extractor.identity, _data(settings, dataset), split).write(path)
-    logger.info("wrote %s: %d images of %s %s", path, len(pool_3), _data(settings, dataset), split)
+    statistics = Statistics(
+        pool_3, extractor.identity, _data(experiment), split, dataset.digests[split]
+    )
+    statistics.write(path)
+    logger.info("wrote %s: %d images of %s %s", path, len(pool_3), _data(experiment), split)

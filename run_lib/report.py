@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import json_files
 import plotting
 from records import Records, Row, Summary, summarize
-from run_lib import comparison, folder, quality
+from run_lib import comparison, folder, identities, quality
 
 
 class Result(NamedTuple):
-    """One line of the table: all rows of one estimator, protocol, checkpoint and split."""
+    """One line of the table: all rows of one estimator, protocol, split and identity."""
 
     step: int
     split: str
     estimator: str
     protocol: str
+    identity: str
     unit: str
     value: Summary
     nfe: float
@@ -50,6 +51,7 @@ class Result(NamedTuple):
             "git_commits": self.commits,
             "solver_error": self.solver_error,
             "protocol": self.protocol,
+            "identity": self.identity,
             "worse_than": [defeat.as_json() for defeat in self.worse_than],
         }
 
@@ -72,20 +74,22 @@ class Result(NamedTuple):
 HEADER = ("step", "split", "estimator", "mean ± s.e.", "n", "repeats", "evaluations",
           "s/example", "protocol")  # fmt: skip
 PROTOCOLS = "protocols.json"
+GROUP = ("step", "split", "estimator", "protocol", "identity")  # of rows in one line
 
 
 def summaries(eval_folder: Path) -> list[Result]:
     """One result per group of rows in an evaluation folder; baselines after the models."""
-    groups = by(Records(eval_folder).rows.values(), "step", "split", "estimator", "protocol")
+    rows = identities.reported(eval_folder, Records(eval_folder).rows.values())
+    groups = by(rows, *GROUP)
     others = [groups[group] for group in sorted(groups, key=_place)]
     return [_result(rows, comparison.defeats(rows, others)) for rows in others]
 
 
-def _place(group: tuple[int, str, str, str]) -> tuple:
-    step, split, estimator, protocol = group
+def _place(group: tuple[int, str, str, str, str]) -> tuple:
+    step, split, estimator, protocol, identity = group
     names = list(comparison.BASELINES)
     baseline = names.index(estimator) if estimator in names else -1
-    return step, split, baseline, estimator, protocol
+    return step, split, baseline, estimator, protocol, identity
 
 
 def sentences(results: list[Result]) -> list[str]:
@@ -123,7 +127,7 @@ def write_summaries(eval_folder: Path, results: list[Result]) -> None:
 
 
 def _result(rows: list[Row], worse_than: list[comparison.Defeat]) -> Result:
-    group = (rows[0][field] for field in ("step", "split", "estimator", "protocol"))
+    group = (rows[0][field] for field in GROUP)
     nfe = [row["nfe"] for row in rows]
     seconds = sum(row["seconds"] for row in rows) / len(rows)
     unit = rows[0]["unit"]
@@ -184,6 +188,7 @@ def save_curves(workdir: Path) -> Path | None:
     return workdir / "curves.png"
 
 
+OF = "The figures are of these parameters, data and settings (digests)."
 BITS = "The figure shows how much each noise level adds to the bound."
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
 color:#222}table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3em
@@ -201,6 +206,7 @@ def write(workdir: Path) -> Path:
         for image in sorted(rows.parent.glob("extremes_*.png")):
             parts += [_image(image)]
         parts += _bits(rows.parent)
+        parts += _identities(rows.parent)
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
             "averaged first. ODE: change of variables along the probability-flow ODE, over the "
@@ -247,6 +253,14 @@ def _bits(eval_folder: Path) -> list[str]:
     if not images:
         return []
     return ["<h3>Where the bits are spent</h3>", f"<p>{BITS}</p>", _image(images[max(images)])]
+
+
+def _identities(eval_folder: Path) -> list[str]:
+    """What the figures of a folder are of."""
+    figures = [f for f in (identities.current(eval_folder) or {}).values() if f.kind == "model"]
+    header = ("step", "split", "parameters", "data", "settings")
+    cells = [[str(getattr(figure, name)) for name in header] for figure in sorted(figures)]
+    return [f"<p>{OF}</p>", as_html(header, cells)] if cells else []
 
 
 def _image(path: Path) -> str:

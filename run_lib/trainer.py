@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 import train_state
 from checkpoints import Checkpoints
-from run_lib import build, folder, interruption, memory, parallel
+from run_lib import folder, interruption, memory, parallel
+from run_lib.experiment import Experiment
 from run_lib.profiling import Profile
-from run_lib.settings import Settings
-from streams import Batch, Dataset, ahead
+from streams import Batch, ahead
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
@@ -47,17 +47,12 @@ class Trainer:
     """One run of a task: its state, and what happens at which step."""
 
     def __init__(
-        self,
-        settings: Settings,
-        dataset: Dataset,
-        task: Task,
-        state: TrainState,
-        checkpoints: Checkpoints,
+        self, experiment: Experiment, task: Task, state: TrainState, checkpoints: Checkpoints
     ) -> None:
-        self.settings, self.dataset, self.task = settings, dataset, task
-        self.key, self.checkpoints = parallel.replicate(build.keys(settings)["train"]), checkpoints
+        self.settings, self.dataset, self.task = experiment.settings, experiment.dataset, task
+        self.key, self.checkpoints = parallel.replicate(experiment.keys["train"]), checkpoints
         self.state, self.step = parallel.replicate(state), int(state.step)
-        self.step_fn = self._mapped_step(settings.training.microbatch)
+        self.step_fn = self._mapped_step(self.settings.training.microbatch)
         self.metrics = PendingMetrics()
         num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         logger.info(
@@ -74,7 +69,7 @@ class Trainer:
             task.loss_fn,
             settings.optim.chain(task.n_iters),
             task.ema_rate,
-            build.AXIS_NAME,
+            parallel.AXIS_NAME,
             num_microbatches=batch_size // (microbatch or batch_size),
         )
         dispatch = train_state.single_step if task.n_jitted_steps == 1 else train_state.many_steps
@@ -226,11 +221,10 @@ class HeldOut:
     def __init__(
         self,
         per_example: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
-        settings: Settings,
-        dataset: Dataset,
+        experiment: Experiment,
         frozen: tuple[PyTree, ...],
     ) -> None:
-        self.key, self.frozen = build.keys(settings)["held_out"], frozen
+        self.key, self.frozen = experiment.keys["held_out"], frozen
         in_axes = (None, None, 0, *(None for _ in frozen))
 
         def means(params: PyTree, key: jax.Array, batch: Batch, *frozen: PyTree) -> PyTree:
@@ -238,11 +232,11 @@ class HeldOut:
             sums = jax.tree.map(
                 lambda v: jnp.sum(jnp.where(batch["mask"], v, 0.0)), {"loss": values, **parts}
             )
-            sums, count = jax.lax.psum((sums, jnp.sum(batch["mask"])), build.AXIS_NAME)
+            sums, count = jax.lax.psum((sums, jnp.sum(batch["mask"])), parallel.AXIS_NAME)
             return jax.tree.map(lambda total: total / count, sums)
 
         self._means = parallel.map_over_devices(means, in_axes=in_axes, out_axes=None)
-        batch_size = settings.training.batch_size
+        dataset, batch_size = experiment.dataset, experiment.settings.training.batch_size
         batches = dataset.eval_batches(
             dataset.held_out, batch_size=batch_size, host=parallel.host()
         )

@@ -24,12 +24,12 @@ LEVELS = {
     "main": 9,
 }  # fmt: skip
 RUN_LIB = {
-    "settings": 0, "memory": 0, "profiling": 0, "config_files": 1, "build": 1, "distributed": 1,
-    "parallel": 2,
+    "settings": 0, "memory": 0, "profiling": 0, "config_files": 1, "distributed": 1, "parallel": 1,
+    "experiment": 1.5, "identities": 3.5,
     "estimators": 2, "baseline_estimators": 3, "folder": 3, "interruption": 3, "quality": 4,
     "comparison": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "report": 5,
     "training": 6, "bits": 6, "quality_loop": 6, "dequantizer_training": 7, "evaluation_loop": 8,
-    "diagnosis_loop": 9, "__init__": 10,
+    "diagnosis_loop": 9, "modes": 10, "__init__": 10,
 }  # fmt: skip
 
 
@@ -99,14 +99,15 @@ def test_whole_runs_on_embedded_data_do_not_load_tensorflow(tmp_path: Path) -> N
 from pathlib import Path
 import run_lib
 from run_lib import figures
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from tests import tiny
 from tests.conftest import SMALL_FIGURES
 vars(figures).update(SMALL_FIGURES)
 for dataset in ("digits", "swissroll"):
-    settings, workdir = Settings.from_config(tiny.config(dataset)), Path({str(tmp_path)!r}, dataset)
-    run_lib.train(settings, workdir)
-    run_lib.evaluate(settings, workdir, "eval")
+    experiment = Experiment.from_config(tiny.config(dataset))
+    workdir = Path({str(tmp_path)!r}, dataset)
+    run_lib.train(experiment, workdir)
+    run_lib.evaluate(experiment, workdir, "eval")
 """
     loaded = loaded_after(code)
     assert "tensorboardX" in loaded

@@ -17,7 +17,7 @@ from records import Records
 from restarted import noise_to_signal
 from run_lib import bits, report
 from run_lib.estimators import BINS
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
@@ -40,16 +40,16 @@ def config_of(kind: str) -> ConfigDict:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """(config, run folder with both checkpoints evaluated in `eval`, two repeats)."""
     config, workdir = config_of(request.param), tmp_path_factory.mktemp(request.param)
-    run_lib.train(Settings.from_config(config), workdir)
+    run_lib.train(Experiment.from_config(config), workdir)
     config.eval.update(num_repeats=2, begin_ckpt=1, end_ckpt=2)
-    run_lib.evaluate(Settings.from_config(config), workdir, "eval")
+    run_lib.evaluate(Experiment.from_config(config), workdir, "eval")
     return config, workdir
 
 
 def evaluate(config: ConfigDict, workdir: Path, eval_folder: str, **changes: object) -> Path:
     config = copy.deepcopy(config)
     config.eval.update(changes)
-    run_lib.evaluate(Settings.from_config(config), workdir, eval_folder)
+    run_lib.evaluate(Experiment.from_config(config), workdir, eval_folder)
     return workdir / eval_folder
 
 
@@ -128,7 +128,7 @@ def test_means_errors_and_sums_are_those_of_the_rows(run: tuple) -> None:
 
 def test_edges_go_from_the_noise_at_t_min_to_that_at_the_end(run: tuple) -> None:
     config, workdir = run
-    sde = Settings.from_config(config).sde
+    sde = Experiment.from_config(config).settings.sde
     ends = 0.5 * np.log(noise_to_signal(sde, jnp.asarray([1e-5, 1.0])))
     for parts in read(workdir / "eval"):
         edges = parts["edges"]
@@ -172,7 +172,7 @@ def test_report_shows_the_figure_of_the_latest_step(run: tuple) -> None:
 
 def test_without_a_bound_there_is_neither_file_nor_heading(tmp_path: Path) -> None:
     config = config_of("nats")
-    run_lib.train(Settings.from_config(config), tmp_path)
+    run_lib.train(Experiment.from_config(config), tmp_path)
     target = evaluate(config, tmp_path, "eval", bound=False, enable_loss=True)
     assert Records(target).rows
     assert not list(target.glob("bits*"))

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import main
 import train_state
 from configs import base
 from datasets import DataConfig
 from losses import mean_loss
-from run_lib import build
+from run_lib import modes, parallel
+from run_lib.experiment import Experiment
 from run_lib.settings import Settings
 from streams import Dataset, Finite
 
@@ -79,7 +79,7 @@ def test_its_command_parses(name):
     for command in commands:
         flags = dict(part.removeprefix("--").split("=", 1) for part in shlex.split(command))
         assert Path(flags["config"]) == Path("configs") / f"{name}.py"
-        assert set(flags["mode"].split(",")) <= main.MODES.keys()
+        assert set(flags["mode"].split(",")) <= modes.MODES.keys()
         known = base.get_config()
         for flag in flags.keys() - {"config", "workdir", "mode"}:
             section, field = flag.removeprefix("config.").split(".")
@@ -147,8 +147,8 @@ def test_values_are_the_published_ones(name):
 @every_config
 def test_its_sampler_can_be_built(name):
     settings = Settings.from_config(get_config(name))
-    sampler = build.sampler(settings)
-    model = build.score_model(settings, on_levels=settings.sampling.method == "pc")
+    experiment = Experiment(settings)
+    sampler, model = experiment.sampler, experiment.sampled_model
     if hasattr(sampler, "_check_chain"):
         sampler._check_chain(model.sde)
 
@@ -158,7 +158,7 @@ def test_its_sampler_can_be_built(name):
 def test_networks_have_the_published_number_of_parameters(name, count):
     settings = Settings.from_config(get_config(name))
     size, channels = settings.data.image_size, settings.data.num_channels
-    model = build.score_model(settings)
+    model = Experiment(settings).model
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), (size, size, channels)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
@@ -202,10 +202,11 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
     del key
     settings = tiny_settings(name)
     dataset = tiny_data(settings)
-    loss_fn = mean_loss(build.per_example_loss(settings, dataset, train=True))
+    experiment = Experiment(settings, dataset)
+    loss_fn = mean_loss(experiment.per_example_loss(train=True))
     optimizer = settings.optim.chain(1)
-    step = train_state.train_step(loss_fn, optimizer, settings.model.ema_rate, build.AXIS_NAME)
-    model, rng = build.score_model(settings), np.random.default_rng(0)
+    step = train_state.train_step(loss_fn, optimizer, settings.model.ema_rate, parallel.AXIS_NAME)
+    model, rng = experiment.model, np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
     params = jax.tree.map(lambda leaf: np.float32(0.1 * rng.standard_normal(leaf.shape)), shapes)
     adaptive = settings.training.time_law == "adaptive"
@@ -216,7 +217,7 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
         "mask": np.ones(4, bool),
     }
     one_device = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
-    mapped = jax.vmap(step, (None, None, 0), axis_name=build.AXIS_NAME)
+    mapped = jax.vmap(step, (None, None, 0), axis_name=parallel.AXIS_NAME)
     training = settings.training
     family = (settings.model.name, training.sde, training.objective)
     if training.alpha:  # its derivatives of convolutions compile for half a minute

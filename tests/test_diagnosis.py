@@ -12,7 +12,7 @@ import run_lib
 from experiments import compare
 from run_lib import folder
 from run_lib.diagnosis_loop import ratio_of_means, totals
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from tests import tiny
 
 
@@ -25,14 +25,14 @@ def small(dataset: str) -> ConfigDict:
 
 
 def run(config: ConfigDict, workdir: Path, *modes: str) -> None:
-    settings = Settings.from_config(config)
+    experiment = Experiment.from_config(config)
     for mode in modes:
         if mode == "train":
-            run_lib.train(settings, workdir)
+            run_lib.train(experiment, workdir)
         if mode == "eval":
-            run_lib.evaluate(settings, workdir, "eval")
+            run_lib.evaluate(experiment, workdir, "eval")
         if mode == "diagnose":
-            run_lib.diagnose(settings, workdir, "eval")
+            run_lib.diagnose(experiment, workdir, "eval")
 
 
 def rows_of(workdir: Path) -> tuple[dict, dict]:

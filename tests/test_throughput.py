@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import datasets
 import run_lib
 from checkpoints import Checkpoints
 from likelihood import Divergence, ode_log_likelihood
 from losses import mean_loss
 from ode import Solver
-from run_lib import build, folder, interruption, memory, parallel, trainer, training
-from run_lib.settings import Settings
+from run_lib import folder, interruption, memory, parallel, trainer, training
+from run_lib.experiment import Experiment
 from run_lib.trainer import PendingMetrics, Trainer
 from tests import tiny
 from train_state import accumulated_gradient
@@ -33,12 +32,12 @@ def gradients(numbers, dtype, **changes):
     """Gradient and metrics of the same batch of 16 in so many microbatches."""
     config = tiny.config()
     config.training.update(changes)
-    settings = Settings.from_config(config)
-    dataset = datasets.load(settings.data)
-    loss = mean_loss(build.per_example_loss(settings, dataset, train=True))
+    experiment = Experiment.from_config(config)
+    dataset = experiment.dataset
+    loss = mean_loss(experiment.per_example_loss(train=True))
     batch = next(dataset.train_batches(batch_size=16, seed=0, first_step=0))
     batch |= {"noise_id": np.arange(16, dtype=np.int32), "step": np.int32(3)}
-    params = build.score_model(settings).init(jax.random.key(0), dataset.shape)
+    params = experiment.model.init(jax.random.key(0), dataset.shape)
     params = jax.tree.map(lambda leaf: (leaf + 0.01).astype(dtype), params)
     return [
         jax.jit(accumulated_gradient(loss, n))(params, jax.random.key(5), batch) for n in numbers
@@ -81,7 +80,7 @@ def test_microbatches_in_float64() -> None:
 def train(workdir: Path, **changes) -> list[dict]:
     config = tiny.config()
     config.training.update(changes)
-    run_lib.train(Settings.from_config(config), workdir)
+    run_lib.train(Experiment.from_config(config), workdir)
     return [r for r in folder.read_metrics(workdir) if r["split"] == "train"]
 
 
@@ -178,8 +177,8 @@ def test_advice_gives_up_after_a_few_compilations() -> None:
 
 def test_no_step_waits_for_a_transfer(tmp_path: Path) -> None:
     """State, key and batches are on the devices, as the compiled step wants them."""
-    settings = Settings.from_config(tiny.config())
-    trainer = training.score_trainer(settings, datasets.load(settings.data), tmp_path)
+    experiment = Experiment.from_config(tiny.config())
+    trainer = training.score_trainer(experiment, tmp_path)
     for number, (_, batches) in enumerate(trainer.batches()):
         if number:
             with jax.transfer_guard("disallow"):
@@ -193,8 +192,8 @@ def test_no_step_waits_for_a_transfer(tmp_path: Path) -> None:
 
 
 def test_the_state_is_donated(tmp_path: Path) -> None:
-    settings = Settings.from_config(tiny.config())
-    trainer = training.score_trainer(settings, datasets.load(settings.data), tmp_path)
+    experiment = Experiment.from_config(tiny.config())
+    trainer = training.score_trainer(experiment, tmp_path)
     before, (_, batches) = trainer.state, next(trainer.batches())
     trainer.step_fn(before, trainer.key, batches)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
@@ -212,8 +211,7 @@ def test_a_trace_is_written_and_changes_nothing(tmp_path: Path) -> None:
 def state(workdir: Path, step: int):
     checkpoints = Checkpoints(workdir)
     try:
-        like = training.fresh_state(Settings.from_config(tiny.config()), (8, 8, 1))
-        return checkpoints.restore(step, jax.eval_shape(lambda: like))
+        return checkpoints.restore(step, Experiment.from_config(tiny.config()).state_like())
     finally:
         checkpoints.close()
 
@@ -238,9 +236,9 @@ def test_changed_fields_take_effect_on_resume(tmp_path: Path) -> None:
         for name in ("config.json", "metrics.jsonl"):
             (run / name).write_bytes((tmp_path / name).read_bytes())
         (run / "checkpoints").symlink_to(tmp_path / "checkpoints")
-        settings = Settings.from_config(config)
-        folder.reconcile(run, settings.resolved())
-        trainer = training.score_trainer(settings, datasets.load(settings.data), run)
+        experiment = Experiment.from_config(config)
+        folder.reconcile(run, experiment.settings.resolved())
+        trainer = training.score_trainer(experiment, run)
         begun = jax.tree.map(np.asarray, trainer.state)
         _, batches = next(trainer.batches())
         assert batches["mask"].shape[0] == (1 if "n_jitted_steps" in changes else 5)
@@ -264,15 +262,15 @@ def test_the_step_of_a_run_takes_microbatches(tmp_path: Path, microbatch: int, s
     """Of the 4 examples that each of 4 devices has of a batch of 16."""
     config = tiny.config()
     config.training.microbatch = microbatch
-    settings = Settings.from_config(config)
-    usual, sizes = training.score_trainer(settings, datasets.load(settings.data), tmp_path), set()
+    experiment = Experiment.from_config(config)
+    usual, sizes = training.score_trainer(experiment, tmp_path), set()
 
     def seen(params, key, batch, *frozen):
         sizes.add(batch["image"].shape[0])
         return usual.task.loss_fn(params, key, batch, *frozen)
 
     task = dataclasses.replace(usual.task, loss_fn=seen)
-    trainer = Trainer(settings, usual.dataset, task, usual.state, usual.checkpoints)
+    trainer = Trainer(experiment, task, usual.state, usual.checkpoints)
     _, batches = next(trainer.batches())
     trainer.step_fn.lower(trainer.state, trainer.key, batches)
     assert sizes == {size}
@@ -317,7 +315,7 @@ def test_no_program_outlives_its_mode() -> None:
     """Not even by the caches that jax.clear_caches leaves alone."""
 
     def traced() -> int:
-        model = build.score_model(settings)
+        model = experiment.model
         score = model.score(model.init(jax.random.key(0), (8, 8, 1)))
         x, keys = jnp.zeros((2, 8, 8, 1)), jax.random.split(jax.random.key(1), 2)
         law = partial(
@@ -328,7 +326,7 @@ def test_no_program_outlives_its_mode() -> None:
         memory.release()
         return sum(isinstance(o, jax.extend.core.Jaxpr) for o in gc.get_objects())
 
-    settings = Settings.from_config(tiny.config())
+    experiment = Experiment.from_config(tiny.config())
     found = [traced() for _ in range(3)]
     assert found[2] == found[1]
 
@@ -352,12 +350,12 @@ def requests_and_hits() -> Iterator[list[str]]:
 
 def test_a_second_start_compiles_nothing(tmp_path: Path, requests_and_hits: list[str]) -> None:
     """Neither training nor evaluation: a program that calls back to Python would not be kept."""
-    settings = Settings.from_config(tiny.config())
+    experiment = Experiment.from_config(tiny.config())
     for name in ("first", "second"):
         jax.clear_caches()
         requests_and_hits.clear()
-        run_lib.train(settings, tmp_path / name)
-        run_lib.evaluate(settings, tmp_path / name, "eval")
+        run_lib.train(experiment, tmp_path / name)
+        run_lib.evaluate(experiment, tmp_path / name, "eval")
     assert requests_and_hits.count("asked") > 20
     assert requests_and_hits.count("found") == requests_and_hits.count("asked")
 
