@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from ode import Solver
 from operators import Batched, PerExample, fold_in_all, gaussian, scale, squared_norm
 from parameterization import ScoreFn
-from sde_base import check_time
+from sde_base import chain_tolerance, check_time
 from sde_lib import SDE
 
 FIELD = "sampling.smallest_time"
@@ -190,7 +190,9 @@ class PredictorCorrector:
     def _check_chain(self, sde: SDE) -> None:
         """A chain has N levels from T to 0; stopping early would take some of them twice."""
         uses_chain = self.predictor in ("reverse_diffusion", "ancestral_sampling") and sde.has_chain
-        if uses_chain and self.t_min * (self.num_steps - 1) >= 1.0:
+        if not uses_chain:
+            return
+        if self.t_min * (self.num_steps - 1) + chain_tolerance(self.num_steps) >= 1.0:
             raise ValueError(
                 f"sampling.smallest_time={self.t_min} with model.num_scales={self.num_steps}: "
                 f"predictor {self.predictor!r} follows a chain whose last level is at 1/(N − 1); "

@@ -158,9 +158,28 @@ def check_time(field: str, t: float, sde: SDE, *, positive: bool) -> None:
         raise ValueError(f"{field}={t}: need 0 {relation} t < T = {sde.T}")
 
 
+MOST_LEVELS = 1_000_000
+
+
+def chain_tolerance(num_steps: int) -> float:
+    """What the index of a time on the grid may lack by rounding, in cells.
+
+    Times T − k dt in float32 err by up to 1.3e-7 N cells.
+
+    Raises:
+        ValueError: the chain is so long that float32 does not tell its levels apart.
+    """
+    if num_steps > MOST_LEVELS:
+        raise ValueError(
+            f"model.num_scales={num_steps}: times in float32 tell at most {MOST_LEVELS} levels of "
+            "a chain apart; need fewer, or a predictor without a chain: 'euler_maruyama'"
+        )
+    return max(2e-4, 2e-7 * num_steps)
+
+
 def chain_index(t: PerExample, num_steps: int, T: float) -> Int[Array, " b"]:
     """⌊t (N − 1)/T⌋, index of t in a discrete chain of N steps.
 
-    Times that lie on the grid up to float32 rounding (2e-4 of a cell) count as on it.
+    Times that lie on the grid up to their rounding count as on it.
     """
-    return jnp.floor(t * (num_steps - 1) / T + 2e-4).astype(jnp.int32)
+    return jnp.floor(t * (num_steps - 1) / T + chain_tolerance(num_steps)).astype(jnp.int32)

@@ -210,13 +210,26 @@ def test_ode_drift_is_the_member_without_noise(sde):
     )
 
 
-@pytest.mark.parametrize("num_steps", [2, 10, 1000])
+@pytest.mark.parametrize("num_steps", [2, 10, 1000, 3000, 8000, 100_000])
 def test_times_of_the_chain_fall_on_their_own_index(num_steps):
     """⌊t (N − 1)⌋ in float32 loses the grid points that round down."""
     t = jnp.linspace(0.0, 1.0, num_steps)
     np.testing.assert_array_equal(chain_index(t, num_steps, 1.0), np.arange(num_steps))
     between = (t[1:] + t[:-1]) / 2
     np.testing.assert_array_equal(chain_index(between, num_steps, 1.0), np.arange(num_steps - 1))
+
+
+@pytest.mark.parametrize("num_steps", [1000, 8000, 100_000])
+def test_the_walk_from_the_prior_takes_every_level_once(num_steps):
+    """The times of the samplers, T − k dt in float32."""
+    dt = (1.0 - 1e-6) / (num_steps - 1)
+    t = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) * dt
+    np.testing.assert_array_equal(chain_index(t, num_steps, 1.0), np.arange(num_steps)[::-1])
+
+
+def test_more_levels_than_float32_tells_apart_are_refused():
+    with pytest.raises(ValueError, match=r"model.num_scales=2000000: .* at most 1000000"):
+        chain_index(jnp.ones(1), 2_000_000, 1.0)
 
 
 def whole_chain(number):
