@@ -118,7 +118,7 @@ def ode_log_likelihood(
     # The log-determinant per dimension: its error then counts in the unit of one coordinate.
     start = (x, jnp.zeros(x.shape[:1], x.dtype))
     probes = divergence.draw(keys, x)
-    end = solver.integrate(field, t_min, sde.T, start, probes)
+    end = solver.integrate(field, t_min, sde.T, start, probes, sde.ode_variable)
     latent, log_det = end.state
     log_p = sde.prior_logp(latent) + d * log_det
     error_x, error_log_det = end.error

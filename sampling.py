@@ -307,7 +307,8 @@ class OdeSampler:
             return sde.ode_drift(score_fn(x, t), x, t)
 
         latent = sde.prior_sample(keys, like)
-        found = self.solver.integrate(field, sde.T, self.t_min, latent, None)
+        ends = (sde.T, self.t_min)
+        found = self.solver.integrate(field, *ends, latent, None, sde.ode_variable)
         x = scale(jnp.where(found.converged, 1.0, jnp.nan).astype(latent.dtype), found.state)
         if self.noise_removal:
             x = denoise(score_fn, sde, x, _times(self.t_min, x))

@@ -9,6 +9,8 @@ are arrays [B] (or scalars) in [0, T]; states are [B, *d].
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -16,6 +18,17 @@ from jaxtyping import Array, Float, Int, Key
 from operators import Batched, PerExample, dimension, gaussian, scale, squared_norm
 
 Time = Float[Array, "*t"]
+
+
+class Variable(NamedTuple):
+    """A growing function c(t) and its inverse; the ODE is integrated in a root of c."""
+
+    name: str
+    of_time: Callable[[Time], Time]
+    time_of: Callable[[Time], Time]
+
+
+TIME = Variable("t", lambda t: t, lambda c: c)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +44,11 @@ class SDE:
     def prior_std(self) -> float:
         """Standard deviation of the prior N(0, prior_std² I)."""
         return 1.0
+
+    @property
+    def ode_variable(self) -> Variable:
+        """In whose root the probability-flow ODE is smoothest, as measured: `ode`."""
+        return TIME
 
     @property
     def has_chain(self) -> bool:

@@ -192,8 +192,9 @@ def _divergence_from_data(settings: Settings, dataset: Dataset) -> Estimator:
 
 
 def _ode_details(settings: Settings, t_min: float) -> Details:
-    tools = build.likelihood_tools(settings)
-    return tools.solver.details | {"trace": trace(tools.divergence), "t_min": t_min}
+    tools, name = build.likelihood_tools(settings), settings.sde.ode_variable.name
+    variable = {} if name == "t" else {"steps in the root of": name}
+    return tools.solver.details | variable | {"trace": trace(tools.divergence), "t_min": t_min}
 
 
 def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
