@@ -185,6 +185,11 @@ class Bound(NamedTuple):
         return jnp.sum(self.strata, axis=0)
 
     @property
+    def largest(self) -> PerExample:
+        """The largest part of one draw: much of a mean over examples where tails are heavy."""
+        return jnp.max(jnp.abs(self.strata), axis=0)
+
+    @property
     def nll(self) -> PerExample:
         """The bound on −log p(x)."""
         return self.prior + self.diffusion + self.start

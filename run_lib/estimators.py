@@ -265,6 +265,7 @@ def _bound_row(
         "prior": in_unit(bound.prior),
         "decoder": in_unit(bound.start + log_q),
         "bins": bins,
+        "largest": in_unit(bound.largest),
     }
 
 

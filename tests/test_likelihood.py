@@ -12,6 +12,7 @@ import scipy.stats
 
 from dequantization import Draw
 from likelihood import (
+    Bound,
     Divergence,
     gaussian_decoder,
     importance_average,
@@ -156,6 +157,12 @@ def repeated_ode(divergence, number=800):
 
 
 @pytest.mark.usefixtures("x64")
+def test_the_largest_draw_of_a_bound_is_that_of_its_strata():
+    strata = jnp.asarray([[1.0, -2.0], [3.0, 1.0], [-4.0, 0.5]])
+    bound = Bound(jnp.zeros(2), strata, jnp.zeros(2))
+    np.testing.assert_array_equal(bound.largest, [4.0, 2.0])
+
+
 class GeometricInTime(VESDE):
     """VE whose ODE takes its steps in t, as published."""
 
