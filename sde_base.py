@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from operators import Batched, PerExample, dimension, gaussian, scale, squared_norm
+from operators import Batched, PerExample, dimension, scale, squared_norm, standard_normal
 
 Time = Float[Array, "*t"]
 
@@ -124,7 +124,7 @@ class SDE:
 
     def prior_sample(self, keys: Key[Array, " b"], like: Batched) -> Batched:
         """x_T ~ N(0, prior_std² I), example b from keys[b]."""
-        return self.prior_std * gaussian(keys, like)
+        return self.prior_std * standard_normal(keys, like)
 
     def prior_logp(self, x: Batched) -> PerExample:
         """log π(x) in nats, shape [B]."""

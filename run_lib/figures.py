@@ -11,7 +11,7 @@ import numpy as np
 import plotting
 from diagnostics import ode_score
 from likelihood import Divergence, ode_log_likelihood
-from operators import fold_in_each, gaussian
+from operators import fold_in_each, standard_normal
 from run_lib import build, parallel
 from run_lib.settings import Settings
 from sampling import ReverseSDE
@@ -110,7 +110,7 @@ def _save_paths(settings: Settings, dataset: Dataset, params: Any, workdir: Path
     batch = next(dataset.eval_batches("test", batch_size=POINTS))
     x0 = jnp.asarray(batch["image"][batch["mask"]])
     keys = fold_in_each(build.keys(settings)["forward"], jnp.arange(len(x0)))
-    z = gaussian(keys, x0)
+    z = standard_normal(keys, x0)
     forward = [sde.perturb(x0, jnp.full((len(x0),), t, x0.dtype), z)[:, 0] for t in times]
     rows = _trajectories(settings, params, dataset.shape, LINE_STOPS)
     panels = {"data": np.asarray(jnp.stack(forward))} | {
