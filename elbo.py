@@ -24,8 +24,8 @@ from operators import (
     PerExample,
     dimension,
     fold_in_all,
-    gaussian,
     squared_norm,
+    standard_normal,
 )
 from parameterization import ScoreFn
 from sde_lib import SDE
@@ -50,8 +50,8 @@ def published_elbo(
     def draw(keys: Key[Array, "b 2"], u: PerExample) -> PerExample:
         keys = keys[:, 0]
         t, end = sde.T * u, jnp.full_like(u, sde.T)
-        x_t = sde.perturb(x, t, gaussian(fold_in_all(keys, 0), x))
-        x_end = sde.perturb(x, end, gaussian(fold_in_all(keys, 1), x))
+        x_t = sde.perturb(x, t, standard_normal(fold_in_all(keys, 0), x))
+        x_end = sde.perturb(x, end, standard_normal(fold_in_all(keys, 1), x))
 
         def flow(y: Batched) -> Batched:
             return sde.reverse_drift(score_fn(y, t), y, t)  # f − g² s
@@ -84,7 +84,7 @@ def elbo(
     def draw(keys: Key[Array, "b 2"], u: PerExample) -> PerExample:
         keys = keys[:, 0]
         t = proposal.quantile(u)
-        x_t = sde.perturb(x, t, gaussian(fold_in_all(keys, 0), x))
+        x_t = sde.perturb(x, t, standard_normal(fold_in_all(keys, 0), x))
         probes = divergence.draw(fold_in_all(keys, 2), x)
         score, div = divergence(lambda y: score_fn(y, t), x_t, probes)
         g2, variance = sde.g2(t), sde.alpha(t) ** 2 + sde.sigma(t) ** 2

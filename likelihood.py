@@ -33,10 +33,10 @@ from operators import (
     PerExample,
     dimension,
     fold_in_all,
-    gaussian,
     inner,
     scale,
     squared_norm,
+    standard_normal,
     value_and_divergence,
     value_and_probed_divergence,
 )
@@ -116,7 +116,7 @@ def ode_log_likelihood(
     # The log-determinant per dimension: its error then counts in the unit of one coordinate.
     start = (x, jnp.zeros(x.shape[:1], x.dtype))
     probes = divergence.draw(keys, x)
-    end = solver.integrate(field, t_min, sde.T, start, probes)
+    end = solver.integrate(field, t_min, sde.T, start, probes, sde.ode_variable)
     latent, log_det = end.state
     log_p = sde.prior_logp(latent) + d * log_det
     error_x, error_log_det = end.error
@@ -132,7 +132,7 @@ def noised_start(
     −log p(x) ≤ E[−log p_t(x_t) + log q(x_t|x) − log p(x|x_t)]; the difference of the last two is
     −log [p(x|x_t)/N(x_t/α; x, σ²/α² I)] − d log α.
     """
-    t, z = jnp.full(draw.x.shape[:1], t_min, draw.x.dtype), gaussian(keys, draw.x)
+    t, z = jnp.full(draw.x.shape[:1], t_min, draw.x.dtype), standard_normal(keys, draw.x)
     x_t = sde.perturb(draw.x, t, z)
     change = decoder(draw.x, x_t, t) + dimension(x_t) * jnp.log(sde.alpha(t))
     return Draw(x_t, draw.log_q - change)
@@ -183,6 +183,11 @@ class Bound(NamedTuple):
         return jnp.sum(self.strata, axis=0)
 
     @property
+    def largest(self) -> PerExample:
+        """The largest part of one draw: much of a mean over examples where tails are heavy."""
+        return jnp.max(jnp.abs(self.strata), axis=0)
+
+    @property
     def nll(self) -> PerExample:
         """The bound on −log p(x)."""
         return self.prior + self.diffusion + self.start
@@ -231,7 +236,7 @@ def variational_bound(
     t_min = jnp.full(x.shape[:1], proposal.t_min, x.dtype)
     start = 0.5 * dimension(x) * (1.0 + math.log(2 * math.pi) + 2.0 * jnp.log(sde.sigma(t_min)))
     if offset:
-        x_t = sde.perturb(x, t_min, gaussian(fold_in_all(keys, 1), x))
+        x_t = sde.perturb(x, t_min, standard_normal(fold_in_all(keys, 1), x))
         decoder = decoder or gaussian_decoder(score_fn, sde)
         # ½‖z‖² of log N(x_t/α; x, σ²/α² I) is replaced by its mean.
         start = start - dimension(x) * jnp.log(sde.alpha(t_min)) - decoder(x, x_t, t_min)
@@ -271,7 +276,7 @@ def discrete_bound(
 
     strata = _strata(square, sde, x, fold_in_all(keys, 0), proposal, num_times)
     t_min = jnp.full(x.shape[:1], proposal.t_min, x.dtype)
-    x_t = sde.perturb(x, t_min, gaussian(fold_in_all(keys, 1), x))
+    x_t = sde.perturb(x, t_min, standard_normal(fold_in_all(keys, 1), x))
     return Bound(sde.prior_kl(x), strata, -log_probability(x, x_t, t_min))
 
 
@@ -319,7 +324,7 @@ def _strata(
     """½ (g²/σ²) square(x_t, t, z, keys)/p(t)/n, one row for each of n stratified times."""
 
     def term(keys: Key[Array, "b 2"], u: PerExample) -> PerExample:
-        t, z = proposal.quantile(u), gaussian(keys[:, 0], x)
+        t, z = proposal.quantile(u), standard_normal(keys[:, 0], x)
         weight = sde.rate(t) / proposal.density(t) / num_times
         return 0.5 * weight * square(sde.perturb(x, t, z), t, z, keys[:, 1])
 

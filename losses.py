@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Key
 from checks import one_of, require
 from dequantization import Encoding, FlowDequantizer
 from likelihood import variational_bound
-from operators import PerExample, fold_in_all, fold_in_each, gaussian
+from operators import PerExample, fold_in_all, fold_in_each, standard_normal
 from parameterization import Params, ScoreFn, ScoreModel
 from sde_lib import SDE
 from terms import Point, Terms
@@ -224,7 +224,7 @@ def score_matching(
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
         law_now = law.at(batch) if train else law
         t = law_now.sample(key_time, batch, batch_size, x0.dtype)
-        z = gaussian(fold_in_each(key_noise, ids), x0)
+        z = standard_normal(fold_in_each(key_noise, ids), x0)
         # Devices hold different ids, so their masks differ.
         key_dropout = jax.random.fold_in(key_dropout, ids[0])
         score_fn = model.score(params, key_dropout if train else None)

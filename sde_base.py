@@ -9,14 +9,27 @@ are arrays [B] (or scalars) in [0, T]; states are [B, *d].
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from checks import FieldError, require
-from operators import Batched, PerExample, dimension, gaussian, scale, squared_norm
+from operators import Batched, PerExample, dimension, scale, squared_norm, standard_normal
 
 Time = Float[Array, "*t"]
+
+
+class Variable(NamedTuple):
+    """A growing function c(t) and its inverse; the ODE is integrated in a root of c."""
+
+    name: str
+    of_time: Callable[[Time], Time]
+    time_of: Callable[[Time], Time]
+
+
+TIME = Variable("t", lambda t: t, lambda c: c)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +45,11 @@ class SDE:
     def prior_std(self) -> float:
         """Standard deviation of the prior N(0, prior_std² I)."""
         return 1.0
+
+    @property
+    def ode_variable(self) -> Variable:
+        """In whose root the probability-flow ODE is smoothest, as measured: `ode`."""
+        return TIME
 
     @property
     def has_chain(self) -> bool:
@@ -107,7 +125,7 @@ class SDE:
 
     def prior_sample(self, keys: Key[Array, " b"], like: Batched) -> Batched:
         """x_T ~ N(0, prior_std² I), example b from keys[b]."""
-        return self.prior_std * gaussian(keys, like)
+        return self.prior_std * standard_normal(keys, like)
 
     def prior_logp(self, x: Batched) -> PerExample:
         """log π(x) in nats, shape [B]."""
@@ -157,9 +175,28 @@ def check_time(field: str, t: float, sde: SDE, *, positive: bool) -> None:
     require(fits, field, t, f"0 {'<' if positive else '<='} t < T = {sde.T}")
 
 
+MOST_LEVELS = 1_000_000
+
+
+def chain_tolerance(num_steps: int) -> float:
+    """What the index of a time on the grid may lack by rounding, in cells.
+
+    Times T − k dt in float32 err by up to 1.3e-7 N cells.
+
+    Raises:
+        FieldError: the chain is so long that float32 does not tell its levels apart.
+    """
+    allowed = (
+        f"at most {MOST_LEVELS} levels, which times in float32 tell apart, or a predictor without "
+        "a chain: 'euler_maruyama'"
+    )
+    require(num_steps <= MOST_LEVELS, "model.num_scales", num_steps, allowed)
+    return max(2e-4, 2e-7 * num_steps)
+
+
 def chain_index(t: PerExample, num_steps: int, T: float) -> Int[Array, " b"]:
     """⌊t (N − 1)/T⌋, index of t in a discrete chain of N steps.
 
-    Times that lie on the grid up to float32 rounding (2e-4 of a cell) count as on it.
+    Times that lie on the grid up to their rounding count as on it.
     """
-    return jnp.floor(t * (num_steps - 1) / T + 2e-4).astype(jnp.int32)
+    return jnp.floor(t * (num_steps - 1) / T + chain_tolerance(num_steps)).astype(jnp.int32)

@@ -129,8 +129,8 @@ class Terms:
             )
             for name, values in terms.shared_parts(score_fn, sde, point.rows(rows)).items():
                 start = whole.get(name, jnp.zeros(number, values.dtype))
-                whole[name] = start.at[rows].set(factors.get(name, 1) * values)
-        return whole
+                whole[name] = start.at[rows].set(values)
+        return {name: factors.get(name, 1) * values for name, values in whole.items()}
 
     def _factors(self, high: int, residual: int) -> dict[str, int]:
         """What the parts of an n-th of the examples are multiplied by, by name."""

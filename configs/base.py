@@ -50,7 +50,7 @@ def _model() -> ConfigDict:
             # score | scaled_score | noise | drift | velocity, or a head, which knows the marginal
             # law of the training data: cells | atoms (integers), mixture | whitened (real values)
             "parameterization": "noise",
-            "time_label": "time",  # time | unit_time | sigma | log_snr | reverse_index
+            "time_label": "time",  # time | level | unit_time | sigma | log_snr | reverse_index
             "ema_rate": 0.9999,
             "num_scales": 1000,  # noise levels of the discrete chains and of sampling
             # SDEs

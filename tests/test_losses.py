@@ -422,7 +422,9 @@ def test_every_law_has_the_gradient_of_the_importance_law(sde, monkeypatch):
     monkeypatch.setitem(
         losses.UNIFORMS, False, lambda key, ids, n, dtype: (ids.astype(dtype) + 0.5) / n
     )
-    monkeypatch.setattr(losses, "gaussian", lambda keys, like: jnp.broadcast_to(z, like.shape))
+    monkeypatch.setattr(
+        losses, "standard_normal", lambda keys, like: jnp.broadcast_to(z, like.shape)
+    )
     batch = gaussian_batch(n, 1.0) | {"image": jnp.broadcast_to(image, (n, 2))}
     rough = np.random.default_rng(0).random((2, NUM_BINS)) ** 2 + 0.01
     batch["time_law"] = jnp.asarray(rough)
