@@ -110,8 +110,8 @@ class Checkpoints:
     def _metadata(self, step: int) -> dict[str, Any]:
         """What was written beside the state; nothing where that cannot be read."""
         try:
-            text = self._metadata_path(step).read_text(encoding="utf-8")
-            return dict(json.loads(text).get("custom_metadata") or {})
+            found = json_files.read(self._metadata_path(step))
+            return dict(found.get("custom_metadata") or {})
         except (OSError, ValueError, AttributeError):
             return {}
 

@@ -41,7 +41,7 @@ class DataConfig:
     logit: bool
     num_train: int  # the first so many examples; 0 = all (toy sets: fresh samples for ever)
     num_test: int  # the first so many examples; 0 = all (toy sets: at least 1)
-    num_validation: int = 0  # the last so many training examples are a split of their own
+    num_validation: int = 0  # training examples, drawn at random, that are a split of their own
     category: str = ""  # of lsun, as church_outdoor
 
 
@@ -118,16 +118,28 @@ def _image_set(
 
 
 def _held_out(config: DataConfig, train: Finite) -> tuple[Finite, Finite | None]:
-    """Training and validation split: the latter is the last `data.num_validation` examples."""
-    number, left = config.num_validation, train.size - config.num_validation
+    """Training and validation split: the latter is drawn at random, the same for every seed.
+
+    Examples are often in order, by class or by writer: the last of them are like no others.
+    """
+    number = config.num_validation
     require(0 <= number < train.size, "data.num_validation", number, f"0 to {train.size - 1}")
     if number == 0:
         return train, None
-    labels = (None, None) if train.labels is None else (train.labels[:left], train.labels[left:])
-    validation = dataclasses.replace(
-        train, size=number, examples=lambda ids: train.examples(ids + left), labels=labels[1]
+    drawn = np.random.default_rng([0, 0, 0, 3]).permutation(train.size)
+    rest, validation = (np.sort(ids) for ids in (drawn[number:], drawn[:number]))
+    return _only(train, rest), _only(train, validation)
+
+
+def _only(split: Finite, chosen: np.ndarray) -> Finite:
+    """The chosen examples of a split."""
+    labels = None if split.labels is None else split.labels[chosen]
+    return dataclasses.replace(
+        split,
+        size=len(chosen),
+        examples=lambda ids: split.examples(chosen[ids]),
+        labels=labels,
     )
-    return dataclasses.replace(train, size=left, labels=labels[0]), validation
 
 
 def _check_array(key: str, array: np.ndarray, config: DataConfig) -> np.ndarray:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key, Shaped, UInt8
 from checks import require
 from models.flowpp import Flowpp
 from models.layers import QUICK
-from operators import Batched, PerExample, dimension, gaussian, inner, squared_norm, uniform
+from operators import Batched, PerExample, dimension, inner, squared_norm, standard_normal, uniform
 
 Images = UInt8[Array, "b *d"]
 Params = Any
@@ -184,7 +184,7 @@ class FlowDequantizer:
     def draw(self, params: Params, image: Images, keys: Key[Array, " b"]) -> Draw:
         """y of noise of the flow."""
         x = self._context(image)
-        u, log_q = self.flow.apply({"params": params}, gaussian(keys, x), x)
+        u, log_q = self.flow.apply({"params": params}, standard_normal(keys, x), x)
         return self.encoding.draw_of_noise(image, u, log_q)
 
     def _context(self, image: Images) -> Batched:

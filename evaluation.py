@@ -1,12 +1,13 @@
-"""Sample quality by TF-GAN, from features h ∈ Rᵈ and class probabilities p(y|x) of a network.
+"""Sample quality, from features h ∈ Rᵈ and class probabilities p(y|x) of a network.
 
     IS    exp E KL(p(y|x) ‖ p(y))
     FID   ‖μ − m‖² + tr(Σ + S − 2 (Σ S)^½)         means and covariances of h: samples, reference
     KID   unbiased MMD² of h with kernel (h·h'/d + 1)³, mean over blocks
 
-The plain names are those of Inception's features; of any other network they say which. TensorFlow
-runs on the CPU only. Reference: Salimans et al. 2016, https://arxiv.org/abs/1606.03498; Heusel et
-al. 2017, https://arxiv.org/abs/1706.08500; Binkowski et al. 2018, https://arxiv.org/abs/1801.01401.
+FID and KID are computed by TF-GAN. The plain names are those of Inception's features; of any other
+network they say which. TensorFlow runs on the CPU only. Reference: Salimans et al. 2016,
+https://arxiv.org/abs/1606.03498; Heusel et al. 2017, https://arxiv.org/abs/1706.08500; Binkowski et
+al. 2018, https://arxiv.org/abs/1801.01401.
 """
 
 import dataclasses
@@ -58,14 +59,23 @@ def inception_score(logits: np.ndarray) -> Measure:
     log IS is the mean of KLᵢ = KL(p(y|xᵢ) ‖ p(y)), and to first order a change of p(y) adds nothing
     to it, so s.e. = IS · std(KLᵢ)/√n.
     """
-    value = float(_tfgan().eval.classifier_score_from_logits(np.float64(logits)))
     log_p = np.float64(logits) - np.logaddexp.reduce(np.float64(logits), axis=1, keepdims=True)
-    divergences = (np.exp(log_p) * (log_p - np.log(np.exp(log_p).mean(axis=0)))).sum(axis=1)
-    return Measure(value, float(value * divergences.std() / math.sqrt(len(logits))))
+    log_mean = np.logaddexp.reduce(log_p, axis=0) - math.log(len(log_p))  # −800 is no zero here
+    divergences = (np.exp(log_p) * (log_p - log_mean)).sum(axis=1)
+    value = math.exp(divergences.mean())
+    return Measure(value, float(value * divergences.std() / math.sqrt(len(log_p))))
 
 
 def inception_score_of_splits(logits: np.ndarray, splits: int = SPLITS) -> Measure:
-    """Mean and standard deviation over consecutive parts, as most papers quote it."""
+    """Mean and standard deviation over consecutive parts, as most papers quote it.
+
+    Raises:
+        ValueError: there are fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise ValueError(
+            f"Inception score of {splits} splits: {len(logits)} images; need one or more each"
+        )
     values = [inception_score(part).value for part in np.array_split(logits, splits)]
     return Measure(float(np.mean(values)), float(np.std(values)))
 

@@ -206,7 +206,7 @@ class FokkerPlanck:
 
     def weighted(self, parts: dict[str, PerExample], t: PerExample, sde: SDE) -> PerExample:
         """w(t) (α fp + β fp_scalar)."""
-        rate, total = 0.5 * sde.g2(t) / sde.sigma(t) ** 2, jnp.zeros_like(t)
+        rate, total = 0.5 * sde.rate(t), jnp.zeros_like(t)
         weight = WEIGHTS[self.weight]
         if self.vector:
             unit = rate / sde.sigma(t)

@@ -1,4 +1,4 @@
-"""Score matching of orders 2 and 3: residuals of the first and second derivatives of the score.
+"""Score matching of orders 1, 2 and 3: residuals of the score and of its two derivatives.
 
 With e1 = σ s + z, ℓ = stop_gradient(e1), H = ∂s/∂x and a probe v with E[v vᵀ] = I:
 
@@ -35,6 +35,14 @@ from operators import (
 )
 
 Parts = dict[str, PerExample]
+
+
+def first_order_residual(score: Batched, sigma: PerExample, z: Batched) -> Batched:
+    """e1 = σ s + z at x_t = α x0 + σ z.
+
+    Reference: Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (7).
+    """
+    return scale(sigma, score) + z
 
 
 def second_order_residual(e1: Batched, hv: Batched, v: Batched, sigma: PerExample) -> Batched:
@@ -120,6 +128,11 @@ class HighOrder:
         names = ("second_order_weight", "frobenius_weight", "trace_weight", "third_order_weight")
         for name in names:
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parts."""
+        return ["frobenius", "trace"] + ["third"] * (self.order == 3)
 
     def parts(
         self, e1: Batched, hv: Batched, third: Batched | None, v: Batched, sigma: PerExample

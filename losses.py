@@ -21,8 +21,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from checks import one_of, require
-from dequantization import Encoding
-from operators import PerExample, fold_in_each, gaussian
+from dequantization import Encoding, FlowDequantizer
+from likelihood import variational_bound
+from operators import PerExample, fold_in_all, fold_in_each, standard_normal
 from parameterization import Params, ScoreFn, ScoreModel
 from sde_lib import SDE
 from terms import Point, Terms
@@ -50,7 +51,7 @@ def noise_weight(t: PerExample, sde: SDE) -> PerExample:
 
 def likelihood_weight(t: PerExample, sde: SDE) -> PerExample:
     """w = g²/σ², so that w‖e1‖² = g²‖s − ∇log q(x_t|x0)‖² (Song et al. 2021, 2101.09258)."""
-    return sde.g2(t) / sde.sigma(t) ** 2
+    return sde.rate(t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ def score_matching(
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
         law_now = law.at(batch) if train else law
         t = law_now.sample(key_time, batch, batch_size, x0.dtype)
-        z = gaussian(fold_in_each(key_noise, ids), x0)
+        z = standard_normal(fold_in_each(key_noise, ids), x0)
         # Devices hold different ids, so their masks differ.
         key_dropout = jax.random.fold_in(key_dropout, ids[0])
         score_fn = model.score(params, key_dropout if train else None)
@@ -259,6 +260,42 @@ def _parts_of_step(
         with_residual,
         lambda: without.parts(score_fn, sde, point) | absent,
     )
+
+
+def dequantizer_loss(
+    dequantizer: FlowDequantizer,
+    model: ScoreModel,
+    proposal: Uniform | Importance,
+    *,
+    num_times: int,
+) -> Callable[..., tuple[PerExample, dict[str, PerExample]]]:
+    """E_{y ~ q(y|k)}[bound on −log p(y) + log q(y|k)] in bits/dim, one value per example.
+
+    Returns:
+        (parameters of the flow, rng, batch, frozen parameters of the score) → (bits/dim,
+        {log_q: bits/dim by which q is denser than uniform noise}).
+
+    Reference: Ho et al. 2019, https://arxiv.org/abs/1902.00275, eq. (6); Song et al. 2021,
+    https://arxiv.org/abs/2101.09258, section 5.2.
+    """
+    encoding = dequantizer.encoding
+
+    def per_example(
+        params: Params, rng: Key[Array, ""], batch: Batch, score_params: Params
+    ) -> tuple[PerExample, dict[str, PerExample]]:
+        keys = fold_in_each(rng, batch["noise_id"])
+        draw = dequantizer.draw(params, batch["image"], fold_in_all(keys, 0))
+        bound = variational_bound(
+            model.score(score_params), model.sde, draw.x, fold_in_all(keys, 1),
+            proposal=proposal, num_times=num_times,
+        )  # fmt: skip
+        bits = encoding.negative_log_likelihood(-bound.nll - draw.log_q, draw.x)
+        log_q = -encoding.negative_log_likelihood(
+            draw.log_q - encoding.uniform_log_q(draw.x), draw.x
+        )
+        return bits, {"log_q": log_q}
+
+    return per_example
 
 
 def mean_loss(per_example: Callable[..., tuple[PerExample, dict[str, PerExample]]]) -> LossFn:

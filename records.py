@@ -145,6 +145,12 @@ def example_means(rows: Iterable[Row], field: str = "value") -> dict[int, float]
     return {index: sum(v) / len(v) for index, v in by_example.items()}
 
 
+def largest_share(rows: list[Row]) -> float:
+    """The largest draw of a bound over Σ|value| of its rows; 0 where rows do not tell."""
+    total = math.fsum(abs(row["value"]) for row in rows)
+    return max((row.get("largest", 0.0) for row in rows), default=0.0) / total if total else 0.0
+
+
 def summarize(rows: list[Row], field: str = "value") -> Summary:
     """Mean ± s.e. over examples; the repeats of an example are averaged first.
 

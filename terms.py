@@ -10,7 +10,6 @@ evaluation of the network, its dropout mask and the probes: one sweep per probe 
 """
 
 import dataclasses
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jaxtyping import Array, Key
 
 from checks import one_of, require
 from fokker_planck import FORMS, Derivatives, FokkerPlanck
-from high_order import THIRD_ORDER_FORMS, HighOrder
+from high_order import THIRD_ORDER_FORMS, HighOrder, first_order_residual
 from operators import (
     PROBES,
     Batched,
@@ -28,7 +27,6 @@ from operators import (
     dimension,
     fold_in_all,
     inner,
-    scale,
     squared_norm,
     value_and_jacobian,
     value_jacobian_and_trace_gradient,
@@ -55,7 +53,7 @@ class Point(NamedTuple):
 
     def rows(self, index: np.ndarray) -> "Point":
         """The examples of these rows."""
-        return self if len(index) == len(self.t) else jax.tree.map(lambda part: part[index], self)
+        return jax.tree.map(lambda part: part[index], self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,45 +113,29 @@ class Terms:
         A term that is taken for a fraction 1/n of the examples is n times its value there and zero
         elsewhere, so that its mean over the batch has the same expectation.
         """
-        number = np.arange(len(point.t))
-        takes = [self._takes(number, n) for n in self.strides()]
-        groups, order = [], []
-        for kind in itertools.product((True, False), repeat=2):
-            rows = np.flatnonzero((takes[0] == kind[0]) & (takes[1] == kind[1]))
-            if len(rows):
-                groups.append(self._only(*kind).shared_parts(score_fn, sde, point.rows(rows)))
-                order.append(rows)
-        back = np.argsort(np.concatenate(order))
-
-        def joined(name: str) -> PerExample:
-            """The groups in the order of the batch; zero where a group lacks the term."""
-            zeros = [jnp.zeros_like(group["dsm"]) for group in groups]
-            found = [group.get(name, zero) for group, zero in zip(groups, zeros, strict=True)]
-            return self._stride_of(name) * jnp.concatenate(found)[back]
-
+        number, strides = len(point.t), self.strides()
+        high, residual = (_taken(n, number) for n in strides)
+        groups = sorted(set(zip(high.tolist(), residual.tolist(), strict=True)), reverse=True)
         if len(groups) == 1:
-            return groups[0]
-        return {name: joined(name) for name in dict.fromkeys(n for group in groups for n in group)}
+            return self.shared_parts(score_fn, sde, point)
+        factors = self._factors(*strides)
+        whole: Parts = {}
+        for with_high, with_residual in groups:
+            rows = np.flatnonzero((high == with_high) & (residual == with_residual))
+            terms = dataclasses.replace(
+                self,
+                high_order=self.high_order if with_high else None,
+                fokker_planck=self.fokker_planck if with_residual else None,
+            )
+            for name, values in terms.shared_parts(score_fn, sde, point.rows(rows)).items():
+                start = whole.get(name, jnp.zeros(number, values.dtype))
+                whole[name] = start.at[rows].set(values)
+        return {name: factors.get(name, 1) * values for name, values in whole.items()}
 
-    def _takes(self, number: np.ndarray, stride: int) -> np.ndarray:
-        """Which examples of a device's batch have a term that each n-th of them has."""
-        fits = stride <= 1 or len(number) % stride == 0
-        allowed = f"a multiple of {stride} for a fraction of 1/{stride}"
-        require(fits, "training.batch_size on each device", len(number), allowed)
-        return (number % stride == 0) if stride else np.zeros(len(number), bool)
-
-    def _only(self, high: bool, residual: bool) -> "Terms":
-        """The terms of a group of examples."""
-        return dataclasses.replace(
-            self,
-            high_order=self.high_order if high else None,
-            fokker_planck=self.fokker_planck if residual else None,
-        )
-
-    def _stride_of(self, name: str) -> int:
-        """What a part is multiplied by where it is taken."""
-        high, residual = self.strides()
-        return {"fp": residual, "fp_scalar": residual, "dsm": 1, "ism": 1}.get(name, high)
+    def _factors(self, high: int, residual: int) -> dict[str, int]:
+        """What the parts of an n-th of the examples are multiplied by, by name."""
+        pairs = ((self.high_order, high), (self.fokker_planck, residual))
+        return {name: n for term, n in pairs if term is not None for name in term.names}
 
     def shared_parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
         """All terms of all examples."""
@@ -248,14 +230,6 @@ class Terms:
         return FORMS[name](score_fn, sde, x, t, v, third=third)
 
 
-def first_order_residual(score: Batched, sigma: PerExample, z: Batched) -> Batched:
-    """e1 = σ s + z at x_t = α x0 + σ z.
-
-    Reference: Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (7).
-    """
-    return scale(sigma, score) + z
-
-
 def _stride(term: HighOrder | FokkerPlanck | None, field: str) -> int:
     """n of a fraction 1/n; 0 where the term is absent."""
     if term is None:
@@ -264,3 +238,12 @@ def _stride(term: HighOrder | FokkerPlanck | None, field: str) -> int:
     fits = n >= 1 and abs(n * term.fraction - 1.0) <= 5e-3
     require(fits, f"training.{field}", term.fraction, "1, 1/2, 1/3, 1/4, ...")
     return n
+
+
+def _taken(stride: int, number: int) -> np.ndarray:
+    """Which of a device's examples have a term that each n-th of them has."""
+    if stride == 0:
+        return np.zeros(number, bool)
+    allowed = f"a multiple of {stride} for a fraction of 1/{stride}"
+    require(number % stride == 0, "training.batch_size on each device", number, allowed)
+    return np.arange(number) % stride == 0

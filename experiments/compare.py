@@ -2,14 +2,17 @@
 
     python -m experiments.compare CONFIG... --workdir=runs/mog1d [--seeds=5]
         [--modes=train,eval,diagnose] [--set training.n_iters=5000 ...]
+        [--vary model.parameterization=velocity,cells ...]
 
-A run is a folder WORKDIR/<config>/seed_<k> like any other; a run that is complete is not repeated,
-an interrupted one continues. Every figure is mean ± standard error over seeds, at the same test
-points (whose own error is in each run's table); differences from the first config are paired by
-seed. WORKDIR gets compare.txt, compare.jsonl and compare.png.
+`--vary` makes one variant of every config for each value of a field; several fields give all
+combinations. A run is a folder WORKDIR/<config or variant>/seed_<k> like any other; a run that is
+complete is not repeated, an interrupted one continues. Every figure is mean ± standard error over
+seeds, at the same test points (whose own error is in each run's table); differences from the first
+config are paired by seed. WORKDIR gets compare.txt, compare.jsonl and compare.png.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -62,6 +65,31 @@ def load(path: str, settings: list[str]) -> ConfigDict:
     return config
 
 
+def variants(configs: list[str], varied: list[str], common: list[str]) -> dict[str, ConfigDict]:
+    """Every config with every combination of the varied fields, by the name of its folder.
+
+    Raises:
+        ValueError: a config or a field is wrong, or two variants have one name.
+    """
+    values = [
+        [f"{field}={value}" for value in text.split(",")] for field, text in map(_split, varied)
+    ]
+    found: dict[str, ConfigDict] = {}
+    for path, chosen in itertools.product(configs, itertools.product(*values)):
+        stems = [Path(path).stem] if len(configs) > 1 or not chosen else []
+        name = "_".join([*stems, *(setting.rpartition(".")[2] for setting in chosen)])
+        require(name not in found, "configs and --vary", name, "variants of different names")
+        found[name] = load(path, [*common, *chosen])
+        Settings.from_config(found[name])
+    return found
+
+
+def _split(setting: str) -> tuple[str, str]:
+    field, equals, values = setting.partition("=")
+    require(bool(equals and values), "--vary", setting, "section.field=value,value")
+    return field, values
+
+
 def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[str, float]:
     """Train, evaluate and diagnose one config with one seed; what its folder then says."""
     config.seed = seed
@@ -106,7 +134,7 @@ def _same_training(settings: Settings, workdir: Path) -> None:
 
 
 def evaluated(settings: Settings, workdir: Path) -> dict[str, float]:
-    """Means of the last step by estimator.
+    """Means of the last step by estimator; of the ODE the network's evaluations and seconds, too.
 
     Raises:
         ValueError: an estimator has rows of several protocols.
@@ -121,6 +149,8 @@ def evaluated(settings: Settings, workdir: Path) -> dict[str, float]:
                 "another --workdir"
             )
         found[result.estimator] = result.value.mean
+        if result.estimator == "ODE":
+            found |= {"ODE evaluations": result.nfe, "ODE seconds per example": result.seconds}
     return found
 
 
@@ -202,12 +232,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("configs", nargs="+", help="config files; the first is the reference")
+    parser.add_argument("configs", nargs="+", help="config files; the first is compared with")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1..N")
     parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--modes", default="train,eval,diagnose", help="what to run or to read")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="SECTION.FIELD=VALUE,VALUE,..."
+    )
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
@@ -216,13 +249,9 @@ def main() -> None:
         for mode in options.modes.split(","):
             one_of("--modes", mode, ("train", "eval", "diagnose"))
         require(options.seeds >= 1, "--seeds", options.seeds, "at least 1")
-        names = [Path(path).stem for path in options.configs]
-        require(len(set(names)) == len(names), "configs", names, "different file names")
-        for path in options.configs:  # refuse a wrong file or field before the first run
-            Settings.from_config(load(path, options.set))
+        configs = variants(options.configs, options.vary, options.set)
         for seed in range(options.first_seed, options.first_seed + options.seeds):
-            for path in options.configs:
-                name, config = Path(path).stem, load(path, options.set)
+            for name, config in configs.items():
                 workdir = options.workdir / name / f"seed_{seed}"
                 found = run(config, seed, workdir, options.modes.split(","))
                 for quantity, value in found.items():

@@ -9,9 +9,10 @@
     Block(h, c) = h + conv3×3(dropout(act(N(conv3×3(act(N(h) ⊙ (1 + γ) + δ)))))),  (γ, δ) = W c
 
 N standardises the channels of every position. c is the embedding of the label, and with `summary`
-of a perceptron that sees the whole input: what convolutions would need many blocks to learn. With
-one level this is a network without downsampling; with `patch` = 2 every position of the finest
-level holds a 2×2 block of pixels.
+of a perceptron that sees the whole input: what convolutions would need many blocks to learn. It
+sees x, and of the features of every coordinate one mixture that all coordinates share: all of the
+features would let it learn small data by heart. With one level this is a network without
+downsampling; with `patch` = 2 every position of the finest level holds a 2×2 block of pixels.
 Reference: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix B (no downsampling);
 Peebles and Xie 2023, https://arxiv.org/abs/2212.09748, section 3.2 (modulation from near zero).
 """
@@ -129,7 +130,7 @@ class UNet(nn.Module):
         divisor = self.patch * 2 ** (len(self.channels) - 1)
         check_sides(x.shape, divisor, "channels", self.channels)
         act, seen = ACTIVATIONS[self.activation], joined(x, features)
-        cond = self._condition(label, seen, train)
+        cond = self._condition(label, x, features, train)
         h = conv3x3(self.channels[0], dtype=self.dtype)(space_to_depth(seen, self.patch))
         h, skips = self._down(self._with_positions(h), cond, train)
         h = self._up(h, skips, cond, train)
@@ -139,14 +140,19 @@ class UNet(nn.Module):
 
     @nn.nowrap
     def _condition(
-        self, label: Float[Array, " b"], seen: Image, train: bool
+        self,
+        label: Float[Array, " b"],
+        x: Image,
+        features: Float[Array, "b h w c f"] | None,
+        train: bool,
     ) -> Float[Array, "b c"]:
         """What modulates the blocks: the label, and with `summary` the whole input."""
         act, width = ACTIVATIONS[self.activation], self.embed_dim
         cond = act(nn.Dense(width)(sinusoidal_embedding(label, self.embed_dim)))
         cond = act(nn.Dense(width)(cond))
         if self.summary:
-            flat = seen.reshape(seen.shape[0], -1)
+            mixed = None if features is None else nn.Dense(1)(features)
+            flat = joined(x, mixed).reshape(x.shape[0], -1)
             q = nn.Dense(self.summary)(flat) + nn.Dense(self.summary, use_bias=False)(cond)
             for _ in range(2):
                 q = Dropout(self.dropout)(act(q), train)

@@ -18,8 +18,7 @@ import json_files
 import train_state
 from checkpoints import Checkpoints, whole_steps
 from checks import path_of, require
-from likelihood import dequantizer_loss
-from losses import mean_loss
+from losses import dequantizer_loss, mean_loss
 from run_lib import folder, identities, loading, parallel, training
 from run_lib.experiment import Experiment
 from run_lib.trainer import HeldOut, Task, Trainer

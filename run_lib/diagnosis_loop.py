@@ -15,7 +15,7 @@ import numpy as np
 import diagnostics
 import plotting
 from elbo import gap_factor
-from operators import fold_in_all, fold_in_each, gaussian
+from operators import fold_in_all, fold_in_each, standard_normal
 from run_lib import evaluation_loop, identities, loading, parallel, report
 from run_lib.experiment import Experiment
 from terms import Point
@@ -132,7 +132,7 @@ class Sampled:
         keys = fold_in_each(key, batch["noise_id"])
         x0 = self._encoding.encode(batch["image"], fold_in_all(keys, 0))
         times = jnp.full(x0.shape[:1], t, x0.dtype)
-        z = gaussian(fold_in_all(keys, 1), x0)
+        z = standard_normal(fold_in_all(keys, 1), x0)
         x = self.experiment.settings.sde.perturb(x0, times, z)
         return params, t, Point(x, times, z, fold_in_all(keys, 2))
 

@@ -189,7 +189,10 @@ def _divergence_from_data(experiment: Experiment) -> Estimator:
 
 
 def _ode_details(experiment: Experiment, t_min: float) -> Details:
-    return experiment.solver.details | {"trace": trace(experiment.divergence), "t_min": t_min}
+    name = experiment.settings.sde.ode_variable.name
+    variable = {} if name == "t" else {"steps in the root of": name}
+    trace_details = {"trace": trace(experiment.divergence), "t_min": t_min}
+    return experiment.solver.details | variable | trace_details
 
 
 def _bound(experiment: Experiment, noise: Dequantization) -> Estimator:
@@ -261,6 +264,7 @@ def _bound_row(
         "prior": in_unit(bound.prior),
         "decoder": in_unit(bound.start + log_q),
         "bins": bins,
+        "largest": in_unit(bound.largest),
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import plotting
 from diagnostics import ode_score
 from likelihood import Divergence, ode_log_likelihood
-from operators import fold_in_each, gaussian
+from operators import fold_in_each, standard_normal
 from run_lib import parallel
 from run_lib.experiment import Experiment
 from sampling import ReverseSDE
@@ -111,7 +111,7 @@ def _save_paths(experiment: Experiment, params: Any, workdir: Path) -> None:
     batch = next(experiment.dataset.eval_batches("test", batch_size=POINTS))
     x0 = jnp.asarray(batch["image"][batch["mask"]])
     keys = fold_in_each(experiment.keys["forward"], jnp.arange(len(x0)))
-    z = gaussian(keys, x0)
+    z = standard_normal(keys, x0)
     forward = [sde.perturb(x0, jnp.full((len(x0),), t, x0.dtype), z)[:, 0] for t in times]
     rows = _trajectories(experiment, params, experiment.dataset.shape, LINE_STOPS)
     panels = {"data": np.asarray(jnp.stack(forward))} | {

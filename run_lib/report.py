@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import json_files
 import plotting
-from records import Records, Row, Summary, summarize
+from records import Records, Row, Summary, largest_share, summarize
 from run_lib import comparison, folder, identities, quality
 
 
@@ -30,6 +30,7 @@ class Result(NamedTuple):
     commits: list[str]
     solver_error: float | None  # mean estimate; None where steps are adaptive
     worse_than: list[comparison.Defeat]
+    doubts: list[str]  # why the mean and its error may be wrong
 
     def _solver_error(self) -> str:
         return "" if self.solver_error is None else f" (solver {self.solver_error:.1g})"
@@ -53,6 +54,7 @@ class Result(NamedTuple):
             "protocol": self.protocol,
             "identity": self.identity,
             "worse_than": [defeat.as_json() for defeat in self.worse_than],
+            "doubts": self.doubts,
         }
 
     def cells(self) -> list[str]:
@@ -93,8 +95,9 @@ def _place(group: tuple[int, str, str, str, str]) -> tuple:
 
 
 def sentences(results: list[Result]) -> list[str]:
-    """What has to be said of models that lose to a baseline."""
-    return [defeat.sentence() for result in results for defeat in result.worse_than]
+    """What has to be said of bounds with heavy tails, and of models that lose to a baseline."""
+    doubts = [sentence for result in results for sentence in result.doubts]
+    return doubts + [defeat.sentence() for result in results for defeat in result.worse_than]
 
 
 def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
@@ -136,8 +139,33 @@ def _result(rows: list[Row], worse_than: list[comparison.Defeat]) -> Result:
     errors = [row["error"] for row in rows if "error" in row]
     solver_error = sum(errors) / len(errors) if errors else None
     return Result(
-        *group, unit, value, mean_nfe, max(nfe), seconds, commits, solver_error, worse_than
-    )
+        *group, unit, value, mean_nfe, max(nfe), seconds, commits, solver_error, worse_than,
+        doubts(rows),
+    )  # fmt: skip
+
+
+def doubts(rows: list[Row]) -> list[str]:
+    """Sentences on a bound whose draws are too few for its tails; none for other estimators.
+
+    A draw has the weight of its stratum. Where a stratum is wide, few draws, or none, fall where
+    the integrand is large: then few make the mean, or the mean lacks what none has seen.
+    """
+    first, value, share = rows[0], summarize(rows), largest_share(rows)
+    name = f"{first['estimator']} at step {first['step']} ({first['split']})"
+    remedy = "raise eval.num_times, or take a schedule that ends at less noise"
+    found = []
+    if share > max(0.1, 3.0 / len(rows)):
+        found.append(
+            f"{name}: one draw makes {share:.0%} of the estimate. Its tails are heavy, and the "
+            f"standard error is too small: {remedy}"
+        )
+    of_integers = "largest" in first and first["unit"] == "bits/dim"
+    if of_integers and "t_min" not in first["estimator"] and value.mean < -2 * value.standard_error:
+        found.append(
+            f"{name}: {value.mean:.4f} {first['unit']} is below zero, which no bound on the "
+            f"negative log-probability of integers is. No draw fell where it is made: {remedy}"
+        )
+    return found
 
 
 def table_text(results: list[Result]) -> str:

@@ -252,6 +252,9 @@ class Settings:
             t_min = training.importance_smallest_time
             training = dataclasses.replace(training, smallest_time=t_min)
         data = section(DataConfig, sections["data"], "data")
+        label = dict(sections["model"]).get("time_label")
+        allowed = "another with training.continuous=True, where model.num_scales may change"
+        require(label != "level" or not training.continuous, "model.time_label", label, allowed)
         model, network, head, sde = _model(sections["model"], training.sde.lower(), data)
         if hasattr(network, "centered"):
             network = network.clone(centered=data.centered or data.logit)

@@ -121,8 +121,8 @@ class Trainer:
         state, key, batches, *frozen = arguments
         with progress.compiling("the training step"):
             for count in self._counts():
-                shapes = jax.tree.map(functools.partial(_with_steps, count), batches)
-                self.check_memory((state, key, shapes, *frozen))
+                alike = jax.tree.map(functools.partial(_with_steps, count), batches)
+                self.check_memory((state, key, alike, *frozen))
         parallel.wait_for_all("compiled")  # the first step is a collective of devices
 
     def check_memory(self, arguments: tuple[Any, ...]) -> None:
@@ -208,9 +208,11 @@ class Trainer:
         self.checkpoints.save(parallel.to_global(self.state))
 
 
-def _with_steps(count: int, leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    """The shape of so many steps of batches, on the devices of `leaf`."""
-    return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+def _with_steps(count: int, leaf: jax.Array) -> jax.Array:
+    """So many steps on the devices of `leaf`: with several processes pmap asks for values."""
+    if len(leaf) == count:
+        return leaf
+    return jax.device_put(np.zeros((count, *leaf.shape[1:]), leaf.dtype), leaf.sharding)
 
 
 class HeldOut:

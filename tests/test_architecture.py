@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Level of every module; run_lib has levels of its own.
 LEVELS = {
     "checks": -2, "json_files": -1, "lazy_tensorflow": -1,
-    "taylor": -1, "operators": 0, "models": 0, "sde_lib": 1, "time_sampling": 2,
+    "taylor": -1, "operators": 0, "models": 0, "sde_base": 0.5, "sde_lib": 1, "time_sampling": 2,
     "torch_files": 0, "tfrecords": 0, "json_lines": 0, "importers": 7, "flow_importer": 7.5,
     "npz_files": 0, "classifier": 6, "evaluation": 7,
     "parameterization": 2, "dequantization": 2, "toy_data": 2, "high_order": 3,
-    "fokker_planck": 3, "ode": 3, "terms": 4, "losses": 5, "likelihood": 6, "elbo": 7,
+    "fokker_planck": 3, "ode": 3, "terms": 4, "losses": 5, "likelihood": 4, "elbo": 7,
     "sampling": 6, "train_state": 6, "records": 6, "diagnostics": 6, "checkpoints": 7,
     "streams": 3, "point_samplers": 3, "restarted": 2, "datasets": 7, "plotting": 7,
     "marginals": 0, "tails": 0, "heads": 1.5, "real_heads": 1.7, "baselines": 3, "run_lib": 8,
@@ -87,11 +87,13 @@ def loaded_after(code: str) -> set[str]:
     return set(output.splitlines()[-1].split())
 
 
+@pytest.mark.slow
 def test_all_below_run_lib_do_not_load_tensorflow() -> None:
     modules = ", ".join(name for name, level in LEVELS.items() if level <= 7)
     assert "tensorflow" not in loaded_after(f"import {modules}")
 
 
+@pytest.mark.slow
 def test_whole_runs_on_embedded_data_do_not_load_tensorflow(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
@@ -112,6 +114,7 @@ for dataset in ("digits", "swissroll"):
     assert "tensorflow" not in loaded
 
 
+@pytest.mark.slow
 def test_each_script_of_the_command_line_explains_itself() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -3,14 +3,14 @@
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 import checks
 import main
 from checks import FieldError, in_section
-from run_lib import build, config_files
+from run_lib import config_files
+from run_lib.experiment import Experiment
 from run_lib.settings import Settings
 from streams import Dataset, Finite
 from tests import tiny
@@ -57,14 +57,13 @@ def test_types_of_fields(kind: type, good: list, bad: list) -> None:
 
 def build_all(config) -> None:
     """What a start checks of settings, without data."""
-    settings = Settings.from_config(config)
-    build.sampler(settings)
-    build.likelihood_tools(settings)
     split = Finite(4, np.zeros((4, 8, 8, 1), np.uint8).__getitem__)
     dataset = Dataset("digits", (8, 8, 1), 17, split, split)
-    build.per_example_loss(settings, dataset, train=True)
-    model = build.score_model(settings)
-    jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
+    experiment = Experiment(Settings.from_config(config), dataset)
+    assert experiment.sampler, experiment.solver
+    assert experiment.divergence
+    experiment.per_example_loss(train=True)
+    experiment.state_like()
 
 
 MLP = {"hidden": None, "depth": None, "embed_dim": None}

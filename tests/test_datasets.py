@@ -461,25 +461,28 @@ def test_classes_belong_to_their_images_and_are_cut_with_them(make, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["npz", "folder", "digits", "mnist"])
-def test_validation_is_the_last_of_the_training_images_which_training_never_sees(make, source):
+def test_validation_is_drawn_from_the_training_images_and_training_never_sees_it(make, source):
     """Of the num_train first ones, where that is set, too; unflipped; the test split stays."""
     whole = make(source, num_train=20)
     data = make(source, num_train=20, num_validation=6, random_flip=source != "digits")
     assert (data.size("train"), data.size("validation"), data.held_out) == (14, 6, "validation")
     assert (whole.held_out, sorted(whole.splits)) == ("test", ["test", "train"])
     images_of = stored(whole, "train")
-    np.testing.assert_array_equal(stored(data, "train"), images_of[:14])
-    np.testing.assert_array_equal(stored(data, "validation"), images_of[14:])
+    drawn = np.random.default_rng([0, 0, 0, 3]).permutation(20)
+    rest, chosen = np.sort(drawn[6:]), np.sort(drawn[:6])
+    assert not np.array_equal(chosen, np.arange(14, 20))  # data in order of classes, say
+    np.testing.assert_array_equal(stored(data, "train"), images_of[rest])
+    np.testing.assert_array_equal(stored(data, "validation"), images_of[chosen])
     np.testing.assert_array_equal(stored(data, "test"), stored(whole, "test"))
     found = data.examples("validation", np.asarray([1, 5]))
-    np.testing.assert_array_equal(found, images_of[[15, 19]])
+    np.testing.assert_array_equal(found, images_of[chosen[[1, 5]]])
     batches = train(data, 20)
     assert set(join(batches, "index")) == set(range(14))
     seen = {image.tobytes() for image in join(batches)}
-    assert not seen & {image.tobytes() for image in images_of[14:]}
+    assert not seen & {image.tobytes() for image in images_of[chosen]}
     if whole.train.labels is not None:
-        np.testing.assert_array_equal(data.train.labels, whole.train.labels[:14])
-        np.testing.assert_array_equal(data.validation.labels, whole.train.labels[14:])
+        np.testing.assert_array_equal(data.train.labels, whole.train.labels[rest])
+        np.testing.assert_array_equal(data.validation.labels, whole.train.labels[chosen])
     else:
         assert data.train.labels is data.validation.labels is None
 

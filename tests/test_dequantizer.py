@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 import run_lib
 from dequantization import Draw, FlowDequantizer
-from likelihood import Bound, dequantizer_loss, ode_log_likelihood, variational_bound
-from losses import mean_loss
-from operators import fold_in_all, fold_in_each, gaussian
+from likelihood import Bound, ode_log_likelihood, variational_bound
+from losses import dequantizer_loss, mean_loss
+from operators import fold_in_all, fold_in_each, standard_normal
 from parameterization import ScoreModel
 from records import Records
 from restarted import Restarted
@@ -173,7 +173,7 @@ def test_draws_and_loss_are_those_of_the_flow() -> None:
     params = dequantizer.init(jax.random.key(0), image)
     keys = fold_in_each(jax.random.key(1), jnp.arange(8))
     x = image.astype(jnp.float32) / 16
-    u, log_q = jax.jit(s.settings.deq.flow.apply)({"params": params}, gaussian(keys, x), x)
+    u, log_q = jax.jit(s.settings.deq.flow.apply)({"params": params}, standard_normal(keys, x), x)
     draw = draw_of(dequantizer, params, image, keys)
     np.testing.assert_allclose(draw.x, 2 * (image + u) / 17 - 1, atol=1e-6)
     expected = log_q + 64 * np.log(17 / 2)  # a cell of y has the volume (2/17)^64

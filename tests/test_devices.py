@@ -1,4 +1,4 @@
-"""The same run on 1, 2 and 4 devices and in two processes: losses, rows and samples are equal."""
+"""The same run on 1 and 4 devices and in two processes: losses, rows and samples are equal."""
 
 import subprocess
 import sys
@@ -31,16 +31,20 @@ FIELDS = [
     "--config.eval.num_examples=10",
     "--config.eval.num_samples=12",
 ]
-LAYOUTS = {"1": 1, "2": 2, "4": 4, "2x2": 0}
+LAYOUTS = ("1", "4", "2x2")  # devices, of this process or in two processes of their own
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run folder of every layout, trained and evaluated by `main.py`."""
     root = tmp_path_factory.mktemp("layouts")
-    for name, devices in LAYOUTS.items():
+    for name in LAYOUTS:
         arguments = [CONFIG, f"--workdir={root / name}", "--mode=train,eval", *FIELDS]
-        processes = [start(arguments, devices=devices)] if devices else start_together(arguments)
+        if name == "4":
+            assert jax.device_count() == 4
+            run_here(root / name)
+            continue
+        processes = [start(arguments)] if name == "1" else start_together(arguments)
         said = finish(processes)
         assert "process 0 of" in said[0]
         assert "open " in said[0]
@@ -49,6 +53,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             assert "process 1 of 2" in said[1]
             assert "step" not in said[1]
     return {name: root / name for name in LAYOUTS}
+
+
+def run_here(workdir: Path) -> None:
+    config = tiny.config()
+    config.training.update(stratified=True, log_freq=5)
+    config.eval.update(batch_size=8, num_examples=10, num_samples=12)
+    run_lib.train(Experiment.from_config(config), workdir)
+    run_lib.evaluate(Experiment.from_config(config), workdir, "eval")
 
 
 def metrics(run: Path) -> list[dict]:
@@ -65,7 +77,7 @@ def by_example(run: Path) -> dict[tuple, dict]:
     return {key[:-1]: row for key, row in Records(run / "eval").rows.items()}
 
 
-@pytest.mark.parametrize("layout", ["2", "4", "2x2"])
+@pytest.mark.parametrize("layout", ["4", "2x2"])
 def test_losses_are_equal(runs: dict[str, Path], layout: str) -> None:
     alone, here = metrics(runs["1"]), metrics(runs[layout])
     assert [row["step"] for row in alone] == [5, 10, 10, 15, 20, 20]
@@ -76,7 +88,7 @@ def test_losses_are_equal(runs: dict[str, Path], layout: str) -> None:
         }
 
 
-@pytest.mark.parametrize("layout", ["2", "4", "2x2"])
+@pytest.mark.parametrize("layout", ["4", "2x2"])
 def test_rows_and_samples_are_equal(runs: dict[str, Path], layout: str) -> None:
     one, other = (by_example(runs[name]) for name in ("1", layout))
     assert len(one) == 2 * 10

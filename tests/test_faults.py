@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 CONFIG = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 ENDLESS = ["--mode=train", "--config.training.n_iters=1000000"]
 STOPPED = 75
-LAST = 400
+LAST, KILLS = 120, 6
 
 
 def experiment(**changes) -> Experiment:
@@ -62,13 +62,12 @@ def killed_training(workdir: str, checkpoints: int, seconds: float) -> None:
     run_lib.train(experiment(n_iters=LAST), Path(workdir))
 
 
-@pytest.mark.slow
-def test_twenty_kills_change_no_bit_and_no_line(tmp_path: Path) -> None:
+def test_kills_change_no_bit_and_no_line_and_leave_nothing(tmp_path: Path) -> None:
     run_lib.train(experiment(n_iters=LAST), tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest", "run_lib", "sklearn.datasets"])
     rng, begun = np.random.default_rng(1), []
-    for _ in range(20):
+    for _ in range(KILLS):
         arguments = [str(tmp_path / "killed"), int(rng.integers(1, 4)), rng.uniform(1e-4, 0.05)]
         process = context.Process(target=killed_training, args=arguments)
         process.start()
@@ -77,7 +76,7 @@ def test_twenty_kills_change_no_bit_and_no_line(tmp_path: Path) -> None:
         begun.append(max(whole_steps(tmp_path / "killed"), default=0))
     assert begun == sorted(begun)
     assert 0 < begun[-1] < LAST
-    assert len(set(begun)) > 10
+    assert len(set(begun)) > KILLS // 2
     run_lib.train(experiment(n_iters=LAST), tmp_path / "killed")
     states = [state_of(tmp_path / name, LAST, experiment()) for name in ("whole", "killed")]
     jax.tree.map(np.testing.assert_array_equal, *states)
@@ -188,7 +187,10 @@ def test_all_processes_stop_at_the_same_step(tmp_path: Path) -> None:
 
 
 def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
-    processes = start_together([CONFIG, f"--workdir={tmp_path}", *ENDLESS])
+    """After a silence of 10 s in the place of 60."""
+    impatient = "from run_lib import distributed; distributed.SILENCE_S = 10"
+    arguments = [CONFIG, f"--workdir={tmp_path}", *ENDLESS]
+    processes = start_together(arguments, first_of_all=impatient)
     wait_for_step(tmp_path, 10)
     processes[1].kill()
     said, _ = processes[0].communicate(timeout=120)
@@ -247,11 +249,11 @@ def small_files(limit: int) -> None:
 
 
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
-    arguments = [CONFIG, f"--workdir={tmp_path}", "--mode=train"]
-    finish([start(arguments)])
+    run_lib.train(experiment(), tmp_path)
     before = whole_steps(tmp_path)
-    more = [*arguments, "--config.training.n_iters=40", "--compilation_cache_dir="]
-    process = start(more, preexec_fn=lambda: small_files(40_000))
+    more = ["--config.training.n_iters=40", "--compilation_cache_dir="]
+    arguments = [CONFIG, f"--workdir={tmp_path}", "--mode=train", *more]
+    process = start(arguments, preexec_fn=lambda: small_files(40_000))
     (said,) = finish([process], code=2)
     assert re.search(
         r"^error: a checkpoint could not be written to .*; the same command", said, re.M
@@ -259,7 +261,7 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> Non
     assert whole_steps(tmp_path)[-1] >= before[-1]
     for step in whole_steps(tmp_path):
         state_of(tmp_path, step, experiment())
-    finish([start([*arguments, "--config.training.n_iters=40"])])
+    run_lib.train(experiment(n_iters=40), tmp_path)
     assert whole_steps(tmp_path)[-1] == 40
 
 

@@ -15,6 +15,7 @@ from tests.test_importers import CASES, FIXTURES, STEPS, needs_fixtures
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
+NEW = 6  # steps of training after those of the checkpoint
 BLOB = {"name": "ncsnpp", "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "dropout": 0.1}
 
 
@@ -30,7 +31,7 @@ def config(folder_of_data: Path, case: str = "mle_ddpmpp_vp"):
         c.model[field] = None
     c.data.update(path=str(path), image_size=16, num_channels=3, levels=256, num_test=0)
     c.model.update(**BLOB, attn_resolutions=(8,), parameterization="noise", time_label="time")
-    c.training.update(n_iters=STEPS[case] + 20, batch_size=8, n_jitted_steps=1, log_freq=1)
+    c.training.update(n_iters=STEPS[case] + NEW, batch_size=8, n_jitted_steps=1, log_freq=1)
     c.training.update(eval_freq=20, snapshot_freq=1000, snapshot_freq_for_preemption=10)
     c.training.update(likelihood_weighting=False, importance_weighting=False)
     if case == "mle_ncsnpp_ve":
@@ -43,7 +44,7 @@ def config(folder_of_data: Path, case: str = "mle_ddpmpp_vp"):
 
 @needs_fixtures
 def test_training_goes_on_from_a_published_checkpoint(tmp_path):
-    """20 steps: losses of the size that the moving average predicts; imported or by init_from."""
+    """Some steps: losses of the size that the moving average predicts; imported or by init_from."""
     c, first = config(tmp_path), STEPS["mle_ddpmpp_vp"]
     c.training.init_from = str(FIXTURES / "mle_ddpmpp_vp" / CASES["mle_ddpmpp_vp"])
     whole, direct = tmp_path / "whole", tmp_path / "direct"
@@ -54,12 +55,12 @@ def test_training_goes_on_from_a_published_checkpoint(tmp_path):
     trainer.checkpoints.close()
     run_lib.train(experiment, whole)
     losses = [row["loss"] for row in folder.read_metrics(whole) if row["split"] == "train"]
-    assert len(losses) == 20
+    assert len(losses) == NEW
     assert np.isfinite(losses).all()
     assert 0.5 * predicted < np.mean(losses) < 2.0 * predicted
     run_lib.train(experiment, direct)
     like = experiment.state_like()
-    states = [Checkpoints(run).restore(first + 20, like) for run in (whole, direct)]
+    states = [Checkpoints(run).restore(first + NEW, like) for run in (whole, direct)]
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 

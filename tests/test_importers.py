@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import importers
 import torch_files
 import train_state
+from high_order import first_order_residual
 from likelihood import Divergence, gaussian_decoder, ode_log_likelihood
 from losses import likelihood_weight
 from models import DDPM, NCSNpp
@@ -28,7 +29,6 @@ from operators import (
 )
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
 from sde_lib import VESDE, VPSDE, SubVPSDE
-from terms import first_order_residual
 from time_sampling import Importance
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"

@@ -16,7 +16,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
-KILLS = 10
+KILLS = 5
 
 
 def experiment() -> Experiment:
@@ -46,7 +46,7 @@ def table(workdir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds_per_example"} for row in summary]
 
 
-def test_ten_kills_lose_no_row_and_write_none_twice(tmp_path: Path) -> None:
+def test_kills_lose_no_row_and_write_none_twice(tmp_path: Path) -> None:
     run_lib.train(experiment(), tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     run_lib.evaluate(experiment(), tmp_path / "whole", "eval")
@@ -63,7 +63,7 @@ def test_ten_kills_lose_no_row_and_write_none_twice(tmp_path: Path) -> None:
         assert process.exitcode == -signal.SIGALRM
         counts.append(len(Records(tmp_path / "killed" / "eval").rows))
     assert 0 < counts[-1] < 384  # the kills came in the middle
-    assert len(set(counts)) > 3
+    assert len(set(counts)) > KILLS // 2
     run_lib.evaluate(experiment(), tmp_path / "killed", "eval")
     lines = (tmp_path / "killed" / "eval" / "rows.jsonl").read_text().splitlines()
     keys = [key_of(json.loads(line)) for line in lines]

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import losses
 from dequantization import Pixels, Reals
+from high_order import first_order_residual
 from losses import (
     FLOOR,
     LIKELIHOOD_LAWS,
@@ -26,7 +27,7 @@ from losses import (
 from operators import squared_norm
 from parameterization import TIME_LABELS, ScoreModel, score_from_noise, unit_time_label
 from sde_lib import SDE, VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
-from terms import Terms, first_order_residual
+from terms import Terms
 from time_sampling import Binned, Debias, Importance, Uniform, Velocity
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dsm_orders.npz"
@@ -421,7 +422,9 @@ def test_every_law_has_the_gradient_of_the_importance_law(sde, monkeypatch):
     monkeypatch.setitem(
         losses.UNIFORMS, False, lambda key, ids, n, dtype: (ids.astype(dtype) + 0.5) / n
     )
-    monkeypatch.setattr(losses, "gaussian", lambda keys, like: jnp.broadcast_to(z, like.shape))
+    monkeypatch.setattr(
+        losses, "standard_normal", lambda keys, like: jnp.broadcast_to(z, like.shape)
+    )
     batch = gaussian_batch(n, 1.0) | {"image": jnp.broadcast_to(image, (n, 2))}
     rough = np.random.default_rng(0).random((2, NUM_BINS)) ** 2 + 0.01
     batch["time_law"] = jnp.asarray(rough)

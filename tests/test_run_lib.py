@@ -459,10 +459,18 @@ def test_every_sde_parameterization_and_label_trains(
     assert list(folder.read_metrics(tmp_path))[-1]["step"] == 4
 
 
+def test_a_label_that_counts_levels_needs_discrete_levels() -> None:
+    """In continuous time model.num_scales is free: another number would be another label."""
+    config = tiny.config("mixture")
+    config.model.update(parameterization="noise", time_label="level")
+    with pytest.raises(ValueError, match=r"model\.time_label='level'.*training\.continuous=True"):
+        Experiment.from_config(config)
+
+
 def test_a_network_of_discrete_levels_trains_and_samples_on_the_chain(tmp_path: Path) -> None:
     """DDPM and SMLD objectives with their samplers; likelihoods are those of the SDE."""
     for sde, changes in (
-        ("vpsde", {"parameterization": "noise", "time_label": "time", "beta_max": 5.0}),
+        ("vpsde", {"parameterization": "noise", "time_label": "level", "beta_max": 5.0}),
         ("vesde", {"parameterization": "scaled_score", "time_label": "reverse_index"}),
     ):
         config = tiny.config("mixture")

@@ -17,7 +17,7 @@ from operators import (
     PROBES,
     fold_in_all,
     fold_in_each,
-    gaussian,
+    standard_normal,
     value_hvp_and_directional,
 )
 from parameterization import HEADS, PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
@@ -179,7 +179,7 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_formulas(law):
 
     _, key_time, key_noise, _, key_probe = jax.random.split(rng, 5)
     t = law.sample(key_time, batch, 6, image.dtype)
-    z = gaussian(fold_in_each(key_noise, ids), image)
+    z = standard_normal(fold_in_each(key_noise, ids), image)
     x, sigma, d = sde.perturb(image, t, z), sde.sigma(t), 3
     keys = fold_in_each(key_probe, ids)
     v, w = (PROBES["rademacher"](fold_in_all(keys, i), x) for i in range(2))
