@@ -85,12 +85,15 @@ def settings_digest(experiment: Experiment) -> str:
     """Of the settings that figures depend on, beside protocols, parameters and data."""
     settings = experiment.settings
     model = settings.resolved()["model"]
+    parts = (part for part in (settings.network, settings.sde, settings.head) if part is not None)
+    defaults = {f.name: f.default for part in parts for f in dataclasses.fields(part)}
     data, training = settings.data, settings.training
     skipped = set(WITHOUT_EFFECT)
     if training.continuous and settings.model.time_label not in ("level", "reverse_index"):
         skipped.add("num_scales")  # then it is the number of steps of a sampler, no more
     return _digest(
-        {name: value for name, value in model.items() if name not in skipped},
+        # Without defaults, so that a field that a later version adds changes no identity.
+        {k: v for k, v in model.items() if k not in skipped and v != defaults.get(k)},
         (training.sde, training.continuous),
         (data.levels, data.centered, data.logit),
         settings.seed,

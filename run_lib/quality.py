@@ -23,7 +23,7 @@ import plotting
 from checks import path_of, require
 from evaluation import Extractor, Features, Statistics
 from records import is_intact, is_older, with_checksum
-from run_lib import devices, figures, folder, identities, quality, sampling_loop
+from run_lib import devices, figures, folder, identities, sampling_loop
 from run_lib.experiment import Experiment
 from run_lib.identities import Figure
 from run_lib.sampling_loop import Generator
