@@ -104,7 +104,8 @@ vars(figures).update(SMALL_FIGURES)
 for dataset in ("digits", "swissroll"):
     settings, workdir = Settings.from_config(tiny.config(dataset)), Path({str(tmp_path)!r}, dataset)
     run_lib.train(settings, workdir)
-    run_lib.evaluate(settings, workdir, "eval")
+    if dataset == "digits":
+        run_lib.evaluate(settings, workdir, "eval")
 """
     loaded = loaded_after(code)
     assert "tensorboardX" in loaded
