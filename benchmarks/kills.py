@@ -20,23 +20,22 @@ import numpy as np
 
 import run_lib
 from checkpoints import TEMPORARY, Checkpoints, whole_steps
-from run_lib import training
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from tests import tiny
 
 STEPS = 20
 
 
-def settings(source: str = "") -> Settings:
+def experiment(source: str = "") -> Experiment:
     """A network of some thousand parameters on the digits."""
     config = tiny.config()
     config.training.update(n_iters=STEPS, init_from=source)
-    return Settings.from_config(config)
+    return Experiment.from_config(config)
 
 
 def import_into(workdir: str, source: str) -> None:
     """What `--mode=import` does."""
-    run_lib.import_given(settings(source), Path(workdir), "flowpp_dequantizer")
+    run_lib.import_given(experiment(source), Path(workdir), "flowpp_dequantizer")
 
 
 def start(root: Path, number: int) -> multiprocessing.Process:
@@ -65,7 +64,7 @@ def is_whole(root: Path, number: int) -> bool:
     """Whether an import that runs to its end gives what the source holds, and nothing else."""
     process = start(root, number)
     process.join()
-    like = jax.eval_shape(lambda: training.fresh_state(settings(), (8, 8, 1)))
+    like = experiment().state_like()
     numbers = []
     for workdir in (root / "source", root / str(number)):
         checkpoints = Checkpoints(workdir)
@@ -87,7 +86,7 @@ def main() -> None:
     rng, left, whole = np.random.default_rng(options.seed), Counter(), 0
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        run_lib.train(settings(), root / "source")
+        run_lib.train(experiment(), root / "source")
         is_whole(root, -1)  # starts the server
         began, process = time.monotonic(), start(root, -2)
         wait_for_writing(root / "-2", process)

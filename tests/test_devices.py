@@ -221,6 +221,22 @@ def test_processes_wait_for_each_other_by_the_coordination_service(monkeypatch) 
     assert (short, long) == (300_000, 86_400_000)
 
 
+def test_processes_with_different_configs_end_together(tmp_path: Path) -> None:
+    """Before they compute together, with the field that differs; other data alike."""
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    processes = [
+        start([
+            CONFIG, f"--workdir={tmp_path / 'run'}", "--mode=train", address, "--num_processes=2",
+            f"--process_id={rank}", f"--config.training.n_iters={20 + 5 * rank}",
+        ])
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for text in finish(processes, code=2):
+        assert "training.n_iters: 20 in process 0, 25 in process 1" in text
+        assert "Traceback" not in text
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_only_the_first_process_draws_a_bar(monkeypatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for first in (True, False):

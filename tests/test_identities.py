@@ -254,6 +254,31 @@ def test_the_latest_of_two_figures_replaces_the_other(tmp_path: Path) -> None:
         assert set(identities.current(target)) == {second.identity, *[first.identity][:stays]}
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("config.seed", {"seed": 1}), ("digest of the data.test", {"test": 12}), ("", {})],
+)
+def test_processes_agree_on_config_and_data(monkeypatch, name: str, other: dict) -> None:
+    """The same data may be elsewhere on the machine of another process."""
+    told = []
+
+    def tell(which: str, text: str) -> list[str]:
+        told.append(text)
+        return told
+
+    monkeypatch.setattr(identities.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(identities.parallel, "told_by_all", tell)
+    monkeypatch.setattr(identities, "GRACE_S", 0.0)
+    identities.agree(Experiment.from_config(config()), {"mode": "eval"})
+    c = config()
+    c.seed = other.get("seed", c.seed)
+    c.data.num_test = other.get("test", c.data.num_test)
+    if not name:
+        return identities.agree(Experiment.from_config(c), {"mode": "eval"})
+    with pytest.raises(ValueError, match=rf"different configs or data.*{name}: .* in process 1"):
+        identities.agree(Experiment.from_config(c), {"mode": "eval"})
+
+
 def test_samples_of_another_network_are_never_read(tmp_path: Path) -> None:
     where = tmp_path / "samples_5"
     folder.write_json(where / "protocol.json", {"identity": "a"})
