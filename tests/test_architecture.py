@@ -106,7 +106,8 @@ for dataset in ("digits", "swissroll"):
     experiment = Experiment.from_config(tiny.config(dataset))
     workdir = Path({str(tmp_path)!r}, dataset)
     run_lib.train(experiment, workdir)
-    run_lib.evaluate(experiment, workdir, "eval")
+    if dataset == "digits":
+        run_lib.evaluate(experiment, workdir, "eval")
 """
     loaded = loaded_after(code)
     assert "tensorboardX" in loaded

@@ -187,8 +187,8 @@ def test_all_processes_stop_at_the_same_step(tmp_path: Path) -> None:
 
 
 def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
-    """After a silence of 10 s in the place of 60."""
-    impatient = "from run_lib import devices; devices.SILENCE_S = 10"
+    """After a silence of 20 s in the place of 60."""
+    impatient = "from run_lib import devices; devices.SILENCE_S = 20"
     arguments = [CONFIG, f"--workdir={tmp_path}", *ENDLESS]
     processes = start_together(arguments, first_of_all=impatient)
     wait_for_step(tmp_path, 10)
