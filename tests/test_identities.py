@@ -256,6 +256,14 @@ def test_the_latest_of_two_figures_replaces_the_other(tmp_path: Path) -> None:
         assert set(identities.current(target)) == {second.identity, *[first.identity][:stays]}
 
 
+def test_a_damaged_list_of_identities_is_named(tmp_path: Path) -> None:
+    identities.declare(tmp_path, [identities.Figure("model", 5, "test", "p", "d", "s")])
+    path = tmp_path / identities.CURRENT
+    path.write_text(path.read_text().replace('"test"', '"tent"'))
+    with pytest.raises(ValueError, match=r"identities\.json is damaged: delete it"):
+        identities.current(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "other"),
     [("config.seed", {"seed": 1}), ("digest of the data.test", {"test": 12}), ("", {})],
