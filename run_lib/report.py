@@ -222,8 +222,7 @@ def write(workdir: Path) -> Path:
     for rows in sorted(workdir.glob("*/rows.jsonl")):
         parts += [f"<h2>Results: {html.escape(rows.parent.name)}</h2>"]
         parts += [table_html(summaries(rows.parent))]
-        for image in sorted(rows.parent.glob("extremes_*.png")):
-            parts += [_image(image)]
+        parts += map(_image, _pictures(rows.parent, "extremes").values())
         parts += _bits(rows.parent)
         parts += _identities(rows.parent)
         parts += [
@@ -268,10 +267,18 @@ def write(workdir: Path) -> Path:
 
 def _bits(eval_folder: Path) -> list[str]:
     """The figure of the latest step that says where the bits of a bound are spent."""
-    images = {int(path.stem.split("_")[1]): path for path in eval_folder.glob("bits_*.png")}
+    images = _pictures(eval_folder, "bits")
     if not images:
         return []
     return ["<h3>Where the bits are spent</h3>", f"<p>{BITS}</p>", _image(images[max(images)])]
+
+
+def _pictures(eval_folder: Path, kind: str) -> dict[int, Path]:
+    """The pictures <kind>_<step>.png of those steps whose figures are reported, in order."""
+    known = identities.current(eval_folder)
+    found = {int(path.stem.split("_")[1]): path for path in eval_folder.glob(f"{kind}_*.png")}
+    steps = found.keys() if known is None else {figure.step for figure in known.values()}
+    return {step: found[step] for step in sorted(found.keys() & steps)}
 
 
 def _identities(eval_folder: Path) -> list[str]:

@@ -184,8 +184,8 @@ def row(index: int, repeat: int = 0, **fields: object) -> dict:
     value = 10.0 + index + repeat
     found = {
         "estimator": "bound", "protocol": "p", "step": 1, "split": "test", "unit": "bits/dim",
-        "index": index, "repeat": repeat, "value": value, "decoder": 4.0, "prior": 1.0,
-        "bins": [2.0, value - 7.0],
+        "index": index, "repeat": repeat, "identity": "0a1b", "value": value, "decoder": 4.0,
+        "prior": 1.0, "bins": [2.0, value - 7.0],
     }  # fmt: skip
     return found | fields
 
