@@ -40,16 +40,7 @@ from absl import app, flags
 
 from checkpoints import LostProcessError
 from checks import FieldError, choose, of_type, path_of, require
-from run_lib import (
-    config_files,
-    distributed,
-    folder,
-    identities,
-    interruption,
-    memory,
-    modes,
-    parallel,
-)
+from run_lib import config_files, devices, folder, identities, interruption, modes
 from run_lib.experiment import Experiment
 
 FLAGS = flags.FLAGS
@@ -100,14 +91,14 @@ def _keep_compiled(workdir: Path) -> None:
 
 def _log_start(workdir: Path, names: list[str], changed: dict[str, object]) -> None:
     """The first process tells everything, the others what they are and what goes wrong."""
-    if parallel.is_first():
+    if devices.is_first():
         try:
             folder.log_to(workdir)
         except OSError as error:
             allowed = f"need a folder that can be made and written to: {error.strerror}"
             raise FieldError("--workdir", str(workdir), allowed) from None
-    logger.info("mode %s, workdir %s, %s", ",".join(names), workdir, distributed.describe())
-    if not parallel.is_first():
+    logger.info("mode %s, workdir %s, %s", ",".join(names), workdir, devices.describe())
+    if not devices.is_first():
         logger.setLevel(logging.WARNING)
     for name, value in sorted(changed.items()):
         logger.info("config.%s = %r (command line)", name, value)
@@ -121,7 +112,7 @@ def _run(fields: list[str]) -> None:
     config = config_files.load(FLAGS.config)
     pairs = [field.partition("=") for field in fields]
     changed = {name: config_files.change(config, name, text) for name, _, text in pairs}
-    distributed.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    devices.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     interruption.watch()  # again: connecting takes the handlers
     for name in names if jax.process_count() > 1 else ():
         allowed = "another mode: this one runs in one process, without --coordinator"
@@ -141,7 +132,7 @@ def _run(fields: list[str]) -> None:
     modes.check(experiment, command, names)
     for name in names:
         modes.MODES[name].run(experiment, command)
-        memory.release()
+        devices.release()
 
 
 def main(argv: list[str]) -> None:
@@ -155,7 +146,7 @@ def main(argv: list[str]) -> None:
     # Orbax tells failed writes twice, once from its thread with a traceback.
     threads = logging.getLogger("absl")
     threads.addFilter(lambda record: "_SignalingThread" not in record.getMessage())
-    memory.one_arena()
+    devices.one_arena()
     interruption.watch()
     try:
         _run(argv[1:])
@@ -167,7 +158,7 @@ def main(argv: list[str]) -> None:
     except (jax.errors.JaxRuntimeError, LostProcessError) as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             first_line = str(error).splitlines()[0]
-            _fail(f"{first_line}. What saves memory: {memory.LEVERS}", EXIT_USER_ERROR)
+            _fail(f"{first_line}. What saves memory: {devices.LEVERS}", EXIT_USER_ERROR)
         if jax.process_count() == 1:
             raise
         _fail(f"another process of this run is gone, or: {error}", EXIT_PEER_GONE)

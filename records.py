@@ -137,6 +137,15 @@ def key_of(row: Row) -> Key:
     return tuple(row[field] for field in KEY)
 
 
+def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
+    """Rows in groups of equal fields; the key is the value of one field, or a tuple of several."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        key = tuple(row[field] for field in fields)
+        groups.setdefault(key if len(fields) > 1 else key[0], []).append(row)
+    return groups
+
+
 def example_means(rows: Iterable[Row], field: str = "value") -> dict[int, float]:
     """The mean over repeats of every example, by its index."""
     by_example: dict[int, list[float]] = {}

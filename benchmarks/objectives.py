@@ -47,7 +47,7 @@ from operators import (
     squared_norm,
 )
 from parameterization import HeadModel, ScoreFn, ScoreModel
-from run_lib import parallel
+from run_lib import devices
 from sde_lib import SDE, VPSDE
 from terms import Parts, Point, Terms
 
@@ -219,7 +219,7 @@ def compiled(case: Case, batch_size: int) -> Run:
     config = train_state.OptimizerConfig("adam", 2e-4, 0.9, 0.999, 1e-8, 0.0, 0, 1.0, "constant")
     optimizer = config.chain(1000)
     state = train_state.create(model.init(jax.random.key(0), SHAPE), optimizer)
-    step = parallel.map_over_devices(
+    step = devices.map_over_devices(
         train_state.single_step(train_state.train_step(loss_fn, optimizer, 0.999, "batch")),
         in_axes=(None, None, 1), out_axes=None, donate_argnums=(0,),
     )  # fmt: skip
@@ -229,7 +229,7 @@ def compiled(case: Case, batch_size: int) -> Run:
         "noise_id": np.arange(batch_size, dtype=np.int32)[None],
         "mask": np.ones((1, batch_size), bool),
     }
-    batch = parallel.split(batch, axis=1)
+    batch = devices.split(batch, axis=1)
     start = time.perf_counter()
     executable = step.lower(state, jax.random.key(1), batch).compile()
     return Run(executable, state, batch, time.perf_counter() - start)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import run_lib
-from run_lib import folder, memory
+from run_lib import devices, folder
 from run_lib.experiment import Experiment
 
 STEPS = 2000  # as often as the config saves
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
     options = parser.parse_args()
-    memory.one_arena()  # as main.py
+    devices.one_arena()  # as main.py
     logging.getLogger("fokker").setLevel(logging.INFO)
     folder.LOG_BYTES = 40_000
     cache = str(options.workdir.absolute().parent / ".compilation_cache")
@@ -73,9 +73,9 @@ def main() -> None:
         while (minutes := (time.monotonic() - started) / 60) < options.minutes:
             now = experiment(STEPS * (len(rows) + 1))
             run_lib.train(now, options.workdir)
-            memory.release()  # as main.py between its modes
+            devices.release()  # as main.py between its modes
             run_lib.evaluate(now, options.workdir, f"eval_{len(rows) % 10}")
-            memory.release()
+            devices.release()
             rows.append((round(minutes, 2), now.training.n_iters, *memory_mb(), open_files()))
             table.writerow(rows[-1])
             file.flush()

@@ -19,7 +19,7 @@ import train_state
 from checkpoints import Checkpoints, whole_steps
 from checks import path_of, require
 from losses import dequantizer_loss, mean_loss
-from run_lib import folder, identities, loading, parallel, training
+from run_lib import devices, folder, identities, loading, training
 from run_lib.experiment import Experiment
 from run_lib.trainer import HeldOut, Task, Trainer
 from train_state import TrainState
@@ -63,7 +63,7 @@ def check(
         ValueError: something is missing or does not fit.
     """
     config, target = experiment.settings.resolved(), _folder(workdir, deq_folder)
-    parallel.check_training_batch(experiment.settings.training)
+    devices.check_training_batch(experiment.settings.training)
     folder.reconcile(workdir, config, ignore=("eval", "sampling", "optim", "deq"))
     if not {"train", "import"} & set(earlier):
         _score_step(workdir, target)
@@ -188,8 +188,7 @@ def import_given(experiment: Experiment, workdir: Path, deq_folder: str) -> None
     settings, target = experiment.settings, _folder(workdir, deq_folder)
     if settings.deq.init_from:
         state = given_state(experiment)
-        identities.claim_import(target)
-        folder.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)
+        training.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)
     if settings.training.init_from or not settings.deq.init_from:
         training.import_checkpoint(experiment, workdir)
 

@@ -16,7 +16,7 @@ import diagnostics
 import plotting
 from elbo import gap_factor
 from operators import fold_in_all, fold_in_each, standard_normal
-from run_lib import evaluation_loop, identities, loading, parallel, report
+from run_lib import devices, evaluation_loop, identities, loading, report
 from run_lib.experiment import Experiment
 from terms import Point
 
@@ -114,15 +114,15 @@ class Sampled:
     ) -> dict[str, np.ndarray]:
         """Values of every example; `number` tells the draws of one time from those of another."""
         if function not in self._mapped:
-            self._mapped[function] = parallel.map_over_devices(
+            self._mapped[function] = devices.map_over_devices(
                 lambda *arguments: function(*self._arguments(*arguments)),
                 in_axes=(None, None, None, 0),
                 out_axes=0,
             )
         key, found = jax.random.fold_in(self._key, number), []
         for batch in self._batches:
-            split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
-            results = parallel.join(self._mapped[function](self.params, key, t, split))
+            split = devices.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
+            results = devices.join(self._mapped[function](self.params, key, t, split))
             results = {name: values[batch["mask"]] for name, values in results.items()}
             _check_converged(results.pop("converged", None), batch["index"][batch["mask"]], t)
             found.append(results)

@@ -6,14 +6,17 @@ its draw.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
-from dequantization import Encoding
+from checks import require
+from dequantization import Draw, Encoding, Pixels, Reals
 from elbo import ESTIMATORS
 from heads import Atoms, Cells
 from likelihood import (
@@ -29,8 +32,8 @@ from likelihood import (
 )
 from operators import dimension, fold_in_all, fold_in_each
 from real_heads import Mixture
-from restarted import Restarted, noise_to_signal
-from run_lib.experiment import Dequantization, Experiment
+from restarted import Restarted, noise_to_signal, time_of_noise
+from run_lib.experiment import Experiment
 from run_lib.settings import Settings
 from time_sampling import Importance
 
@@ -44,6 +47,7 @@ OBJECTIVE_FIELDS = (
 )  # fmt: skip
 BINS = 16  # of the integral of a bound over log(σ/α), kept for every example
 Details = dict[str, str | int | float]
+logger = logging.getLogger("fokker")
 
 
 class Parameters(NamedTuple):
@@ -77,6 +81,59 @@ def _text(value: str | float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Dequantization:
+    """How a likelihood starts: the law q(x | k) of x at time `start` (0: data), and its name."""
+
+    details: dict[str, str | float]
+    draw: Callable[[Any, jax.Array, Key[Array, " b"]], Draw]  # (parameters, images, keys)
+    start: float = 0.0
+
+
+def dequantization(experiment: Experiment, kind: str, trained: str = "") -> Dequantization:
+    """The law of the noise by its name in `eval.dequantization`.
+
+    Args:
+        experiment: settings and data.
+        kind: uniform, variational or tn.
+        trained: what the trained dequantiser is called in the protocol.
+
+    Raises:
+        ValueError: real-valued data need none; logit data have no truncated normal.
+    """
+    found, name = experiment.evaluation_encoding, experiment.settings.data.dataset
+    if isinstance(found, Reals):
+        allowed = f"'uniform' for data.dataset={name!r}, which has real values"
+        require(kind == "uniform", "eval.dequantization", kind, allowed)
+        return Dequantization({"data": "real-valued"}, lambda _, x, keys: found.draw(x, keys))
+    if kind == "uniform":
+        return Dequantization({"dequantisation": kind}, lambda _, x, keys: found.draw(x, keys))
+    if kind == "variational":
+        details = {"dequantisation": kind, "dequantiser": trained}
+        return Dequantization(details, experiment.dequantizer.draw)
+    return _truncated_normal(experiment.settings, experiment.encoding)
+
+
+def _truncated_normal(settings: Settings, pixels: Pixels) -> Dequantization:
+    """Starts where half a cell is τ standard deviations of the noise, at t_min the earliest."""
+    sde, tau = settings.sde, settings.eval.tn_tau
+    time = time_of_noise(sde, jnp.asarray((pixels.half_cell / tau) ** 2))
+    earliest = settings.training.smallest_time
+    start = max(float(f"{float(time):.5g}"), earliest)  # the last digits depend on the machine
+    if start == earliest:
+        logger.info("eval.tn_tau=%g would start before t_min=%g: it starts there", tau, earliest)
+    require(start < sde.T, "eval.tn_tau", tau, "a cell that the noise reaches before T")
+    alpha, sigma = (float(c(jnp.asarray(start))) for c in (sde.alpha, sde.sigma))
+    details = {"dequantisation": "tn", "tau": round(alpha * pixels.half_cell / sigma, 3)}
+    jax.eval_shape(  # logit data are refused here
+        lambda x, key: pixels.truncated_normal_draw(x, key[None], alpha, sigma),
+        jax.ShapeDtypeStruct((1, 1), jnp.uint8), jax.random.key(0),
+    )  # fmt: skip
+    return Dequantization(
+        details, lambda _, x, keys: pixels.truncated_normal_draw(x, keys, alpha, sigma), start
+    )
+
+
 def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]:
     """The enabled estimators.
 
@@ -87,7 +144,7 @@ def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]
     settings, table = experiment.settings, []
     config = settings.eval
     for kind in config.dequantizations:
-        noise = experiment.dequantization(kind, dequantizer)
+        noise = dequantization(experiment, kind, dequantizer)
         if config.enable_bpd:
             table.append(_ode(experiment, noise))
         if config.bound:

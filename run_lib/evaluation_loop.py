@@ -18,7 +18,7 @@ import numpy as np
 
 import plotting
 from records import Records, Row, summarize
-from run_lib import bits, folder, identities, loading, parallel, quality, quality_loop, report
+from run_lib import devices, figures, folder, identities, loading, quality, report
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.dequantizer_training import check_dequantizer, load_dequantizer
 from run_lib.estimators import Estimator, Parameters, estimators
@@ -67,7 +67,7 @@ def evaluate(
     folder.results_folder(workdir, eval_folder, deq_folder)
     trivial: list[Estimator] = []  # the same for all checkpoints, so that each is fitted once
     for step, params, target in loading.checkpoints_of(experiment, workdir, eval_folder):
-        scorer = quality_loop.scorer(experiment, target, step)  # its errors come first
+        scorer = quality.scorer(experiment, target, step)  # its errors come first
         found, name = Parameters(params), ""
         if "variational" in experiment.settings.eval.dequantizations:
             dequantizer, name = load_dequantizer(experiment, workdir, deq_folder)
@@ -81,9 +81,9 @@ def evaluate(
         identities.declare(target, [checkpoint.model, checkpoint.baselines])
         evaluate_checkpoint(experiment, checkpoint, table)
         if experiment.settings.eval.enable_sampling:
-            quality_loop.sample(experiment, params, model, target, scorer)
-    parallel.wait_for_all(f"rows {eval_folder}")
-    if parallel.is_first():
+            quality.sample(experiment, params, model, target, scorer)
+    devices.wait_for_all(f"rows {eval_folder}")
+    if devices.is_first():
         _tell(workdir, eval_folder)
 
 
@@ -108,7 +108,7 @@ def check(
     if variational and not {"train_deq", "import"} & set(earlier):
         check_dequantizer(experiment, workdir, deq_folder)
     estimators(experiment), baseline_estimators(experiment)
-    quality_loop.check(experiment, will_have_statistics="fid_stats" in earlier)
+    quality.check(experiment, will_have_statistics="fid_stats" in earlier)
 
 
 def _tell(workdir: Path, eval_folder: str) -> None:
@@ -129,15 +129,15 @@ def evaluate_checkpoint(
 ) -> None:
     """All rows of one checkpoint."""
     target, step = checkpoint.target, checkpoint.step
-    records = Records(target, parallel.host().index)
-    if parallel.is_first():
+    records = Records(target, devices.host().index)
+    if devices.is_first():
         _write_protocols(target, table)
     for estimator in table:
         fill_rows(experiment, checkpoint, estimator, records)
-    parallel.wait_for_all(f"rows of {step}")
-    if parallel.is_first():
-        bits.save(target, step, table)
-    if parallel.is_first() and experiment.dataset.levels is not None and table:
+    devices.wait_for_all(f"rows of {step}")
+    if devices.is_first():
+        figures.save_parts(target, step, table)
+    if devices.is_first() and experiment.dataset.levels is not None and table:
         _save_extremes(experiment, checkpoint, table[0])
 
 
@@ -152,7 +152,7 @@ def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Es
     """extremes_<step>.png: the examples that are likeliest and least likely per dimension."""
     dataset, split = experiment.dataset, experiment.settings.eval.dataset
     rows = Records(checkpoint.target).select(**checkpoint.key_of(estimator))
-    means = {index: summarize(group).mean for index, group in report.by(rows, "index").items()}
+    means = {index: summarize(group).mean for index, group in by(rows, "index").items()}
     order = sorted(means, key=means.get)
     if len(order) < 2 * EXTREMES:
         return
@@ -174,10 +174,10 @@ def fill_rows(
 
     @functools.cache
     def parameters() -> Any:  # asked for where a row is missing
-        return checkpoint.params if estimator.fit is None else parallel.replicate(estimator.fit())
+        return checkpoint.params if estimator.fit is None else devices.replicate(estimator.fit())
 
     number = _number(experiment)
-    total = -(-config.num_repeats * number // parallel.host().count)  # of the one with most
+    total = -(-config.num_repeats * number // devices.host().count)  # of the one with most
 
     def there() -> list[Row]:
         rows = records.select(**shared)
@@ -211,15 +211,15 @@ def fill_rows(
 
 def _timed(function: Callable) -> Callable[..., tuple[float, dict[str, np.ndarray]]]:
     """(seconds without compilation, results of the real examples) of a batch."""
-    mapped = parallel.map_over_devices(function, in_axes=(None, None, 0), out_axes=0)
+    mapped = devices.map_over_devices(function, in_axes=(None, None, 0), out_axes=0)
     compiled = []
 
     def call(params: Any, key: jax.Array, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-        split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
+        split = devices.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
         if not compiled:
             compiled.append(mapped.lower(params, key, split).compile())
         started = time.monotonic()
-        results = parallel.join(mapped(params, key, split))
+        results = devices.join(mapped(params, key, split))
         seconds = time.monotonic() - started
         return seconds, {name: values[batch["mask"]] for name, values in results.items()}
 
@@ -249,7 +249,7 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """The split `eval.dataset` in order, cut to its first examples; all of them for 0."""
     batches = experiment.dataset.eval_batches(
-        experiment.settings.eval.dataset, batch_size=batch_size, host=parallel.host()
+        experiment.settings.eval.dataset, batch_size=batch_size, host=devices.host()
     )
     for batch in batches:
         if num_examples:

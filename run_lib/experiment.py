@@ -17,7 +17,7 @@ import datasets
 import losses
 import marginals
 from checks import choose, in_section, require
-from dequantization import Draw, Encoding, FlowDequantizer, Pixels, Reals
+from dequantization import Encoding, FlowDequantizer, Pixels, Reals
 from fokker_planck import FokkerPlanck
 from heads import Levels
 from high_order import HighOrder
@@ -26,8 +26,7 @@ from ode import Solver
 from operators import fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
 from point_samplers import SAMPLERS
-from restarted import time_of_noise
-from run_lib.parallel import AXIS_NAME
+from run_lib.devices import AXIS_NAME
 from run_lib.settings import SamplingConfig, Settings, TrainingConfig
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
 from streams import Dataset
@@ -40,15 +39,6 @@ ENDLESS = 20_000  # examples that stand for an endless training split
 KEYS = ("init", "train", "held_out", "snapshot", "eval", "eval_loss", "samples", "diagnose",
         "trajectories", "forward", "dequantizer")  # fmt: skip
 logger = logging.getLogger("fokker")
-
-
-@dataclasses.dataclass(frozen=True)
-class Dequantization:
-    """How a likelihood starts: the law q(x | k) of x at time `start` (0: data), and its name."""
-
-    details: dict[str, str | float]
-    draw: Callable[[Any, jax.Array, Key[Array, " b"]], Draw]  # (parameters, images, keys)
-    start: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,28 +185,6 @@ class Experiment:
             )
         return FlowDequantizer(self.settings.deq.flow, found)
 
-    def dequantization(self, kind: str, trained: str = "") -> Dequantization:
-        """The law of the noise by its name in `eval.dequantization`.
-
-        Args:
-            kind: uniform, variational or tn.
-            trained: what the trained dequantiser is called in the protocol.
-
-        Raises:
-            ValueError: real-valued data need none; logit data have no truncated normal.
-        """
-        found, name = self.evaluation_encoding, self.settings.data.dataset
-        if isinstance(found, Reals):
-            allowed = f"'uniform' for data.dataset={name!r}, which has real values"
-            require(kind == "uniform", "eval.dequantization", kind, allowed)
-            return Dequantization({"data": "real-valued"}, lambda _, x, keys: found.draw(x, keys))
-        if kind == "uniform":
-            return Dequantization({"dequantisation": kind}, lambda _, x, keys: found.draw(x, keys))
-        if kind == "variational":
-            details = {"dequantisation": kind, "dequantiser": trained}
-            return Dequantization(details, self.dequantizer.draw)
-        return _truncated_normal(self.settings, self.encoding)
-
     # Training, sampling, likelihoods.
 
     @functools.cached_property
@@ -339,26 +307,6 @@ def _encoded(encoding: Encoding, batches: Iterator[np.ndarray]) -> Iterator[np.n
         keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(batch)))
         yield np.asarray(encode(batch, keys))
         first += len(batch)
-
-
-def _truncated_normal(settings: Settings, pixels: Pixels) -> Dequantization:
-    """Starts where half a cell is τ standard deviations of the noise, at t_min the earliest."""
-    sde, tau = settings.sde, settings.eval.tn_tau
-    time = time_of_noise(sde, jnp.asarray((pixels.half_cell / tau) ** 2))
-    earliest = settings.training.smallest_time
-    start = max(float(f"{float(time):.5g}"), earliest)  # the last digits depend on the machine
-    if start == earliest:
-        logger.info("eval.tn_tau=%g would start before t_min=%g: it starts there", tau, earliest)
-    require(start < sde.T, "eval.tn_tau", tau, "a cell that the noise reaches before T")
-    alpha, sigma = (float(c(jnp.asarray(start))) for c in (sde.alpha, sde.sigma))
-    details = {"dequantisation": "tn", "tau": round(alpha * pixels.half_cell / sigma, 3)}
-    jax.eval_shape(  # logit data are refused here
-        lambda x, key: pixels.truncated_normal_draw(x, key[None], alpha, sigma),
-        jax.ShapeDtypeStruct((1, 1), jnp.uint8), jax.random.key(0),
-    )  # fmt: skip
-    return Dequantization(
-        details, lambda _, x, keys: pixels.truncated_normal_draw(x, keys, alpha, sigma), start
-    )
 
 
 def _high_order(training: TrainingConfig) -> HighOrder | None:

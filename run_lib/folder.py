@@ -14,22 +14,14 @@ import os
 import platform
 import socket
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
-
 import json_files
-import json_lines
-from checkpoints import Checkpoints, whole_steps
-from json_lines import is_count, is_number
-from run_lib import parallel
-from train_state import TrainState
+from checkpoints import whole_steps
+from run_lib import devices
 
 logger = logging.getLogger("fokker")
 LOG_BYTES = 10_000_000
@@ -162,7 +154,7 @@ def alone(where: Path) -> Iterator[None]:
     Raises:
         ValueError: another process is at it; names it.
     """
-    if not parallel.is_first():
+    if not devices.is_first():
         yield
         return
     where.mkdir(parents=True, exist_ok=True)
@@ -187,13 +179,13 @@ def alone(where: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old or the new file, also after a power cut."""
-    if not parallel.is_first():
+    if not devices.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, [json.dumps(content, indent=2) + "\n"])
+    replace_file(path, [json.dumps(content, indent=2) + "\n"])
 
 
-def _replace(path: Path, lines: Iterable[str]) -> None:
+def replace_file(path: Path, lines: Iterable[str]) -> None:
     """Write a file that holds the old text or the new one, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -201,31 +193,6 @@ def _replace(path: Path, lines: Iterable[str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def write_import(
-    workdir: Path, config: dict[str, Any], state: TrainState, snapshot_freq: int
-) -> None:
-    """A state from elsewhere as the only checkpoint of a run folder.
-
-    Raises:
-        ValueError: the folder has other checkpoints, or another process is at it.
-    """
-    step, there = int(state.step), whole_steps(workdir)
-    if there not in ([], [step]):
-        raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
-    with alone(workdir), closing(Checkpoints(workdir, keep_every=snapshot_freq)) as checkpoints:
-        if there and not checkpoints.holds(state):
-            raise ValueError(
-                f"{workdir / 'checkpoints' / str(step)} holds other numbers: use another --workdir"
-            )
-        if there:
-            logger.info("%s holds step %d already", workdir, step)
-            return
-        write_json(workdir / "config.json", config)
-        write_json(workdir / "versions.json", versions())
-        checkpoints.save(state)
-    logger.info("wrote %s", checkpoints.directory / str(step))
 
 
 def versions() -> dict[str, str]:
@@ -265,73 +232,3 @@ def log_to(workdir: Path) -> None:
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-
-
-class NoMetrics:
-    """Where another process writes them."""
-
-    def __init__(self, workdir: Path, first_step: int) -> None:
-        """As of those that are written."""
-
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class MetricsWriter(NoMetrics):
-    """Scalars by step, to metrics.jsonl and TensorBoard.
-
-    A resumed run starts at the step of its checkpoint: later lines of a killed run are dropped
-    first, so that metrics.jsonl holds each step once.
-    """
-
-    def __init__(self, workdir: Path, first_step: int) -> None:
-        path = workdir / "metrics.jsonl"
-        path.touch()
-        _cut_after(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        # Not SummaryWriter, whose thread ends, and then the training waits, when the disk is full.
-        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-        begin = SessionLog(status=SessionLog.START)  # TensorBoard forgets what it has from here on
-        self._events.write_event(
-            Event(wall_time=time.time(), step=first_step + 1, session_log=begin)
-        )
-
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one TensorBoard point per value."""
-        now = time.time()
-        row = {"step": step, "split": split, "time": now, **values}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            summary = scalar(f"{split}/{name}", value)
-            self._events.write_event(Event(wall_time=now, step=step, summary=summary))
-        self._events.flush()
-
-    def close(self) -> None:
-        """Flush and close both."""
-        self._file.close()
-        self._events.close()
-
-
-def _cut_after(path: Path, step: int) -> None:
-    """Write the file anew without later steps, damaged lines and half a line at the end."""
-    rows = (row for row in json_lines.read(path, _is_metrics) if row["step"] <= step)
-    _replace(path, (json.dumps(row) + "\n" for row in rows))
-
-
-def _is_metrics(row: dict[str, Any]) -> bool:
-    """Whether a row has a step, a split and nothing but numbers beside them."""
-    values = (value for name, value in row.items() if name != "split")
-    known = is_count(row.get("step")) and row.get("split") in ("train", "held_out")
-    return known and all(map(is_number, values))
-
-
-def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of metrics.jsonl, one at a time; damaged lines are left out and said."""
-    path = workdir / "metrics.jsonl"
-    if path.exists():
-        yield from json_lines.read(path, _is_metrics)

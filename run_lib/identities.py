@@ -21,7 +21,7 @@ import jax
 import checkpoints
 import json_files
 from checkpoints import whole_steps
-from run_lib import folder, parallel
+from run_lib import devices, folder
 from run_lib.experiment import Experiment
 
 RUN, CURRENT = "identity.json", "identities.json"
@@ -85,12 +85,15 @@ def settings_digest(experiment: Experiment) -> str:
     """Of the settings that figures depend on, beside protocols, parameters and data."""
     settings = experiment.settings
     model = settings.resolved()["model"]
+    parts = (part for part in (settings.network, settings.sde, settings.head) if part is not None)
+    defaults = {f.name: f.default for part in parts for f in dataclasses.fields(part)}
     data, training = settings.data, settings.training
     skipped = set(WITHOUT_EFFECT)
     if training.continuous and settings.model.time_label not in ("level", "reverse_index"):
         skipped.add("num_scales")  # then it is the number of steps of a sampler, no more
     return _digest(
-        {name: value for name, value in model.items() if name not in skipped},
+        # Without defaults, so that a field that a later version adds changes no identity.
+        {k: v for k, v in model.items() if k not in skipped and v != defaults.get(k)},
         (training.sde, training.continuous),
         (data.levels, data.centered, data.logit),
         settings.seed,
@@ -124,7 +127,7 @@ def reported(target: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any
 
 def declare(target: Path, figures: Iterable[Figure]) -> None:
     """From now on these figures of a folder of results are reported, and those they replace not."""
-    if not parallel.is_first():
+    if not devices.is_first():
         return
     kept = current(target) or {}
     if (target / CURRENT).exists() and not kept:
@@ -188,7 +191,7 @@ def claim(experiment: Experiment, workdir: Path) -> None:
 def _set_aside(workdir: Path) -> None:
     """Move the pictures of an earlier training, whose checkpoints are gone, out of the report."""
     pictures = [*workdir.glob("*.png"), *workdir.glob("samples")]
-    if not pictures or not parallel.is_first():
+    if not pictures or not devices.is_first():
         return
     target = workdir / f"earlier-{_run_of(workdir)[:8] or 'unnamed'}"
     target.mkdir(exist_ok=True)
@@ -241,14 +244,14 @@ def agree(experiment: Experiment, command: dict[str, str]) -> None:
     config = experiment.settings.resolved()
     config["data"].pop("path")  # the same data may be elsewhere on another machine
     mine = {"command": command, "config": config, "digest of the data": experiment.dataset.digests}
-    told = [json.loads(text) for text in parallel.told_by_all("identity", json.dumps(mine))]
+    told = [json.loads(text) for text in devices.told_by_all("identity", json.dumps(mine))]
     lines = [
         f"{name}: {ours!r} in process 0, {theirs!r} in process {number}"
         for number, other in enumerate(told)
         for name, (ours, theirs) in folder.differences(told[0], other).items()
     ]
     if lines:
-        if parallel.is_first():
+        if devices.is_first():
             time.sleep(GRACE_S)
         raise ValueError(
             f"the processes of this run were started with different configs or data: "

@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints import Checkpoints
 from checks import require
-from run_lib import folder, identities, parallel
+from run_lib import devices, folder, identities
 from run_lib.experiment import Experiment
 from run_lib.settings import EvalConfig, Settings
 from streams import Dataset
@@ -57,7 +57,7 @@ def check(
         _check_after_training(experiment.settings)
     elif "import" not in earlier:
         _wait_for_checkpoints(experiment.settings, workdir)
-    parallel.check_batch_size(config.batch_size, "eval.batch_size")
+    devices.check_batch_size(config.batch_size, "eval.batch_size")
     _check_split(config, experiment.dataset)
 
 

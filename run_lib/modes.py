@@ -9,7 +9,7 @@ from run_lib import (
     diagnosis_loop,
     evaluation_loop,
     loading,
-    quality_loop,
+    quality,
     training,
 )
 from run_lib.experiment import Experiment
@@ -54,8 +54,8 @@ MODES = {
         processes=False,
     ),
     "fid_stats": Mode(
-        lambda e, c: quality_loop.fid_stats(e),
-        lambda e, c, _: quality_loop.check_fid_stats(e),
+        lambda e, c: quality.fid_stats(e),
+        lambda e, c, _: quality.check_fid_stats(e),
     ),
     "diagnose": Mode(
         lambda e, c: diagnosis_loop.diagnose(e, c.workdir, c.eval_folder),

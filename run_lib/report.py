@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import json_files
 import plotting
 from records import Records, Row, Summary, largest_share, summarize
-from run_lib import comparison, folder, identities, quality
+from run_lib import comparison, folder, identities, metrics, quality
 
 
 class Result(NamedTuple):
@@ -98,15 +98,6 @@ def sentences(results: list[Result]) -> list[str]:
     """What has to be said of bounds with heavy tails, and of models that lose to a baseline."""
     doubts = [sentence for result in results for sentence in result.doubts]
     return doubts + [defeat.sentence() for result in results for defeat in result.worse_than]
-
-
-def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
-    """Rows in groups of equal fields; the key is the value of one field, or a tuple of several."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        key = tuple(row[field] for field in fields)
-        groups.setdefault(key if len(fields) > 1 else key[0], []).append(row)
-    return groups
 
 
 def protocols(eval_folder: Path) -> dict[str, dict[str, Any]]:
@@ -199,7 +190,7 @@ def as_html(header: Sequence[str], rows: Iterable[list[str]]) -> str:
 def save_curves(workdir: Path) -> Path | None:
     """curves.png from metrics.jsonl; None where there are no metrics yet."""
     curves: dict[str, dict[str, plotting.Curve]] = {}
-    for row in folder.read_metrics(workdir):
+    for row in metrics.read_metrics(workdir):
         label = row["split"].replace("_", "-")
         for name in row.keys() - {"step", "split", "time"}:
             steps, values = curves.setdefault(name, {}).setdefault(label, (array("q"), array("d")))

@@ -20,7 +20,7 @@ import numpy as np
 import json_files
 import npz_files
 from operators import fold_in_each
-from run_lib import folder, parallel
+from run_lib import devices, folder
 from run_lib.experiment import Experiment
 
 logger = logging.getLogger("fokker")
@@ -48,7 +48,7 @@ class Generator:
             samples = sampler(model.score(params), model.sde, fold_in_each(key, ids), like)
             return samples.x, samples.nfe
 
-        self._mapped = parallel.map_over_devices(generate, in_axes=(None, None, 0), out_axes=0)
+        self._mapped = devices.map_over_devices(generate, in_axes=(None, None, 0), out_axes=0)
         self._encoding = self.experiment.encoding
 
     def __call__(self, params: Any, number: int) -> np.ndarray:
@@ -67,8 +67,8 @@ class Generator:
             FloatingPointError: a sample is not finite (the solver ran out of steps, or the network
                 is not usable yet); names the samples.
         """
-        split = parallel.split(ids.astype(np.int32))
-        x, nfe = (y[ids < end] for y in parallel.join(self._mapped(params, self.key, split)))
+        split = devices.split(ids.astype(np.int32))
+        x, nfe = (y[ids < end] for y in devices.join(self._mapped(params, self.key, split)))
         bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), int(np.prod(x.shape[1:])))).all(axis=1))
         if bad.size:
             raise FloatingPointError(
@@ -164,12 +164,12 @@ def draw(generate: Generator, params: Any, where: Path, number: int, identity: s
         identity: of the figures of this network.
     """
     check_samples(generate.experiment, where)
-    host = parallel.host()
-    if parallel.is_first():
+    host = devices.host()
+    if devices.is_first():
         _set_aside(where, identity)
         protocol = _protocol(generate.experiment) | {"identity": identity}
         folder.write_json(where / "protocol.json", protocol)
-    missing = parallel.of_first_process(_missing(where, number))
+    missing = devices.of_first_process(_missing(where, number))
     size = whole_batch(generate.batch_size, number, jax.device_count())
     for first, end in _ranges(missing, size):
         ids = (first + np.arange(size))[host.part(size)]
@@ -178,7 +178,7 @@ def draw(generate: Generator, params: Any, where: Path, number: int, identity: s
             path = shard_path(where, ids[0], ids[0] + len(x) - 1)
             npz_files.write(path, {"samples": x, "nfe": nfe, "identity": np.asarray(identity)})
         logger.info("samples %d to %d of %d are in %s", first, end - 1, number, where)
-    parallel.wait_for_all(f"samples {where}")
+    devices.wait_for_all(f"samples {where}")
 
 
 def _missing(where: Path, number: int) -> np.ndarray:
@@ -186,7 +186,7 @@ def _missing(where: Path, number: int) -> np.ndarray:
     missing = np.ones(number, bool)
     for shard in shards(where):
         missing[shard.first : shard.last + 1] = False
-    for path in where.glob("*-*.npz") if parallel.is_first() else ():
+    for path in where.glob("*-*.npz") if devices.is_first() else ():
         if not npz_files.is_whole(path):
             logger.info("%s is damaged and drawn again", path)
             path.unlink()

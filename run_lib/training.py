@@ -1,6 +1,7 @@
 """Training of the score network: its objective, where it starts from, snapshots, imports."""
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 
 import importers
 import plotting
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, whole_steps
 from checks import path_of, require
 from losses import NUM_BINS, mean_loss
 from operators import fold_in_each
-from run_lib import folder, identities, parallel, report
+from run_lib import devices, folder, identities, report
 from run_lib.experiment import Experiment
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings
@@ -39,7 +40,7 @@ def train(experiment: Experiment, workdir: Path) -> None:
         folder.write_json(workdir / "config.json", settings.resolved())
         folder.write_json(workdir / "versions.json", folder.versions())
         trainer.run()
-    if parallel.is_first():
+    if devices.is_first():
         report.write(workdir)
 
 
@@ -51,7 +52,7 @@ def check(experiment: Experiment, workdir: Path) -> None:
     """
     settings, dataset = experiment.settings, experiment.dataset
     training = settings.training
-    parallel.check_training_batch(training)
+    devices.check_training_batch(training)
     experiment.solver, experiment.divergence, experiment.proposal  # noqa: B018
     experiment.check_head()
     if settings.eval.elbo:
@@ -77,7 +78,7 @@ def check(experiment: Experiment, workdir: Path) -> None:
         keys = fold_in_each(jax.random.key(0), ids)
         return sampler(model.score(params), settings.sde, keys, like).x
 
-    jax.eval_shape(jax.vmap(sample, axis_name=parallel.AXIS_NAME), jnp.zeros((1, 2), jnp.int32))
+    jax.eval_shape(jax.vmap(sample, axis_name=devices.AXIS_NAME), jnp.zeros((1, 2), jnp.int32))
     folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq"))
 
 
@@ -100,7 +101,7 @@ def score_task(experiment: Experiment, workdir: Path) -> Task:
         except FloatingPointError as error:
             logger.warning("no snapshot at step %d: %s", step, error)
             return
-        if parallel.is_first():
+        if devices.is_first():
             path = workdir / "samples" / f"step_{step:07d}.png"
             plotting.save_samples(path, samples, experiment.dataset.levels)
 
@@ -193,8 +194,7 @@ def import_checkpoint(experiment: Experiment, workdir: Path) -> None:
     settings = experiment.settings
     source = source_of(settings, workdir)
     state = given_state(experiment, source)
-    identities.claim_import(workdir)
-    folder.write_import(workdir, settings.resolved(), state, settings.training.snapshot_freq)
+    write_import(workdir, settings.resolved(), state, settings.training.snapshot_freq)
 
 
 def source_of(settings: Settings, workdir: Path) -> Path:
@@ -210,3 +210,32 @@ def source_of(settings: Settings, workdir: Path) -> Path:
             f"folder (or put it into {workdir / 'checkpoints-meta'})"
         )
     return source
+
+
+def write_import(
+    workdir: Path, config: dict[str, Any], state: TrainState, snapshot_freq: int
+) -> None:
+    """A state from elsewhere as the only checkpoint of a run folder.
+
+    Raises:
+        ValueError: the folder has other checkpoints, or another process is at it.
+    """
+    step, there = int(state.step), whole_steps(workdir)
+    if there not in ([], [step]):
+        raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
+    with (
+        folder.alone(workdir),
+        closing(Checkpoints(workdir, keep_every=snapshot_freq)) as checkpoints,
+    ):
+        if there and not checkpoints.holds(state):
+            raise ValueError(
+                f"{workdir / 'checkpoints' / str(step)} holds other numbers: use another --workdir"
+            )
+        if there:
+            logger.info("%s holds step %d already", workdir, step)
+            return
+        identities.claim_import(workdir)
+        folder.write_json(workdir / "config.json", config)
+        folder.write_json(workdir / "versions.json", folder.versions())
+        checkpoints.save(state)
+    logger.info("wrote %s", checkpoints.directory / str(step))

@@ -24,12 +24,11 @@ LEVELS = {
     "main": 9,
 }  # fmt: skip
 RUN_LIB = {
-    "settings": 0, "memory": 0, "profiling": 0, "config_files": 1, "distributed": 1, "parallel": 1,
-    "experiment": 1.5, "identities": 3.5,
-    "estimators": 2, "baseline_estimators": 3, "folder": 3, "interruption": 3, "quality": 4,
-    "comparison": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "report": 5,
-    "training": 6, "bits": 6, "quality_loop": 6, "dequantizer_training": 7, "evaluation_loop": 8,
-    "diagnosis_loop": 9, "modes": 10, "__init__": 10,
+    "settings": 0, "config_files": 1, "devices": 1, "folder": 2, "comparison": 2,
+    "experiment": 2, "interruption": 3, "identities": 3, "metrics": 3, "estimators": 3,
+    "baseline_estimators": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4,
+    "quality": 5, "report": 6, "training": 7, "dequantizer_training": 8, "evaluation_loop": 9,
+    "diagnosis_loop": 10, "modes": 11, "__init__": 12,
 }  # fmt: skip
 
 

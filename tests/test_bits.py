@@ -15,7 +15,7 @@ import plotting
 import run_lib
 from records import Records
 from restarted import noise_to_signal
-from run_lib import bits, report
+from run_lib import figures, report
 from run_lib.estimators import BINS
 from run_lib.experiment import Experiment
 from tests import tiny
@@ -209,21 +209,21 @@ EDGES = {("bound", "p"): [-1.0, 0.0, 2.0]}
 def test_rows_without_bins_or_with_others_do_not_count() -> None:
     old = {k: v for k, v in row(2).items() if k not in ("bins", "decoder", "prior")}
     rows = [row(0), row(0, 1), row(1), old, row(3, bins=[1.0, 1.0, 3.0])]
-    (parts,) = bits.all_parts(rows, EDGES)
+    (parts,) = figures.all_parts(rows, EDGES)
     assert (parts["n"], parts["repeats"]) == (2, 1)
     assert parts["bins"]["mean"] == [2.0, 3.75]  # of 3.5 and 4
     assert parts["bins"]["standard_error"] == [0.0, 0.25]
     assert parts["cumulative"]["mean"] == [4.0, 6.0, 9.75, 10.75]
     assert parts["cumulative"]["standard_error"] == [0.0, 0.0, 0.25, 0.25]
-    assert bits.all_parts([old], EDGES) == []
-    assert bits.all_parts(rows, {}) == []
+    assert figures.all_parts([old], EDGES) == []
+    assert figures.all_parts(rows, {}) == []
 
 
 def test_protocols_and_splits_do_not_mix_and_the_histogram_has_the_same_examples() -> None:
     rows = [row(0), row(1), row(0, protocol="q"), row(0, split="train")]
     rows += [row(i, estimator="histogram", value=float(i), bins=[]) for i in range(3)]
     edges = EDGES | {("bound", "q"): [0.0, 1.0, 2.0]}
-    found = bits.all_parts(rows, edges)
+    found = figures.all_parts(rows, edges)
     assert [(p["protocol"], p["split"], p["n"], p["histogram"]) for p in found] == [
         ("p", "test", 2, 0.5), ("p", "train", 1, None), ("q", "test", 1, 0.0),
     ]  # fmt: skip
@@ -234,8 +234,8 @@ def test_figure_draws_cost_per_unit_and_sum(tmp_path: Path, monkeypatch) -> None
     """Bins over widths and the cumulative values, as they are on the axes."""
     kept = []
     monkeypatch.setattr(plotting.plt, "close", kept.append)
-    (parts,) = bits.all_parts([row(0), row(1)], EDGES)
-    plotting.save_bits(tmp_path / "b.png", [bits._drawn(parts)])
+    (parts,) = figures.all_parts([row(0), row(1)], EDGES)
+    plotting.save_bits(tmp_path / "b.png", [figures._drawn(parts)])
     monkeypatch.undo()
     left, right = kept[0].axes
     outline = next(p for p in left.patches if p.get_fill() is False)

@@ -15,7 +15,7 @@ import train_state
 from configs import base
 from datasets import DataConfig
 from losses import mean_loss
-from run_lib import modes, parallel
+from run_lib import devices, modes
 from run_lib.experiment import Experiment
 from run_lib.settings import Settings
 from streams import Dataset, Finite
@@ -205,7 +205,7 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
     experiment = Experiment(settings, dataset)
     loss_fn = mean_loss(experiment.per_example_loss(train=True))
     optimizer = settings.optim.chain(1)
-    step = train_state.train_step(loss_fn, optimizer, settings.model.ema_rate, parallel.AXIS_NAME)
+    step = train_state.train_step(loss_fn, optimizer, settings.model.ema_rate, devices.AXIS_NAME)
     model, rng = experiment.model, np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
     params = jax.tree.map(lambda leaf: np.float32(0.1 * rng.standard_normal(leaf.shape)), shapes)
@@ -217,7 +217,7 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
         "mask": np.ones(4, bool),
     }
     one_device = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
-    mapped = jax.vmap(step, (None, None, 0), axis_name=parallel.AXIS_NAME)
+    mapped = jax.vmap(step, (None, None, 0), axis_name=devices.AXIS_NAME)
     training = settings.training
     family = (settings.model.name, training.sde, training.objective)
     if training.alpha:  # its derivatives of convolutions compile for half a minute

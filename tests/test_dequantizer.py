@@ -20,8 +20,9 @@ from operators import fold_in_all, fold_in_each, standard_normal
 from parameterization import ScoreModel
 from records import Records
 from restarted import Restarted
-from run_lib import folder, loading
+from run_lib import loading, metrics
 from run_lib.dequantizer_training import load_dequantizer
+from run_lib.estimators import dequantization
 from run_lib.experiment import Experiment
 from tests import tiny
 from time_sampling import Importance
@@ -81,7 +82,7 @@ def test_training_resumes_bit_for_bit(trained: Path, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     after = loading.load_parameters(experiment(), trained, 20)
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    first = next(folder.read_metrics(tmp_path / FOLDER))
+    first = next(metrics.read_metrics(tmp_path / FOLDER))
     assert {"loss", "log_q"} <= first.keys()
 
 
@@ -200,7 +201,7 @@ def test_rows_of_the_truncated_normal_are_those_of_the_library(tmp_path: Path) -
     run_lib.evaluate(s, tmp_path, "eval", FOLDER)
     found = Records(tmp_path / "eval").rows.values()
     data, sde = s.dataset, s.settings.sde
-    start = s.dequantization("tn").start
+    start = dequantization(s, "tn").start
     alpha, sigma = (float(f(jnp.asarray(start))) for f in (sde.alpha, sde.sigma))
     assert alpha / sigma / 16 == pytest.approx(2.0, rel=1e-3)
     batch = next(data.eval_batches("test", batch_size=4))
@@ -340,15 +341,15 @@ def test_logit_data_have_no_truncated_normal() -> None:
     c.data.update(centered=False, logit=True)
     found = Experiment.from_config(c)
     with pytest.raises(ValueError, match=r"'tn': need .*data\.logit=True"):
-        found.dequantization("tn")
+        dequantization(found, "tn")
 
 
 def test_start_of_the_truncated_normal() -> None:
     """α h/σ = τ there, cells of the training grid; never before the smallest time."""
     found = experiment()
-    noise = found.dequantization("tn")
+    noise = dequantization(found, "tn")
     t = jnp.asarray(noise.start)
     ratio = float(found.settings.sde.alpha(t) / found.settings.sde.sigma(t)) / 17
     assert ratio == pytest.approx(3.0, rel=1e-3)
     early = experiment(tn_tau=1e4)
-    assert early.dequantization("tn").start == pytest.approx(1e-5)
+    assert dequantization(early, "tn").start == pytest.approx(1e-5)

@@ -14,7 +14,7 @@ from jax._src.distributed import global_state
 import run_lib
 from checkpoints import whole_steps
 from records import Records
-from run_lib import distributed, folder, parallel, sampling_loop
+from run_lib import devices, metrics, sampling_loop
 from run_lib.experiment import Experiment
 from run_lib.trainer import Progress
 from tests import tiny
@@ -63,9 +63,9 @@ def run_here(workdir: Path) -> None:
     run_lib.evaluate(Experiment.from_config(config), workdir, "eval")
 
 
-def metrics(run: Path) -> list[dict]:
+def lines(run: Path) -> list[dict]:
     """metrics.jsonl without the clock."""
-    return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics(run)]
+    return [{k: v for k, v in row.items() if k != "time"} for row in metrics.read_metrics(run)]
 
 
 def samples(run: Path) -> np.ndarray:
@@ -79,7 +79,7 @@ def by_example(run: Path) -> dict[tuple, dict]:
 
 @pytest.mark.parametrize("layout", ["4", "2x2"])
 def test_losses_are_equal(runs: dict[str, Path], layout: str) -> None:
-    alone, here = metrics(runs["1"]), metrics(runs[layout])
+    alone, here = lines(runs["1"]), lines(runs[layout])
     assert [row["step"] for row in alone] == [5, 10, 10, 15, 20, 20]
     assert len({row["loss"] for row in alone}) == 6
     for one, other in zip(alone, here, strict=True):
@@ -130,8 +130,8 @@ def test_a_run_goes_on_with_other_devices(tmp_path: Path) -> None:
     arguments = [CONFIG, f"--workdir={tmp_path / 'moved'}", "--mode=train", *FIELDS]
     endless = [*arguments, "--config.training.n_iters=100000"]
     step = 0
-    for devices in (4, 1):
-        process = start(endless, devices=devices)
+    for number in (4, 1):
+        process = start(endless, devices=number)
         wait_for_step(tmp_path / "moved", step + 10)  # beyond where it began
         process.kill()
         process.communicate()
@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path: Path) -> None:
 )
 def test_mistakes_of_the_command_line_are_named(flags: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        distributed.connect(*flags)
+        devices.connect(*flags)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_launchers_are_recognised(monkeypatch, variables: dict[str, str], joined
         monkeypatch.setenv(name, value)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: calls.append(kwargs))
-    distributed.connect("", None, None)
+    devices.connect("", None, None)
     assert len(calls) == joined
 
 
@@ -193,16 +193,16 @@ def test_open_mpi_without_an_address_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.delenv("OMPI_MCA_orte_hnp_uri", raising=False)
     with pytest.raises(ValueError, match=r"Open MPI 5 .* --coordinator=HOST:PORT"):
-        distributed.connect("", None, None)
+        devices.connect("", None, None)
 
 
 def test_a_coordinator_that_does_not_answer_is_told(monkeypatch) -> None:
-    monkeypatch.setattr(distributed, "CONNECT_S", 1)
+    monkeypatch.setattr(devices, "CONNECT_S", 1)
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(
         ValueError, match=f"--coordinator={address}: process 0 did not answer in 1 s"
     ):
-        distributed.connect(address, 2, 1)
+        devices.connect(address, 2, 1)
 
 
 def test_processes_wait_for_each_other_by_the_coordination_service(monkeypatch) -> None:
@@ -211,11 +211,11 @@ def test_processes_wait_for_each_other_by_the_coordination_service(monkeypatch) 
     monkeypatch.setattr(
         global_state, "client", SimpleNamespace(wait_at_barrier=lambda *a: calls.append(a))
     )
-    parallel.wait_for_all("data")
+    devices.wait_for_all("data")
     assert calls == []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    parallel.wait_for_all("data", seconds=parallel.START_S)
-    parallel.wait_for_all("data")
+    devices.wait_for_all("data", seconds=devices.START_S)
+    devices.wait_for_all("data")
     (first, short), (second, long) = calls
     assert first != second
     assert (short, long) == (300_000, 86_400_000)
@@ -240,7 +240,7 @@ def test_processes_with_different_configs_end_together(tmp_path: Path) -> None:
 def test_only_the_first_process_draws_a_bar(monkeypatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for first in (True, False):
-        monkeypatch.setattr(parallel, "is_first", lambda first=first: first)
+        monkeypatch.setattr(devices, "is_first", lambda first=first: first)
         progress = Progress(0, 10, "step")
         assert (progress.bar is not None) == first
         progress.close()

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import run_lib
 from experiments import compare
-from run_lib import folder
+from run_lib import metrics
 from run_lib.diagnosis_loop import ratio_of_means, totals
 from run_lib.experiment import Experiment
 from tests import tiny
@@ -128,7 +128,7 @@ def test_training_with_the_regulariser_reports_it(tmp_path: Path) -> None:
     config.training.update(alpha=0.1, fp_wgt_type="dimensionless", fp_every=2, fp_fraction=0.5)
     config.training.update(score_matching_order=2, high_order_fraction=0.25)
     run(config, tmp_path, "train")
-    row = next(folder.read_metrics(tmp_path))
+    row = next(metrics.read_metrics(tmp_path))
     assert min(row[name] for name in ("dsm", "frobenius", "trace", "fp")) > 0
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import run_lib
 from checkpoints import Checkpoints, whole_steps
-from run_lib import folder
+from run_lib import folder, metrics, training
 from run_lib.experiment import Experiment
 from tests import tiny
 from tests.processes import ROOT, finish, start, start_together
@@ -81,7 +81,7 @@ def test_kills_change_no_bit_and_no_line_and_leave_nothing(tmp_path: Path) -> No
     states = [state_of(tmp_path / name, LAST, experiment()) for name in ("whole", "killed")]
     jax.tree.map(np.testing.assert_array_equal, *states)
     lines = [
-        [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics(run)]
+        [{k: v for k, v in row.items() if k != "time"} for row in metrics.read_metrics(run)]
         for run in (tmp_path / "whole", tmp_path / "killed")
     ]
     assert lines[0] == lines[1]
@@ -188,7 +188,7 @@ def test_all_processes_stop_at_the_same_step(tmp_path: Path) -> None:
 
 def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
     """After a silence of 20 s in the place of 60."""
-    impatient = "from run_lib import distributed; distributed.SILENCE_S = 20"
+    impatient = "from run_lib import devices; devices.SILENCE_S = 20"
     arguments = [CONFIG, f"--workdir={tmp_path}", *ENDLESS]
     processes = start_together(arguments, first_of_all=impatient)
     wait_for_step(tmp_path, 10)
@@ -284,14 +284,16 @@ def test_an_import_that_was_killed_is_done_again(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)
     folder.reconcile(tmp_path, s.settings.resolved())
     for _ in range(2):
-        folder.write_import(tmp_path, s.settings.resolved(), state, snapshot_freq=10)
+        training.write_import(tmp_path, s.settings.resolved(), state, snapshot_freq=10)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
     jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path, 0, s), state)
     other = jax.tree.map(lambda leaf: leaf + 0 * leaf.sum() + (leaf.ndim > 1), state)
     with pytest.raises(ValueError, match=r"checkpoints/0 holds other numbers: use another"):
-        folder.write_import(tmp_path, s.settings.resolved(), other, snapshot_freq=10)
+        training.write_import(tmp_path, s.settings.resolved(), other, snapshot_freq=10)
     with pytest.raises(ValueError, match="is not empty: use another --workdir"):
-        folder.write_import(tmp_path, s.settings.resolved(), state.replace(step=state.step + 1), 10)
+        training.write_import(
+            tmp_path, s.settings.resolved(), state.replace(step=state.step + 1), 10
+        )
 
 
 def test_a_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:

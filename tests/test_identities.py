@@ -267,7 +267,7 @@ def test_processes_agree_on_config_and_data(monkeypatch, name: str, other: dict)
         return told
 
     monkeypatch.setattr(identities.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(identities.parallel, "told_by_all", tell)
+    monkeypatch.setattr(identities.devices, "told_by_all", tell)
     monkeypatch.setattr(identities, "GRACE_S", 0.0)
     identities.agree(Experiment.from_config(config()), {"mode": "eval"})
     c = config()

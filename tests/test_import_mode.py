@@ -8,7 +8,7 @@ import pytest
 
 import run_lib
 from checkpoints import Checkpoints
-from run_lib import folder, training
+from run_lib import metrics, training
 from run_lib.experiment import Experiment
 from tests import tiny
 from tests.test_importers import CASES, FIXTURES, STEPS, needs_fixtures
@@ -54,7 +54,7 @@ def test_training_goes_on_from_a_published_checkpoint(tmp_path):
     predicted = trainer.task.held_out(trainer.state.ema_params)["loss"]
     trainer.checkpoints.close()
     run_lib.train(experiment, whole)
-    losses = [row["loss"] for row in folder.read_metrics(whole) if row["split"] == "train"]
+    losses = [row["loss"] for row in metrics.read_metrics(whole) if row["split"] == "train"]
     assert len(losses) == NEW
     assert np.isfinite(losses).all()
     assert 0.5 * predicted < np.mean(losses) < 2.0 * predicted

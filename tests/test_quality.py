@@ -11,7 +11,7 @@ import pytest
 import classifier
 import evaluation
 import run_lib
-from run_lib import quality, quality_loop, sampling_loop
+from run_lib import quality, sampling_loop
 from run_lib.experiment import Experiment
 from run_lib.sampling_loop import Generator
 from tests import tiny
@@ -193,7 +193,7 @@ def test_features_of_points_are_refused(tmp_path):
     c.eval.update(features="classifier", enable_bpd=False, bound=False)
     experiment = Experiment.from_config(c)
     with pytest.raises(ValueError, match=r"eval\.features='classifier': swissroll are points"):
-        quality_loop.scorer(experiment, tmp_path, 1)
+        quality.scorer(experiment, tmp_path, 1)
     c.eval.features = ""
     with pytest.raises(ValueError, match=r"--mode=fid_stats needs --config\.eval\.features"):
         run_lib.fid_stats(Experiment.from_config(c))
@@ -215,8 +215,8 @@ def test_hosts_share_the_samples_of_a_batch(trained, tmp_path, monkeypatch):
     generate = Generator(experiment, key, 8)
     sampling_loop.draw(generate, params, tmp_path / "one", 20, "0a1b")
     for index in (0, 1):
-        host = sampling_loop.parallel.host().__class__(index, 2)
-        monkeypatch.setattr(sampling_loop.parallel, "host", lambda host=host: host)
+        host = sampling_loop.devices.host().__class__(index, 2)
+        monkeypatch.setattr(sampling_loop.devices, "host", lambda host=host: host)
         everything = np.ones(20, bool)
         monkeypatch.setattr(sampling_loop, "_missing", lambda *_, all_=everything: all_)
         sampling_loop.draw(generate, params, tmp_path / "two", 20, "0a1b")

@@ -20,7 +20,7 @@ from ode import Solver
 from operators import fold_in_all, fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from records import Records
-from run_lib import evaluation_loop, folder, loading, report
+from run_lib import evaluation_loop, folder, loading, metrics, report
 from run_lib.estimators import draw_keys
 from run_lib.experiment import Experiment
 from run_lib.trainer import PendingMetrics
@@ -76,7 +76,7 @@ def test_a_run_changes_its_law_of_times(tmp_path: Path) -> None:
         assert state.step == n_iters
         assert (state.time_law is not None) == (law == "adaptive")
         assert law != "adaptive" or np.abs(state.time_law - 1.0).max() > 0.1
-    rows = list(folder.read_metrics(tmp_path))
+    rows = list(metrics.read_metrics(tmp_path))
     assert not any("time_law" in row for row in rows)
     assert [row["step"] for row in rows if row["split"] == "train"] == [5, 10, 15]
 
@@ -153,7 +153,7 @@ def test_the_linear_path_trains_samples_and_has_likelihoods(tmp_path: Path) -> N
 def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     config = tiny.config()
     train(config, tmp_path)
-    metrics = list(folder.read_metrics(tmp_path))
+    before = list(metrics.read_metrics(tmp_path))
     # as if a killed run had written lines after its last checkpoint
     lines = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(
@@ -161,8 +161,8 @@ def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     )
     config.training.n_iters = 24
     train(config, tmp_path)
-    rows = [(row["step"], row["split"]) for row in folder.read_metrics(tmp_path)]
-    assert len(rows) == len(set(rows)) > len(metrics)
+    rows = [(row["step"], row["split"]) for row in metrics.read_metrics(tmp_path)]
+    assert len(rows) == len(set(rows)) > len(before)
 
 
 DAMAGED = {
@@ -185,17 +185,17 @@ def test_a_damaged_line_of_the_metrics_is_left_out_and_said(tmp_path, caplog, da
     first = '{"step": 5, "split": "train", "loss": 1}\n'
     path, last = tmp_path / "metrics.jsonl", first.replace("5", "7")
     path.write_text(first + damaged + "\n" + last)
-    assert [row["step"] for row in folder.read_metrics(tmp_path)] == [5, 7]
+    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [5, 7]
     assert report.save_curves(tmp_path).exists()
     assert f"{path}: line 2 is damaged and is left out" in caplog.text
     for step, kept in ((10, first + last), (6, first)):
-        folder.MetricsWriter(tmp_path, step).close()
+        metrics.MetricsWriter(tmp_path, step).close()
         assert path.read_text() == kept
 
 
 def test_events_of_tensorboard_are_those_of_the_metrics(tmp_path: Path) -> None:
     """A first one of its format, one that makes later ones of a killed run void, the values."""
-    writer = folder.MetricsWriter(tmp_path, 4)
+    writer = metrics.MetricsWriter(tmp_path, 4)
     writer.write(5, "train", {"loss": 2.5, "norm": 1.0})
     (path,) = (tmp_path / "tensorboard").iterdir()
     content, found = path.read_bytes(), []
@@ -277,7 +277,7 @@ def test_run_folder_holds_what_the_readme_says(trained: Path) -> None:
     assert list((trained / "tensorboard").glob("events*"))
     assert (trained / "samples" / "step_0000020.png").exists()
     assert json.loads((trained / "config.json").read_text())["model"]["beta_max"] == 20.0
-    splits = {row["split"] for row in folder.read_metrics(trained)}
+    splits = {row["split"] for row in metrics.read_metrics(trained)}
     assert splits == {"train", "held_out"}
 
 
@@ -374,7 +374,7 @@ def test_third_order_trains_on_images_and_reports_every_part(tmp_path: Path, for
     config = tiny.config()
     config.training.update(n_iters=5, score_matching_order=3, third_order_form=form, num_probes=2)
     train(config, tmp_path)
-    row = next(folder.read_metrics(tmp_path))
+    row = next(metrics.read_metrics(tmp_path))
     parts = [row[name] for name in ("dsm", "frobenius", "trace", "third")]
     assert min(parts) > 0
     np.testing.assert_allclose(row["loss"], sum(parts), rtol=1e-4)
@@ -385,7 +385,7 @@ def test_exact_second_order_trains_in_the_plane(tmp_path: Path) -> None:
     config.training.update(n_iters=5, score_matching_order=2, derivative_estimator="exact")
     config.training.update(second_order_weight=0.5, trace_weight=0.0)
     train(config, tmp_path)
-    row = next(folder.read_metrics(tmp_path))
+    row = next(metrics.read_metrics(tmp_path))
     np.testing.assert_allclose(row["loss"], row["dsm"] + 0.5 * row["frobenius"], rtol=1e-4)
 
 
@@ -456,7 +456,7 @@ def test_every_sde_parameterization_and_label_trains(
     assert model.to_score is PARAMETERIZATIONS[parameterization]
     assert model.label is TIME_LABELS[label]
     train(config, tmp_path)
-    assert list(folder.read_metrics(tmp_path))[-1]["step"] == 4
+    assert list(metrics.read_metrics(tmp_path))[-1]["step"] == 4
 
 
 def test_a_label_that_counts_levels_needs_discrete_levels() -> None:

@@ -19,7 +19,7 @@ from checkpoints import Checkpoints
 from likelihood import Divergence, ode_log_likelihood
 from losses import mean_loss
 from ode import Solver
-from run_lib import folder, interruption, memory, parallel, trainer, training
+from run_lib import devices, folder, interruption, metrics, trainer, training
 from run_lib.experiment import Experiment
 from run_lib.trainer import PendingMetrics, Trainer
 from tests import tiny
@@ -81,7 +81,7 @@ def train(workdir: Path, **changes) -> list[dict]:
     config = tiny.config()
     config.training.update(changes)
     run_lib.train(Experiment.from_config(config), workdir)
-    return [r for r in folder.read_metrics(workdir) if r["split"] == "train"]
+    return [r for r in metrics.read_metrics(workdir) if r["split"] == "train"]
 
 
 def test_a_run_in_microbatches_is_the_same_run(tmp_path: Path) -> None:
@@ -116,18 +116,18 @@ def test_a_step_that_does_not_fit_says_what_would(tmp_path: Path, monkeypatch, c
     train(tmp_path, n_jitted_steps=1, n_iters=1)
     said = re.search(r"a step takes (\S+) GiB of the (\S+) GiB of each device", caplog.text)
     assert 0.0 <= float(said[1]) < float(said[2])
-    measured, needs = memory.needed, []
-    monkeypatch.setattr(memory, "needed", lambda program: needs.append(measured(program)))
+    measured, needs = devices.needed, []
+    monkeypatch.setattr(devices, "needed", lambda program: needs.append(measured(program)))
     train(tmp_path, n_jitted_steps=1, n_iters=2)  # XLA does not tell: nothing is refused
     (need,) = needs
     parameters = 4848 * 4
     assert need.kept > 4 * parameters  # the state: parameters, average, two moments
     assert need.temporary > parameters  # the gradient
-    monkeypatch.setattr(memory, "needed", measured)
-    monkeypatch.setattr(memory, "available", lambda: need.total - 1)
+    monkeypatch.setattr(devices, "needed", measured)
+    monkeypatch.setattr(devices, "available", lambda: need.total - 1)
     with pytest.raises(ValueError, match=r"a step takes .* of a device: training.microbatch"):
         train(tmp_path / "small", n_jitted_steps=1)
-    assert not list(folder.read_metrics(tmp_path / "small"))
+    assert not list(metrics.read_metrics(tmp_path / "small"))
 
 
 class Program:
@@ -160,17 +160,17 @@ def test_advice_is_of_programs_that_were_compiled(limit, advice, compiled) -> No
             raise ValueError("no whole number of examples")
         return Program(size)
 
-    need = memory.needed(Program(24))
+    need = devices.needed(Program(24))
     assert need == (110, 24_000)
-    found = memory.microbatch_that_fits(need, 24, [2, 4, 6, 8, 12], compile_with, limit)
+    found = devices.microbatch_that_fits(need, 24, [2, 4, 6, 8, 12], compile_with, limit)
     assert found.startswith(advice)
     assert tried == compiled
 
 
 def test_advice_gives_up_after_a_few_compilations() -> None:
     stubborn = lambda size: Program(24)  # noqa: E731
-    found = memory.microbatch_that_fits(
-        memory.needed(Program(24)), 24, [1, 2, 3, 4, 6, 8, 12], stubborn, 20_000
+    found = devices.microbatch_that_fits(
+        devices.needed(Program(24)), 24, [1, 2, 3, 4, 6, 8, 12], stubborn, 20_000
     )
     assert found == "training.microbatch alone does not help (tried [12, 8, 6])"
 
@@ -306,7 +306,7 @@ def test_nothing_is_asked_without_a_main_program() -> None:
 
 
 def test_batches_are_split_before_they_are_asked_for() -> None:
-    batch = parallel.put({"x": np.arange(16.0).reshape(2, 8)}, axis=1)
+    batch = devices.put({"x": np.arange(16.0).reshape(2, 8)}, axis=1)
     assert batch["x"].shape == (2, 4, 2)
     assert len(batch["x"].sharding.device_set) == 4
 
@@ -323,7 +323,7 @@ def test_no_program_outlives_its_mode() -> None:
             solver=Solver(), divergence=Divergence("rademacher"),
         )  # fmt: skip
         jax.eval_shape(lambda x: law(x, keys).log_p, x)
-        memory.release()
+        devices.release()
         return sum(isinstance(o, jax.extend.core.Jaxpr) for o in gc.get_objects())
 
     experiment = Experiment.from_config(tiny.config())
@@ -397,8 +397,8 @@ def test_the_dispatches_are_those_that_are_compiled(monkeypatch, first, last, co
 def test_compilation_is_not_counted_in_the_time_left(monkeypatch, caplog) -> None:
     caplog.set_level("INFO", logger="fokker")
     clock = itertools.count(0.0, 20.0)  # 20 s from each look to the next
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
-    progress = trainer.Progress(0, 100, "step")
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    progress = metrics.Progress(0, 100, "step")
     with progress.compiling("a step"):
         next(clock)  # of 40 s
     progress.update(40, {})
