@@ -142,14 +142,13 @@ def fill_rows(
     def parameters() -> Any:  # asked for where a row is missing
         return params if estimator.fit is None else parallel.replicate(estimator.fit())
 
-    number = _number(settings, dataset)
-    total = -(-config.num_repeats * number // parallel.host().count)  # of the one with most
+    mine = _of_this_process(config.batch_size, _number(settings, dataset))
 
     def there() -> list[Row]:
         rows = records.select(**identity)
-        return [r for r in rows if r["index"] < number and r["repeat"] < config.num_repeats]
+        return [r for r in rows if r["index"] in mine and r["repeat"] < config.num_repeats]
 
-    progress = Progress(len(there()), total, "image")
+    progress = Progress(len(there()), config.num_repeats * len(mine), "example")
     for repeat in range(config.num_repeats):
         key = jax.random.fold_in(build.keys(settings)[estimator.key], repeat)
         for batch in evaluation_batches(settings, dataset):
@@ -177,6 +176,7 @@ def _timed(function: Callable) -> Callable[..., tuple[float, dict[str, np.ndarra
     def call(params: Any, key: jax.Array, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
         if not compiled:
+            logger.info("compiling the estimator")
             compiled.append(mapped.lower(params, key, split).compile())
         started = time.monotonic()
         results = parallel.join(mapped(params, key, split))
@@ -201,6 +201,14 @@ def _number(settings: Settings, dataset: Dataset) -> int:
     """How many examples of the split are evaluated."""
     size = dataset.size(settings.eval.dataset) or 0
     return min(size, settings.eval.num_examples or size)
+
+
+def _of_this_process(batch_size: int, number: int) -> set[int]:
+    """Which of the first `number` examples this process computes."""
+    ids = np.arange(number)
+    part = parallel.host().part(batch_size)
+    place = ids % batch_size
+    return set(ids[(place >= part.start) & (place < part.stop)].tolist())
 
 
 def evaluation_batches(settings: Settings, dataset: Dataset) -> Iterator[Batch]:

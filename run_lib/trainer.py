@@ -107,6 +107,7 @@ class Trainer:
             for first, batches in self.batches():
                 arguments = (self.state, self.key, batches, *self.task.frozen)
                 if not started:
+                    logger.info("compiling the step")
                     self.check_memory(arguments)
                 started = True
                 self.state, metrics = self.step_fn(*arguments)
@@ -278,30 +279,37 @@ def _text(values: dict[str, float]) -> str:
 
 
 class Progress:
-    """A bar with rate and time left on a terminal, plain lines otherwise."""
+    """A bar with rate and time left on a terminal, plain lines otherwise.
+
+    The rate counts from the first update on: what comes before it is compilation.
+    """
 
     def __init__(self, first: int, last: int, unit: str) -> None:
         self.step, self.last, self.unit = first, last, unit
         shown = sys.stderr.isatty() and parallel.is_first()
         self.bar = tqdm(total=last, initial=first, unit=unit) if shown else None
-        self.spoken = time.monotonic()
+        self.spoken: float | None = None
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Show the step, its rate and the time left; without a terminal at most every 10 s."""
+        now, before = time.monotonic(), self.spoken
         if self.bar is not None:
+            if before is None:
+                self.bar.unpause()
             self.bar.set_postfix(values, refresh=False)
             self.bar.update(step - self.bar.n)
+        elif before is not None and now - before < 10.0 and step < self.last:
             return
-        now = time.monotonic()
-        if now - self.spoken < 10.0 and step < self.last:
-            return
-        rate = (step - self.step) / (now - self.spoken)  # of the steps since the last line
-        left = (self.last - step) / rate
+        else:
+            logger.info("%s %d/%d, %s%s", self.unit, step, self.last, _text(values),
+                        "" if before is None else self._rate(step, now - before))  # fmt: skip
         self.step, self.spoken = step, now
-        logger.info(
-            "%s %d/%d, %s, %.1f %ss/s, %.0f s left",
-            self.unit, step, self.last, _text(values), rate, self.unit, left,
-        )  # fmt: skip
+
+    def _rate(self, step: int, seconds: float) -> str:
+        """Speed since the last line, and how long what is left takes at it."""
+        rate = (step - self.step) / max(seconds, 1e-9)
+        left = f", {(self.last - step) / rate:.0f} s left" if rate > 0.0 else ""
+        return f", {rate:.1f} {self.unit}s/s{left}"
 
     def message(self, text: str) -> None:
         """A line of its own."""
