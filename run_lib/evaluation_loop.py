@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import plotting
-from records import Records, Row, summarize
+from records import Records, Row, by, summarize
 from run_lib import devices, figures, folder, identities, loading, quality, report
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.dequantizer_training import check_dequantizer, load_dequantizer

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import json_files
 import plotting
-from records import Records, Row, Summary, largest_share, summarize
+from records import Records, Row, Summary, by, largest_share, summarize
 from run_lib import comparison, folder, identities, metrics, quality
 
 
