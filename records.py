@@ -97,8 +97,8 @@ def with_checksum(row: Row) -> Row:
 
 
 def is_intact(row: Row) -> bool:
-    """Whether a row has an identity and is as it was when its checksum was taken."""
-    return "identity" in row and row.get(CHECKSUM) == _checksum(_without_checksum(row))
+    """Whether a row is as it was when its checksum was taken."""
+    return row.get(CHECKSUM) == _checksum(_without_checksum(row))
 
 
 def is_older(row: Row) -> bool:

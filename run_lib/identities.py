@@ -21,6 +21,7 @@ import jax
 import checkpoints
 import json_files
 from checkpoints import whole_steps
+from records import is_intact, with_checksum
 from run_lib import devices, folder
 from run_lib.experiment import Experiment
 
@@ -113,7 +114,7 @@ def current(target: Path) -> dict[str, Figure] | None:
     path = target / CURRENT
     if not path.exists():
         return None
-    found = json_files.read(path)
+    found = _read(path)
     if found["run"] != _run_of(target.parent):
         return {}
     return {identity: Figure(**fields) for identity, fields in found["figures"].items()}
@@ -139,7 +140,7 @@ def declare(target: Path, figures: Iterable[Figure]) -> None:
                 _say_replaced(target, other, figure)
         kept[figure.identity] = figure
     content = {identity: figure._asdict() for identity, figure in kept.items()}
-    folder.write_json(target / CURRENT, {"run": _run_of(target.parent), "figures": content})
+    _write(target / CURRENT, {"run": _run_of(target.parent), "figures": content})
 
 
 def _say_replaced(target: Path, old: Figure, new: Figure) -> None:
@@ -170,11 +171,11 @@ def claim(experiment: Experiment, workdir: Path) -> None:
             logger.info("%s is missing (an older version): written for the data of now", path)
         else:
             _set_aside(workdir)
-        folder.write_json(path, {"run": secrets.token_hex(8), "data": now})
+        _write(path, {"run": secrets.token_hex(8), "data": now})
         return
-    content = json_files.read(path)
+    content = _read(path)
     if content["data"] is None:  # of an import, which reads no data
-        folder.write_json(path, content | {"data": now})
+        _write(path, content | {"data": now})
         return
     lines = [
         f"{name}: {_named(content['data'][name])} then, {_named(now[name])} now"
@@ -206,13 +207,29 @@ def claim_import(workdir: Path) -> None:
     """Name the training of a run folder that gets its first checkpoint from elsewhere."""
     if not whole_steps(workdir):
         _set_aside(workdir)
-        folder.write_json(workdir / RUN, {"run": secrets.token_hex(8), "data": None})
+        _write(workdir / RUN, {"run": secrets.token_hex(8), "data": None})
 
 
 def _run_of(workdir: Path) -> str:
     """The name of the training in a run folder; of an older version it has none."""
     path = workdir / RUN
-    return json_files.read(path)["run"] if path.exists() else ""
+    return _read(path)["run"] if path.exists() else ""
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    folder.write_json(path, with_checksum(content))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was written.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    content = json_files.read(path)
+    if not (isinstance(content, dict) and is_intact(content)):
+        raise ValueError(f"{path} is damaged: delete it, and the same command writes it anew")
+    return content
 
 
 def _data(experiment: Experiment) -> dict[str, dict[str, Any]]:

@@ -3,12 +3,14 @@
 import json
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import classifier
 import evaluation
 import run_lib
 from records import Records
@@ -204,6 +206,7 @@ def test_rows_of_an_older_version_are_computed_anew(trained: Path, caplog) -> No
 def test_statistics_are_of_the_data_that_are_there(tmp_path: Path, monkeypatch) -> None:
     """Two archives of one name: each has a file; under one path, the other is refused."""
     monkeypatch.setattr(evaluation, "ASSETS", tmp_path)
+    monkeypatch.setattr(classifier, "trained", partial(classifier.trained, num_steps=5))
     experiments = []
     for name in ("one", "{two}"):
         rng = np.random.default_rng(len(name))
@@ -212,7 +215,6 @@ def test_statistics_are_of_the_data_that_are_there(tmp_path: Path, monkeypatch) 
         arrays = {f"x_{k}": rng.integers(0, 17, (40, 8, 8), np.uint8) for k in ("train", "test")}
         np.savez(path, **arrays, y_train=np.arange(40) % 3, y_test=np.arange(40) % 3)
         experiments.append(Experiment.from_config(config(path, features="classifier")))
-        monkeypatch.setattr("classifier.STEPS", 5)
         run_lib.fid_stats(experiments[-1])
     files = sorted((tmp_path / "stats").glob("data-*_classifier_stats.npz"))
     found = [evaluation.read_statistics(path).digest for path in files]
@@ -252,6 +254,14 @@ def test_the_latest_of_two_figures_replaces_the_other(tmp_path: Path) -> None:
         identities.declare(target, [first])
         identities.declare(target, [second])
         assert set(identities.current(target)) == {second.identity, *[first.identity][:stays]}
+
+
+def test_a_damaged_list_of_identities_is_named(tmp_path: Path) -> None:
+    identities.declare(tmp_path, [identities.Figure("model", 5, "test", "p", "d", "s")])
+    path = tmp_path / identities.CURRENT
+    path.write_text(path.read_text().replace('"test"', '"tent"'))
+    with pytest.raises(ValueError, match=r"identities\.json is damaged: delete it"):
+        identities.current(tmp_path)
 
 
 @pytest.mark.parametrize(
