@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": nn.swish,
 }
 INIT_MODES = ("fan_avg", "fan_out")
-# Of convolutions and products; parameters, statistics and the output of a network stay as they are.
+# The type of convolutions and products; parameters, statistics and the output keep their type.
 DTYPES: dict[str, DTypeLike | None] = {"float32": None, "bfloat16": jnp.bfloat16}
 DOWNSAMPLE_PADDING = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
 DROPOUT_SHARED_AXES = {"element": (), "channel": (1, 2)}
@@ -70,26 +70,28 @@ def check_rate(field: str, value: float) -> None:
         raise ValueError(f"{field} is {value!r}; it must lie in [0, 1)")
 
 
-def check_levels(nf: int, ch_mult: tuple[int, ...], shape: tuple[int, ...] | None = None) -> None:
-    """Refuse levels that are no U-Net, or images [B, H, W, C] that cannot be halved that often.
+def check_levels(field: str, values: tuple[int, ...]) -> None:
+    """Refuse an empty tuple, and one that does not hold a positive integer for every level.
 
     Raises:
-        ValueError: ch_mult is empty or not positive; H or W is not divisible by 2^(levels − 1).
+        ValueError: names the field and the value.
     """
-    if not ch_mult:
-        raise ValueError("ch_mult is empty; it needs one factor per level")
-    check_positive(nf=nf, **{f"ch_mult[{i}]": mult for i, mult in enumerate(ch_mult)})
-    if shape is None:
-        return
+    if not values:
+        raise ValueError(f"{field} is empty; it needs one number per level")
+    check_positive(**{f"{field}[{i}]": value for i, value in enumerate(values)})
+
+
+def check_image(shape: tuple[int, ...], divisor: int, cause: str) -> None:
+    """Refuse all but images [B, H, W, C] whose height and width are multiples of `divisor`.
+
+    Raises:
+        ValueError: names the size and, as the cause, the fields that it does not go with.
+    """
     if len(shape) != 4:
         raise ValueError(f"x has shape {shape}; allowed: [B, H, W, C]")
-    divisor = 2 ** (len(ch_mult) - 1)
     for side, size in (("height", shape[1]), ("width", shape[2])):
         if size % divisor:
-            raise ValueError(
-                f"image {side} is {size}; {len(ch_mult)} levels (ch_mult) allow multiples of "
-                f"{divisor}"
-            )
+            raise ValueError(f"image {side} is {size}; {cause} allow multiples of {divisor}")
 
 
 def _convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -97,9 +99,9 @@ def _convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "conv_general_dilated"
 
 
-# Of XLA, for programs that run once, as `init`: optimising them takes longer than they do.
+# Options of XLA for a program that runs once, such as `init`: to optimise it would take longer.
 QUICK = {"xla_backend_optimization_level": 0}
-# What the reverse pass computes again of every block: nothing, all, all but its convolutions.
+# The reverse pass computes nothing again, or every block, or every block but its convolutions.
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,

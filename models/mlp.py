@@ -20,14 +20,12 @@ from jaxtyping import Array, Float
 
 from models.layers import (
     ACTIVATIONS,
-    check_option,
-    check_positive,
-    check_rate,
     default_init,
     joined,
     sinusoidal_embedding,
     standardize,
 )
+from models.network import Network
 
 
 class ResidualBlock(nn.Module):
@@ -50,7 +48,7 @@ class ResidualBlock(nn.Module):
         return h + nn.Dense(width, kernel_init=default_init(0.0))(u)
 
 
-class MLP(nn.Module):
+class MLP(Network):
     """Residual perceptron with `depth` blocks of width `hidden`, modulated by the label.
 
     Attributes:
@@ -71,15 +69,6 @@ class MLP(nn.Module):
     dropout: float = 0.0
     activation: str = "swish"
     outputs: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_positive(hidden=self.hidden, depth=self.depth)
-        if self.embed_dim < 4:
-            raise ValueError(f"embed_dim is {self.embed_dim!r}; it must be at least 4")
-        check_rate("dropout", self.dropout)
-        check_option("activation", self.activation, ACTIVATIONS)
-        super().__post_init__()
 
     @nn.compact
     def __call__(
