@@ -1,4 +1,5 @@
 # make demo   install, then train and evaluate on handwritten digits; ends with a report to open
+# make check  lint, and the tests that matter for most changes; a few minutes
 # make test   install what the tests need, then lint and run every test
 # make clean  remove the virtual environment
 
@@ -7,17 +8,25 @@ VENV   ?= .venv
 RUN    ?= runs/digits_vp
 BIN    := $(VENV)/bin
 DEMO   := $(BIN)/python main.py --config=configs/digits/vp.py --workdir=$(RUN)
+# Of these files, all but what is marked slow; of whole runs, one that is resumed and evaluated.
+QUICK  := architecture checkpoints configs dequantization elbo fokker_planck high_order likelihood \
+          losses operators parameterization records sampling sde_lib taylor time_sampling train_state
+WHOLE  := metrics_hold_each_step_once_after_a_resume run_folder_holds_what_the_readme_says
 
-.PHONY: demo install test lint clean
+.PHONY: demo install check test lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make /make /p' Makefile
 
 demo: $(VENV)/.installed
 	$(DEMO) --mode=train,eval
 
 install: $(VENV)/.installed
+
+check: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow" \
+	  $(QUICK:%=tests/test_%.py) $(WHOLE:%=tests/test_run_lib.py::test_%)
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)

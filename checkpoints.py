@@ -1,10 +1,12 @@
 """Checkpoints of a run folder: asynchronous, atomic, resumed automatically (Orbax).
 
 `checkpoints/<step>/` holds one TrainState. Kept: the two latest, and for ever every multiple of
-`training.snapshot_freq`, and what older ones an earlier value of it has left. A checkpoint that
-cannot be read moves to `checkpoints-damaged/` when training goes on from the one before it.
+`training.snapshot_freq`, of its value now or of that when the checkpoint was written. What a killed
+run has left beside these is deleted when training starts. A checkpoint that cannot be read moves to
+`checkpoints-damaged/` when training goes on from the one before it.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -21,11 +23,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
+import json_files
 from train_state import TrainState, equal_moments
 
 logger = logging.getLogger("fokker")
 MARGIN = 1_000_000  # bytes beside a checkpoint: metrics, log
 CHECKSUMS = "crc32"
+KEPT_EVERY = "kept_every"
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is not wholly written
 NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)  # of devices, or of another process
 
 
@@ -44,14 +49,34 @@ class MisfitError(ValueError):
     """A checkpoint is of another network."""
 
 
+def whole_steps(workdir: Path) -> list[int]:
+    """Steps with a complete checkpoint in a run folder as it shows them, ascending."""
+    return sorted(int(p.name) for p in _folder(workdir).glob("[0-9]*") if p.name.isdecimal())
+
+
+def _folder(workdir: Path) -> Path:
+    return (workdir / "checkpoints").absolute()
+
+
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
+
+    Args:
+        workdir: the run folder.
+        keep_every: of a run that writes here, and that alone does so: the multiples that it keeps.
+            What a killed one has left is deleted.
+    """
 
     def __init__(self, workdir: Path, *, keep_every: int | None = None) -> None:
-        self.directory = (workdir / "checkpoints").absolute()
-        kept = [policies.LatestN(2), policies.CustomSteps(self._whole()[:-2])]
+        self.directory, self._keep_every = _folder(workdir), keep_every
+        kept = [policies.LatestN(2)]
         if keep_every is not None:
+            if jax.process_index() == 0:  # the others wait for it where they open the folder
+                self._delete_left_over()
             kept.append(policies.EveryNSteps(keep_every))
+        steps = self._whole()
+        latest = [step for step in steps[-2:] if self._is_multiple(step)]
+        kept.append(policies.CustomSteps(steps[:-2] + latest))
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             enable_async_checkpointing=True,
@@ -59,8 +84,36 @@ class Checkpoints:
         self._manager = self._open()
 
     def _whole(self) -> list[int]:
-        """Steps with a complete checkpoint as the folder shows them, ascending."""
-        return sorted(int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdecimal())
+        return whole_steps(self.directory.parent)
+
+    def _delete_left_over(self) -> None:
+        """Half-written and half-deleted checkpoints, and those that were to be deleted next."""
+        for path in self.directory.glob(f"*{TEMPORARY}*"):
+            shutil.rmtree(path)
+        for step in self._whole()[:-2]:
+            if not (self._metadata_path(step).exists() and self._is_kept(step)):
+                shutil.rmtree(self.directory / str(step))
+
+    def _is_kept(self, step: int) -> bool:
+        """Whether a checkpoint that is none of the latest stays, as do those of older code."""
+        known = KEPT_EVERY in self._metadata(step)
+        return not known or self._is_multiple(step) or step % self._keep_every == 0
+
+    def _is_multiple(self, step: int) -> bool:
+        """Of what was kept for ever when it was written."""
+        every = self._metadata(step).get(KEPT_EVERY)
+        return type(every) is int and every > 0 and step % every == 0
+
+    def _metadata_path(self, step: int) -> Path:
+        return self.directory / str(step) / "_CHECKPOINT_METADATA"
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        """What was written beside the state; nothing where that cannot be read."""
+        try:
+            found = json_files.read(self._metadata_path(step))
+            return dict(found.get("custom_metadata") or {})
+        except (OSError, ValueError, AttributeError):
+            return {}
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -88,7 +141,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(state),
-                custom_metadata={CHECKSUMS: _checksums(state)},
+                custom_metadata={CHECKSUMS: _checksums(state), KEPT_EVERY: self._keep_every},
             )
 
     def _check_space(self, state: TrainState) -> None:
@@ -126,6 +179,11 @@ class Checkpoints:
             f"a checkpoint could not be written to {self.directory} (disk full?): {reason[:300]}. "
             f"Whole checkpoints: {self._whole()}; the same command continues from the last of them"
         )
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether the checkpoint of this step has these numbers; older code wrote no checksums."""
+        saved = self._metadata(int(state.step)).get(CHECKSUMS)
+        return saved is None or saved == _checksums(state)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`, with the structure, shapes and dtypes of `like`.
@@ -166,7 +224,7 @@ class Checkpoints:
     def _compare(self, step: int, state: TrainState) -> None:
         """Values that are not those that were saved: nothing else tells of a flipped bit."""
         path = self.directory / str(step) / "_CHECKPOINT_METADATA"
-        saved = json.loads(path.read_text(encoding="utf-8")).get("custom_metadata") or {}
+        saved = json_files.read(path).get("custom_metadata") or {}
         found = _checksums(state)
         wrong = [
             leaf
@@ -203,7 +261,7 @@ class Checkpoints:
     def _written_leaves(self, step: int) -> list[dict[str, Any]]:
         """What Orbax has written of every leaf and of every empty node."""
         path = self.directory / str(step) / "default" / "_METADATA"
-        return list(json.loads(path.read_text(encoding="utf-8"))["tree_metadata"].values())
+        return list(json_files.read(path)["tree_metadata"].values())
 
     def _check_shapes(self, step: int, like: TrainState) -> None:
         """Before the restore, which tells a misfit by hundreds of lines of cancelled reads."""
@@ -306,3 +364,9 @@ def _checksums(tree: Any) -> dict[str, str]:
     """Dtype and CRC-32 of every leaf: read back as another dtype, it is not to be compared."""
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in _by_path(tree).items()}
     return {path: f"{a.dtype} {zlib.crc32(a.view(np.uint8)):08x}" for path, a in arrays.items()}
+
+
+def digest(tree: Any) -> str:
+    """Sixteen hexadecimal digits of the checksums of all leaves: equal for equal numbers."""
+    text = json.dumps(_checksums(tree), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,19 +4,25 @@ TensorFlow is imported for image files and records only, and never sees the GPU.
 """
 
 import dataclasses
-import difflib
+import logging
 import pathlib
-import types
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
 
+import npz_files
+from checks import choose, path_of, require
+from image_arrays import as_classes, as_images
+from image_files import header, split_files
+from lazy_tensorflow import tensorflow
 from point_samplers import SAMPLERS
-from streams import Dataset, Finite, Fresh, Sampler, Shape, require
+from streams import Dataset, Finite, Fresh, Sampler, Shape
 from tfrecords import Records
 from toy_data import LAWS
+
+logger = logging.getLogger("fokker")
+MOST_POINTS = 10_000_000  # of a split of a toy set, which is held in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,88 +40,114 @@ class DataConfig:
     logit: bool
     num_train: int  # the first so many examples; 0 = all (toy sets: fresh samples for ever)
     num_test: int  # the first so many examples; 0 = all (toy sets: at least 1)
-    num_validation: int = 0  # the last so many training examples are a split of their own
+    num_validation: int = 0  # training examples, drawn at random, that are a split of their own
     category: str = ""  # of lsun, as church_outdoor
 
 
 def _points(config: DataConfig, sampler: Sampler) -> Dataset:
-    require(config.path == "", "data.path", config.path, f"'' for {config.dataset}")
+    name, most = config.dataset.lower(), f"{MOST_POINTS} (0 train: fresh samples for ever)"
+    require(config.path == "", "data.path", config.path, f"'' for {name}")
     number = config.num_validation
-    require(number == 0, "data.num_validation", number, f"0 for {config.dataset}")
-    require(config.num_train >= 0, "data.num_train", config.num_train, "at least 0")
-    require(config.num_test >= 1, "data.num_test", config.num_test, "at least 1 for a toy set")
+    require(number == 0, "data.num_validation", number, f"0 for {name}")
+    fits = 0 <= config.num_train <= MOST_POINTS
+    require(fits, "data.num_train", config.num_train, f"0 to {most} for a toy set")
+    fits = 1 <= config.num_test <= MOST_POINTS
+    require(fits, "data.num_test", config.num_test, f"1 to {most} for a toy set")
 
     def fixed(n: int, split: int) -> Finite:
         # Words [s] and [s, 0, 0] seed the same; no training batch has a fourth word, [seed, 0, k].
-        return Finite(n, sampler(np.random.default_rng([0, 0, 0, split]), n).__getitem__)
+        points = sampler(np.random.default_rng([0, 0, 0, split]), n)
+        return Finite(n, points.__getitem__, known_by=f"{name} {split}")
 
-    train = fixed(config.num_train, split=1) if config.num_train else Fresh(sampler)
-    test, name = fixed(config.num_test, split=2), config.dataset.lower()
+    train = fixed(config.num_train, split=1) if config.num_train else Fresh(sampler, known_by=name)
+    test = fixed(config.num_test, split=2)
     law = LAWS[name]() if name in LAWS else None
-    return Dataset(name, test.examples(np.arange(1)).shape[1:], None, train, test, law)
+    shape = test.examples(np.arange(1)).shape[1:]
+    return Dataset(name, shape, None, train, test, law, source="drawn from its law")
 
 
 def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:
     height, width, channels = shape
     fits = config.num_channels == channels and channels in (1, 3)
-    expected = f"1 or 3, and as in {where}: {channels}"
-    require(fits, "data.num_channels", config.num_channels, expected)
-    expected = f"0 or as in {where}: {height}x{width} (resize the images beforehand)"
+    require(fits, "data.num_channels", config.num_channels, f"{channels}, as in {where}")
+    allowed = f"0 or as in {where}: {height}x{width} (resize the images beforehand)"
     fits = config.image_size == 0 or config.image_size == height == width
-    require(fits, "data.image_size", config.image_size, expected)
+    require(fits, "data.image_size", config.image_size, allowed)
     require(2 <= config.levels <= 256, "data.levels", config.levels, "2 to 256")
 
 
-def _image_set(config: DataConfig, shape: Shape, train: Finite, test: Finite) -> Dataset:
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a data set comes from and how it is split, and what is there and not used."""
+
+    text: str
+    left_out: tuple[str, ...] = ()
+
+
+def _image_set(
+    config: DataConfig,
+    shape: Shape,
+    splits: dict[str, Finite],
+    origin: Origin,
+) -> Dataset:
     """The data set of the first num_train and num_test examples (0: all) of the splits."""
+    left_out = list(origin.left_out)
 
-    def first(field: str, n: int, split: Finite) -> Finite:
-        require(0 <= n <= split.size, field, n, f"0 (all) to {split.size}")
+    def first(name: str, n: int) -> Finite:
+        split = splits[name]
+        require(0 <= n <= split.size, f"data.num_{name}", n, f"0 (all) to {split.size}")
         n = n or split.size
-        return Finite(n, split.examples, labels=None if split.labels is None else split.labels[:n])
+        if n < split.size:
+            left_out.append(f"{split.size - n} {name} by data.num_{name}")
+        labels = None if split.labels is None else split.labels[:n]
+        return dataclasses.replace(split, size=n, labels=labels)
 
-    train, validation = _held_out(config, first("data.num_train", config.num_train, train))
+    train, test = first("train", config.num_train), first("test", config.num_test)
+    validation = splits.get("validation")
+    if validation is None:
+        train, validation = _held_out(config, train)
+    else:
+        number = config.num_validation
+        require(number == 0, "data.num_validation", number, "0, as there is a validation split")
     train = dataclasses.replace(train, flip=config.random_flip)
-    test = first("data.num_test", config.num_test, test)
-    name = config.dataset.lower()
-    return Dataset(name, shape, config.levels, train, test, validation=validation)
+    return Dataset(
+        config.dataset.lower(), shape, config.levels, train, test, validation=validation,
+        source=origin.text, left_out=tuple(left_out),
+    )  # fmt: skip
 
 
 def _held_out(config: DataConfig, train: Finite) -> tuple[Finite, Finite | None]:
-    """Training and validation split: the latter is the last `data.num_validation` examples."""
-    number, left = config.num_validation, train.size - config.num_validation
+    """Training and validation split: the latter is drawn at random, the same for every seed.
+
+    Examples are often in order, by class or by writer: the last of them are like no others.
+    """
+    number = config.num_validation
     require(0 <= number < train.size, "data.num_validation", number, f"0 to {train.size - 1}")
     if number == 0:
         return train, None
-    labels = (None, None) if train.labels is None else (train.labels[:left], train.labels[left:])
-    validation = Finite(number, lambda ids: train.examples(ids + left), labels=labels[1])
-    return Finite(left, train.examples, labels=labels[0]), validation
+    drawn = np.random.default_rng([0, 0, 0, 3]).permutation(train.size)
+    rest, validation = (np.sort(ids) for ids in (drawn[number:], drawn[:number]))
+    return _only(train, rest), _only(train, validation)
 
 
-def _check_array(key: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
-    """The uint8 images [n, H, W, C], checked; a missing channel axis is added."""
-    if array.dtype != np.uint8:
-        raise ValueError(f"{key} has dtype {array.dtype}: convert it to uint8, 0 to levels - 1")
-    if array.ndim not in (3, 4) or array.size == 0:
-        raise ValueError(f"{key} has shape {array.shape}: expected [n, H, W(, C)], not empty")
-    array = array[..., None] if array.ndim == 3 else array
-    _check_shape(key, array.shape[1:], config)
-    expected = f"more than the largest value of {key}, {array.max()}"
-    require(config.levels > array.max(), "data.levels", config.levels, expected)
+def _only(split: Finite, chosen: np.ndarray) -> Finite:
+    """The chosen examples of a split."""
+    labels = None if split.labels is None else split.labels[chosen]
+    return dataclasses.replace(
+        split,
+        size=len(chosen),
+        examples=lambda ids: split.examples(chosen[ids]),
+        labels=labels,
+    )
+
+
+def _check_array(name: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
+    """The images [n, H, W, C], whose shape and levels are those of the config."""
+    array = as_images(name, array)
+    _check_shape(name, array.shape[1:], config)
+    allowed = f"more than the largest value of {name}, {array.max()}"
+    require(config.levels > array.max(), "data.levels", config.levels, allowed)
     return array
-
-
-def _check_labels(key: str, labels: np.ndarray | None, size: int) -> np.ndarray | None:
-    """The classes of a split, int [n], checked."""
-    if labels is None:
-        return None
-    fits = labels.shape == (size,) and np.issubdtype(labels.dtype, np.integer)
-    if not fits or labels.min() < 0:
-        raise ValueError(
-            f"{key} is {labels.dtype} {labels.shape}: expected integers 0, 1, … [{size}], one for "
-            "each image"
-        )
-    return labels.astype(np.int32)
 
 
 Labels = tuple[np.ndarray | None, np.ndarray | None]  # of train and test
@@ -123,21 +155,40 @@ Labels = tuple[np.ndarray | None, np.ndarray | None]  # of train and test
 
 def _arrays(
     config: DataConfig,
-    source: str,
     train: np.ndarray,
     test: np.ndarray,
-    labels: Labels = (None, None),
+    labels: Labels,
+    origin: Origin,
 ) -> Dataset:
+    source = config.path or config.dataset.lower()
     train = _check_array(f"x_train of {source}", train, config)
     test = _check_array(f"x_test of {source}", test, config)
     shape, found = train.shape[1:], test.shape[1:]
-    require(shape == found, f"x_test of {source}: shape", found, f"that of x_train, {shape}")
+    if shape != found:
+        raise ValueError(f"x_test of {source} has images {found}: need {shape}, as in x_train")
+    _check_values(config, int(max(train.max(), test.max())), shape)
     keys = (f"y_train of {source}", f"y_test of {source}")
     splits = [
-        Finite(len(x), x.__getitem__, labels=_check_labels(key, y, len(x)))
+        Finite(len(x), x.__getitem__, labels=as_classes(key, y, len(x)))
         for key, x, y in zip(keys, (train, test), labels, strict=True)
     ]
-    return _image_set(config, shape, *splits)
+    return _image_set(config, shape, dict(zip(("train", "test"), splits, strict=True)), origin)
+
+
+def _check_values(config: DataConfig, largest: int, shape: Shape) -> None:
+    """Refuse bits in place of grey levels, and warn of what is legal but hardly meant."""
+    allowed = "2, as all values are 0 or 1 (or images that are multiplied by 255)"
+    require(largest != 1 or config.levels == 2, "data.levels", config.levels, allowed)
+    if largest == 0:
+        logger.warning("all images are black: every value is 0")
+    elif largest < config.levels // 2:
+        logger.warning(
+            "data.levels=%d, but the largest value is %d: bits/dim count levels that never occur; "
+            "data.levels=%d?",
+            config.levels, largest, largest + 1,
+        )  # fmt: skip
+    if shape[:2] == (1, 1):
+        logger.warning("the images have a single pixel: %s", shape)
 
 
 def _digits(config: DataConfig) -> Dataset:
@@ -150,7 +201,8 @@ def _digits(config: DataConfig) -> Dataset:
     images, classes = digits.images.astype(np.uint8), digits.target
     is_test = np.arange(len(images)) % 5 == 4
     labels = classes[~is_test], classes[is_test]
-    return _arrays(config, "digits", images[~is_test], images[is_test], labels)
+    origin = Origin("the digits of scikit-learn, every fifth for the test")
+    return _arrays(config, images[~is_test], images[is_test], labels, origin)
 
 
 def _npz(config: DataConfig) -> Dataset:
@@ -158,81 +210,95 @@ def _npz(config: DataConfig) -> Dataset:
 
     Classes, y_train and y_test, may be there, too.
     """
-    is_npz = pathlib.Path(config.path).is_file() and zipfile.is_zipfile(config.path)
-    require(is_npz, "data.path", config.path, "an existing .npz file")
-    with np.load(config.path, allow_pickle=False) as file:
-        for key in ("x_train", "x_test"):
-            if key not in file.files:
-                raise ValueError(f"data.path={config.path!r} has no {key}, its keys: {file.files}")
-        labels = [file[key] if key in file.files else None for key in ("y_train", "y_test")]
-        return _arrays(config, config.path, file["x_train"], file["x_test"], tuple(labels))
-
-
-def _tensorflow() -> types.ModuleType:
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    return tf
-
-
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    paths = (p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
-    return sorted(paths, key=lambda p: p.relative_to(folder).as_posix())
-
-
-def _header(path: pathlib.Path) -> tuple[int, int, int]:
-    """(height, width, channels) of an image file, from its header."""
-    from PIL import Image
-
+    require(config.path != "", "data.path", config.path, "an .npz file for data.dataset='npz'")
+    path, classes = path_of("data.path", config.path), ("y_train", "y_test")
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "BMP")) as image:
-            mode, (width, height) = image.mode, image.size
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    if mode not in ("L", "RGB"):
-        raise ValueError(f"{path} has mode {mode}: convert it to 8-bit grey (L) or colour (RGB)")
-    return height, width, 1 if mode == "L" else 3
+        found = npz_files.read(path, ("x_train", "x_test"), classes)
+    except ValueError as error:
+        raise ValueError(f"data.path: {error}") from None
+    others = tuple(f"array {key}" for key in npz_files.names(path) if key not in found)
+    origin = Origin(f"arrays x_train and x_test of {path}", others)
+    labels = found.get("y_train"), found.get("y_test")
+    return _arrays(config, found["x_train"], found["x_test"], labels, origin)
+
+
+Decode = Callable[["tf.Tensor"], "tf.Tensor"]  # (file name or record) → uint8 image
+
+
+def _on_demand(
+    decode: Decode,
+    inputs: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    name: Callable[[int], str],
+    files: Iterable[pathlib.Path],
+) -> Finite:
+    """A split that is decoded when it is asked for; an example that cannot be is named."""
+    tf = tensorflow()
+    decode_all = partial(tf.map_fn, decode, fn_output_signature=tf.uint8)
+    decode_all = tf.function(decode_all, input_signature=[tf.TensorSpec([None], tf.string)])
+
+    def examples(ids: np.ndarray) -> np.ndarray:
+        given = inputs(ids)
+        try:
+            return decode_all(given).numpy()
+        except tf.errors.OpError:
+            for number, one in zip(ids, given, strict=True):
+                if problem := _problem(decode, one):
+                    raise ValueError(f"{name(number)} is damaged or gone: {problem}") from None
+            raise
+
+    return Finite(size, examples, known_by=tuple(files))
+
+
+def _problem(decode: Decode, given: bytes) -> str:
+    """Why one example cannot be decoded; empty if it can be."""
+    try:
+        decode(given)
+    except tensorflow().errors.OpError as error:
+        return error.message.splitlines()[0].rpartition("}} ")[2].partition(" [Op:")[0]
+    return ""
 
 
 def _files(paths: list[pathlib.Path], shape: Shape) -> Finite:
-    """The split of these image files, decoded when asked for."""
-    tf, names = _tensorflow(), np.array([bytes(path) for path in paths])
+    """The split of these image files."""
+    tf, names = tensorflow(), np.array([bytes(path) for path in paths])
 
     def decode(name: "tf.Tensor") -> "tf.Tensor":
         image = tf.io.decode_image(tf.io.read_file(name), expand_animations=False)
         return tf.ensure_shape(image, shape)
 
-    decode_all = partial(tf.map_fn, decode, fn_output_signature=tf.uint8)
-    decode_all = tf.function(decode_all, input_signature=[tf.TensorSpec([None], tf.string)])
-    return Finite(len(names), lambda ids: decode_all(names[ids]).numpy())
+    return _on_demand(
+        decode, names.__getitem__, len(names), lambda number: str(paths[number]), paths
+    )
 
 
 def _folder(config: DataConfig) -> Dataset:
-    """Images below path/train and path/test, or below path with every tenth as a test image."""
-    root = pathlib.Path(config.path)
-    require(config.path != "" and root.is_dir(), "data.path", config.path, "an existing folder")
+    """Images below path/train, path/val and path/test, or all below path.
+
+    Without a test split, validation is the test split, or every tenth image where there is none.
+    """
+    require(config.path != "", "data.path", config.path, "a folder for data.dataset='folder'")
+    root = path_of("data.path", config.path)
+    require(root.is_dir(), "data.path", config.path, "an existing folder")
     require(config.levels == 256, "data.levels", config.levels, "256 for image files")
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        train, test = _image_files(root / "train"), _image_files(root / "test")
-    else:
-        images = _image_files(root)
-        train, test = [path for i, path in enumerate(images) if i % 10 != 9], images[9::10]
-    expected = f"png, jpg or bmp for train and test, not {len(train)} and {len(test)}"
-    require(len(train) > 0 < len(test), "data.path", config.path, expected)
-    shape = _header(train[0])
-    for path in train + test:
-        if (found := _header(path)) != shape:
-            raise ValueError(f"{path} is {found}, but {train[0]} is {shape}: expected equal images")
+    splits, text, left_out = split_files(root)
+    paths = [path for split in splits.values() for path in split]
+    shape = header(paths[0])
+    for path in paths[1:]:
+        if (found := header(path)) != shape:
+            raise ValueError(f"{path} is {found}, but {paths[0]} is {shape}: need equal images")
     _check_shape(root, shape, config)
-    return _image_set(config, shape, _files(train, shape), _files(test, shape))
+    found = {name: _files(files, shape) for name, files in splits.items()}
+    return _image_set(config, shape, found, Origin(f"{root}, {text}", tuple(left_out)))
 
 
 def _builder(config: DataConfig, name: str) -> "tfds.core.DatasetBuilder":
     """A tensorflow-datasets builder whose records are there."""
-    _tensorflow()
+    tensorflow()
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=config.path or None)
+    folder = str(path_of("data.path", config.path)) if config.path else None
+    builder = tfds.builder(name, data_dir=folder)
     try:
         builder.download_and_prepare()
     except Exception as error:
@@ -256,7 +322,8 @@ def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) 
         return np.concatenate(images), np.concatenate(labels)
 
     images, labels = zip(*map(read, splits), strict=True)
-    return _arrays(config, name, *images, labels)
+    origin = Origin(f"splits {splits[0]} and {splits[1]} of tensorflow-datasets' {name}")
+    return _arrays(config, *images, labels, origin)
 
 
 Prepare = Callable[["tf.Tensor", int], "tf.Tensor"]  # (uint8 image, size) → [size, size, 3]
@@ -270,14 +337,14 @@ def as_stored(image: "tf.Tensor", size: int) -> "tf.Tensor":
 
 def celeba_crop(image: "tf.Tensor", size: int) -> "tf.Tensor":
     """The central 140×140 pixels of a face, resized by an antialiased bilinear filter."""
-    tf = _tensorflow()
+    tf = tensorflow()
     image = tf.image.resize_with_crop_or_pad(image, 140, 140)
     return _to_uint8(tf.image.resize(image, (size, size), antialias=True))
 
 
 def centre_square(image: "tf.Tensor", size: int) -> "tf.Tensor":
     """The central square, antialiased: bilinear to 128 and below, bicubic above, as published."""
-    tf = _tensorflow()
+    tf = tensorflow()
     side = tf.minimum(tf.shape(image)[0], tf.shape(image)[1])
     image = tf.image.resize_with_crop_or_pad(image, side, side)
     method = "bilinear" if size <= 128 else "bicubic"
@@ -286,22 +353,21 @@ def centre_square(image: "tf.Tensor", size: int) -> "tf.Tensor":
 
 def _to_uint8(image: "tf.Tensor") -> "tf.Tensor":
     """Rounded; a bicubic filter leaves 0 to 255, which a mere cast would wrap around."""
-    tf = _tensorflow()
+    tf = tensorflow()
     return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
 
 
-def _decoded(
-    records: Records, parse: Callable[["tf.Tensor"], "tf.Tensor"], prepare: Prepare, size: int
-) -> Finite:
+def _decoded(records: Records, parse: Decode, prepare: Prepare, size: int) -> Finite:
     """A split whose records are read, decoded and prepared when asked for."""
-    tf = _tensorflow()
+    tf = tensorflow()
 
     def one(record: "tf.Tensor") -> "tf.Tensor":
         return tf.ensure_shape(prepare(parse(record), size), (size, size, 3))
 
-    decode_all = partial(tf.map_fn, one, fn_output_signature=tf.uint8)
-    decode_all = tf.function(decode_all, input_signature=[tf.TensorSpec([None], tf.string)])
-    return Finite(len(records), lambda ids: decode_all(np.array(records[ids], object)).numpy())
+    def read(ids: np.ndarray) -> np.ndarray:
+        return np.array(records[ids], object)
+
+    return _on_demand(one, read, len(records), records.name, records.paths)
 
 
 def _check_colour(config: DataConfig, sizes: tuple[int, ...] = ()) -> None:
@@ -333,7 +399,9 @@ def _tfds_records(
         return _decoded(Records(paths), parse, prepare, config.image_size)
 
     shape = (config.image_size, config.image_size, 3)
-    return _image_set(config, shape, split("train"), split("validation"))
+    splits = {"train": split("train"), "test": split("validation")}
+    origin = Origin(f"splits train and validation (for the test) of {builder.data_dir}")
+    return _image_set(config, shape, splits, origin)
 
 
 def _tfrecords(config: DataConfig) -> Dataset:
@@ -343,9 +411,9 @@ def _tfrecords(config: DataConfig) -> Dataset:
     are the same images, so likelihoods of the test split are those of training images.
     """
     _check_colour(config)
-    tf, root, size = _tensorflow(), pathlib.Path(config.path), config.image_size
+    tf, root, size = tensorflow(), path_of("data.path", config.path), config.image_size
     paths = sorted(root.glob("*.tfrecords")) if root.is_dir() else [root]
-    there = config.path != "" and len(paths) > 0 and paths[0].is_file()
+    there = config.path != "" and len(paths) > 0 and all(path.is_file() for path in paths)
     require(there, "data.path", config.path, "a TFRecord file or a folder of *.tfrecords")
     fields = {
         "shape": tf.io.FixedLenFeature([3], tf.int64),
@@ -361,12 +429,13 @@ def _tfrecords(config: DataConfig) -> Dataset:
     require(images.size > 0, "data.path", config.path, "TFRecords with at least one image")
     try:
         images.examples(np.arange(1))
-    except (tf.errors.InvalidArgumentError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"data.path={config.path!r} does not hold images of data.image_size={size} in the "
             f"format of FFHQ and CelebA-HQ: {error}"
         ) from None
-    return _image_set(config, (size, size, 3), images, images)
+    origin = Origin(f"{root}, train and test are the same images")
+    return _image_set(config, (size, size, 3), {"train": images, "test": images}, origin)
 
 
 def _imagenet_npz(config: DataConfig) -> Dataset:
@@ -377,25 +446,23 @@ def _imagenet_npz(config: DataConfig) -> Dataset:
     Reference: https://arxiv.org/abs/1707.08819.
     """
     _check_colour(config, (8, 16, 32, 64))
-    root, size = pathlib.Path(config.path), config.image_size
+    root, size = path_of("data.path", config.path), config.image_size
     train = sorted(root.glob("train_data*.npz"))
     there = config.path != "" and len(train) > 0 and (root / "val_data.npz").is_file()
     require(there, "data.path", config.path, "a folder with train_data*.npz and val_data.npz")
 
     def read(path: pathlib.Path) -> np.ndarray:
-        with np.load(path, allow_pickle=False) as file:
-            if "data" not in file.files:
-                raise ValueError(f"{path} has no data, its keys: {file.files}")
-            data = file["data"]
+        data = npz_files.read(path, ("data",), ())["data"]
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * size**2:
             raise ValueError(
-                f"{path}: data is {data.dtype} {data.shape}; expected uint8 [n, {3 * size**2}] for "
+                f"{path}: data is {data.dtype} {data.shape}; need uint8 [n, {3 * size**2}] for "
                 f"data.image_size={size}"
             )
         return data.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)
 
     images = np.concatenate([read(path) for path in train])
-    return _arrays(config, config.path, images, read(root / "val_data.npz"))
+    origin = Origin(f"{len(train)} files train_data*.npz, and val_data.npz, of {root}")
+    return _arrays(config, images, read(root / "val_data.npz"), (None, None), origin)
 
 
 DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
@@ -425,8 +492,6 @@ def load(config: DataConfig) -> Dataset:
 
     Raises ValueError for an unknown name or a field that does not fit the data; it names the field.
     """
-    name = config.dataset.lower()
-    if name not in DATASETS:
-        near = "".join(f" {n}?" for n in difflib.get_close_matches(name, DATASETS, n=1))
-        raise ValueError(f"data.dataset={config.dataset!r}:{near} known are {sorted(DATASETS)}")
-    return DATASETS[name](config)
+    dataset = choose(DATASETS, config.dataset.lower(), "data.dataset")(config)
+    logger.info("%s", dataset.describe())
+    return dataset

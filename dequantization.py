@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
+from checks import require
 from models.flowpp import Flowpp
 from models.layers import QUICK
-from operators import Batched, PerExample, dimension, gaussian, inner, squared_norm, uniform
+from operators import Batched, PerExample, dimension, inner, squared_norm, standard_normal, uniform
 
 Images = UInt8[Array, "b *d"]
 Params = Any
@@ -49,14 +50,13 @@ class Pixels:
     unit = "bits/dim"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"data.levels={self.levels}: need 2 <= levels <= 256")
-        if self.centered and self.logit:
-            raise ValueError(
-                "data.centered=True with data.logit=True: the logit starts from [0, 1]; choose one"
-            )
-        if self.logit and not self.dequantize_uniformly:
-            raise ValueError("data.logit=True needs data.uniform_dequantization=True")
+        require(2 <= self.levels <= 256, "data.levels", self.levels, "2 <= levels <= 256")
+        both = self.centered and self.logit
+        allowed = "False with data.logit=True: the logit starts from [0, 1]"
+        require(not both, "data.centered", self.centered, allowed)
+        fits = self.dequantize_uniformly or not self.logit
+        allowed = "True with data.logit=True"
+        require(fits, "data.uniform_dequantization", self.dequantize_uniformly, allowed)
 
     def encode(self, image: Images, keys: Key[Array, " b"]) -> Batched:
         """Model-space y of images, with fresh dequantisation noise from one key per example."""
@@ -128,11 +128,11 @@ class Pixels:
         Raises:
             ValueError: logit data, whose cells are not α-scaled copies of each other.
         """
-        if self.logit:
-            raise ValueError(
-                "eval.dequantization='tn' with data.logit=True: the noise of the diffusion cannot "
-                "stand in for that of the cells; allowed: 'uniform', 'variational'"
-            )
+        allowed = (
+            "'uniform' or 'variational' with data.logit=True: the noise of the diffusion cannot "
+            "stand in for that of the cells"
+        )
+        require(not self.logit, "eval.dequantization", "tn", allowed)
         tau = alpha * self.half_cell / sigma
 
         def truncated(key: Key[Array, ""]) -> Array:
@@ -184,7 +184,7 @@ class FlowDequantizer:
     def draw(self, params: Params, image: Images, keys: Key[Array, " b"]) -> Draw:
         """y of noise of the flow."""
         x = self._context(image)
-        u, log_q = self.flow.apply({"params": params}, gaussian(keys, x), x)
+        u, log_q = self.flow.apply({"params": params}, standard_normal(keys, x), x)
         return self.encoding.draw_of_noise(image, u, log_q)
 
     def _context(self, image: Images) -> Batched:

@@ -113,7 +113,7 @@ def ode_score(
     identity = jnp.eye(d, dtype=x.dtype).reshape(1, d, *x.shape[1:])
     columns = jnp.broadcast_to(identity, (batch_size, *identity.shape[1:]))
     start = (x, zero, columns, jnp.zeros((batch_size, d), x.dtype))
-    found = solver.integrate(field, t, sde.T, start, None)
+    found = solver.integrate(field, t, sde.T, start, None, sde.ode_variable)
     end, log_det, columns, slopes = found.state
     axes = tuple(range(2, columns.ndim))
     pulled = jnp.sum(columns * end[:, None], axis=axes) / sde.prior_std**2

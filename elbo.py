@@ -13,26 +13,23 @@ Reference: Huang et al. 2021, https://arxiv.org/abs/2106.02808, theorem 4 and ap
 
 import dataclasses
 import math
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
+from checks import require
 from likelihood import Divergence
 from operators import (
     Batched,
     PerExample,
     dimension,
     fold_in_all,
-    gaussian,
     squared_norm,
+    standard_normal,
 )
 from parameterization import ScoreFn
 from sde_lib import SDE
-from time_sampling import Debias
-
-Draw = Callable[[Key[Array, " b"], PerExample], PerExample]
+from time_sampling import Debias, draws
 
 
 def published_elbo(
@@ -50,10 +47,11 @@ def published_elbo(
     """
     probe = dataclasses.replace(divergence, num_probes=1)
 
-    def draw(keys: Key[Array, " b"], u: PerExample) -> PerExample:
+    def draw(keys: Key[Array, "b 2"], u: PerExample) -> PerExample:
+        keys = keys[:, 0]
         t, end = sde.T * u, jnp.full_like(u, sde.T)
-        x_t = sde.perturb(x, t, gaussian(fold_in_all(keys, 0), x))
-        x_end = sde.perturb(x, end, gaussian(fold_in_all(keys, 1), x))
+        x_t = sde.perturb(x, t, standard_normal(fold_in_all(keys, 0), x))
+        x_end = sde.perturb(x, end, standard_normal(fold_in_all(keys, 1), x))
 
         def flow(y: Batched) -> Batched:
             return sde.reverse_drift(score_fn(y, t), y, t)  # f − g² s
@@ -62,7 +60,8 @@ def published_elbo(
         square = squared_norm(sde.f(x_t, t) - drift) / sde.g2(t)  # g²‖s‖²
         return sde.prior_logp(x_end) - sde.T * (0.5 * square - div)
 
-    return _mean_over_draws(draw, keys, num_times, stratified=False)
+    found = draws(draw, keys, num_times, x.dtype, stratified=False, smallest=_smallest(x))
+    return jnp.mean(found, axis=0)
 
 
 def elbo(
@@ -82,18 +81,19 @@ def elbo(
     """
     proposal, d = Debias(sde, t_eps), dimension(x)
 
-    def draw(keys: Key[Array, " b"], u: PerExample) -> PerExample:
+    def draw(keys: Key[Array, "b 2"], u: PerExample) -> PerExample:
+        keys = keys[:, 0]
         t = proposal.quantile(u)
-        x_t = sde.perturb(x, t, gaussian(fold_in_all(keys, 0), x))
+        x_t = sde.perturb(x, t, standard_normal(fold_in_all(keys, 0), x))
         probes = divergence.draw(fold_in_all(keys, 2), x)
         score, div = divergence(lambda y: score_fn(y, t), x_t, probes)
-        g2, alpha2, sigma2 = sde.g2(t), sde.alpha(t) ** 2, sde.sigma(t) ** 2
+        g2, variance = sde.g2(t), sde.alpha(t) ** 2 + sde.sigma(t) ** 2
         integrand = g2 * (0.5 * squared_norm(score) + div) - d * sde.drift_coefficient(t)
-        centred = squared_norm(x_t) - alpha2 * squared_norm(x) - d * sigma2
-        variate = 0.5 * g2 / (alpha2 + sigma2) ** 2 * centred
+        variate = 0.5 * g2 / variance**2 * sde.centred_norm(x, x_t, t)
         return -(integrand - variate) / proposal.density(t)
 
-    return prior_term(sde, x) + _mean_over_draws(draw, keys, num_times, stratified=True)
+    found = draws(draw, keys, num_times, x.dtype, smallest=_smallest(x))
+    return prior_term(sde, x) + jnp.mean(found, axis=0)
 
 
 def prior_term(sde: SDE, x: Batched) -> PerExample:
@@ -112,25 +112,13 @@ def gap_factor(lmbd: float) -> float:
     Raises:
         ValueError: λ > 1, which is no member of the family.
     """
-    if lmbd > 1.0:
-        raise ValueError(f"sampling.lmbd={lmbd}: need λ <= 1")
+    require(lmbd <= 1.0, "sampling.lmbd", lmbd, "λ <= 1")
     return math.inf if lmbd == 1.0 else (1.0 - 0.5 * lmbd) ** 2 / (1.0 - lmbd)
 
 
 ESTIMATORS = {"published": published_elbo, "low_variance": elbo}
 
 
-def _mean_over_draws(
-    draw: Draw, keys: Key[Array, " b"], number: int, *, stratified: bool
-) -> PerExample:
-    """Mean over `number` draws, u ~ U(0, 1) or one in each of as many cells."""
-
-    def numbered(i: Int[Array, ""]) -> PerExample:
-        keys_now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i)))(keys)
-        dtype = jnp.result_type(float)
-        smallest = jnp.finfo(dtype).epsneg  # u = 0 would give t = 0, where σ may be 0
-        u = jax.vmap(lambda k: jax.random.uniform(k, (), dtype, smallest))(keys_now[:, 0])
-        u = (i.astype(dtype) + u) / number if stratified else u
-        return draw(keys_now[:, 1], u)
-
-    return jnp.mean(jax.lax.map(numbered, jnp.arange(number)), axis=0)
+def _smallest(x: Batched) -> float:
+    """u = 0 would give t = 0, where σ may be 0."""
+    return float(jnp.finfo(x.dtype).epsneg)

@@ -1,12 +1,13 @@
-"""Sample quality by TF-GAN, from features h ∈ Rᵈ and class probabilities p(y|x) of a network.
+"""Sample quality, from features h ∈ Rᵈ and class probabilities p(y|x) of a network.
 
     IS    exp E KL(p(y|x) ‖ p(y))
     FID   ‖μ − m‖² + tr(Σ + S − 2 (Σ S)^½)         means and covariances of h: samples, reference
     KID   unbiased MMD² of h with kernel (h·h'/d + 1)³, mean over blocks
 
-The plain names are those of Inception's features; of any other network they say which. TensorFlow
-runs on the CPU only. Reference: Salimans et al. 2016, https://arxiv.org/abs/1606.03498; Heusel et
-al. 2017, https://arxiv.org/abs/1706.08500; Binkowski et al. 2018, https://arxiv.org/abs/1801.01401.
+FID and KID are computed by TF-GAN. The plain names are those of Inception's features; of any other
+network they say which. TensorFlow runs on the CPU only. Reference: Salimans et al. 2016,
+https://arxiv.org/abs/1606.03498; Heusel et al. 2017, https://arxiv.org/abs/1706.08500; Binkowski et
+al. 2018, https://arxiv.org/abs/1801.01401.
 """
 
 import dataclasses
@@ -23,6 +24,8 @@ import numpy as np
 
 import classifier
 import npz_files
+from checks import path_of
+from lazy_tensorflow import tensorflow
 from streams import Dataset
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -56,14 +59,23 @@ def inception_score(logits: np.ndarray) -> Measure:
     log IS is the mean of KLᵢ = KL(p(y|xᵢ) ‖ p(y)), and to first order a change of p(y) adds nothing
     to it, so s.e. = IS · std(KLᵢ)/√n.
     """
-    value = float(_tfgan().eval.classifier_score_from_logits(np.float64(logits)))
     log_p = np.float64(logits) - np.logaddexp.reduce(np.float64(logits), axis=1, keepdims=True)
-    divergences = (np.exp(log_p) * (log_p - np.log(np.exp(log_p).mean(axis=0)))).sum(axis=1)
-    return Measure(value, float(value * divergences.std() / math.sqrt(len(logits))))
+    log_mean = np.logaddexp.reduce(log_p, axis=0) - math.log(len(log_p))  # −800 is no zero here
+    divergences = (np.exp(log_p) * (log_p - log_mean)).sum(axis=1)
+    value = math.exp(divergences.mean())
+    return Measure(value, float(value * divergences.std() / math.sqrt(len(log_p))))
 
 
 def inception_score_of_splits(logits: np.ndarray, splits: int = SPLITS) -> Measure:
-    """Mean and standard deviation over consecutive parts, as most papers quote it."""
+    """Mean and standard deviation over consecutive parts, as most papers quote it.
+
+    Raises:
+        ValueError: there are fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise ValueError(
+            f"Inception score of {splits} splits: {len(logits)} images; need one or more each"
+        )
     values = [inception_score(part).value for part in np.array_split(logits, splits)]
     return Measure(float(np.mean(values)), float(np.std(values)))
 
@@ -112,7 +124,7 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> Measure:
     TF-GAN's blocks of at most 1024, but ten blocks if there are fewer, for the sake of the error.
     Both sets are shuffled (fixed seed): a reference sorted by class would bias every block.
     """
-    tf, tfgan = _tensorflow(), _tfgan()
+    tf, tfgan = tensorflow(), _tfgan()
     larger = max(len(samples), len(reference))
     blocks = max(math.ceil(larger / 1024), SPLITS)
     blocks = max(1, min(blocks, min(len(samples), len(reference)) // 2))
@@ -145,20 +157,13 @@ def scores(samples: Features, reference: np.ndarray, title: str) -> Iterator[Sco
         yield Score(f"IS of {SPLITS} splits{suffix}", *found, "std over splits")
 
 
-def _tensorflow() -> types.ModuleType:
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    return tf
-
-
 def _tfgan() -> types.ModuleType:
     """TF-GAN 2.1.0, its last release, made to import.
 
     It wants `tf.estimator`, which TensorFlow has dropped: of it, the class of session hooks is
     given, and the subpackage that builds on it is replaced by an empty one. The metrics need none.
     """
-    tf = _tensorflow()
+    tf = tensorflow()
     if "tensorflow_gan" not in sys.modules:
         tf.get_logger().setLevel("ERROR")  # one deprecation per block of KID
         hook = types.SimpleNamespace(SessionRunHook=tf.compat.v1.train.SessionRunHook)
@@ -205,7 +210,7 @@ class SavedModel:
         return Features(*(np.concatenate(part) for part in zip(*chunks, strict=True)))
 
     def _run(self, images: Images) -> Features:
-        tf = _tensorflow()
+        tf = tensorflow()
         x = np.float32(images) * (255.0 / (self.levels - 1)) / 127.5 - 1.0
         x = np.repeat(x, 3, axis=3) if x.shape[3] == 1 else x
         outputs = self.network(tf.constant(x, tf.float32))
@@ -270,7 +275,7 @@ def _folder(path: Path, dataset: Dataset) -> SavedModel:
 
 
 def _network(path: Path) -> Callable:
-    tf = _tensorflow()
+    tf = tensorflow()
     try:
         found = tf.saved_model.load(str(path))
     except (OSError, ValueError, RuntimeError, KeyError, tf.errors.OpError) as error:
@@ -296,7 +301,7 @@ def extractor(features: str, dataset: Dataset, folder: Path) -> Extractor:
     if features in EXTRACTORS:
         found = EXTRACTORS[features](dataset, folder)
     else:
-        found = _folder(Path(features).expanduser(), dataset)
+        found = _folder(path_of("eval.features", features), dataset)
     try:
         extract(found, np.zeros((2, *dataset.shape), np.uint8))
     except Exception as error:  # a foreign network can raise anything
@@ -311,7 +316,7 @@ def check_features(features: str, dataset: Dataset) -> None:
     """Raise a ValueError where the name is none, or the data are points; quick."""
     if (
         features not in EXTRACTORS
-        and not (Path(features).expanduser() / "saved_model.pb").is_file()
+        and not (path_of("eval.features", features) / "saved_model.pb").is_file()
     ):
         raise ValueError(
             f"eval.features={features!r}: allowed are {sorted(EXTRACTORS)} and the folder of a "
@@ -351,6 +356,7 @@ class Statistics:
     extractor: str = ""
     dataset: str = ""
     split: str = ""
+    digest: str = ""  # of the data of the split
 
     def write(self, path: Path) -> None:
         """Write the published format, and the names as arrays of their own."""
@@ -364,8 +370,10 @@ PUBLISHED = {"cifar10": "cifar10", "celeba": "celeba", "lsun": "lsun_{category}_
 def statistics_path(dataset: str, features: str, *, category: str, size: int) -> Path:
     """assets/stats/, in the repository: published names for Inception of published sets."""
     published = PUBLISHED.get(dataset) if features == "inception" else None
-    name = published or f"{dataset}_{Path(features).name}"
-    return ASSETS / "stats" / f"{name.format(category=category, size=size)}_stats.npz"
+    name = f"{dataset}_{Path(features).name}"
+    if published is not None:
+        name = published.format(category=category, size=size)
+    return ASSETS / "stats" / f"{name}_stats.npz"
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -381,14 +389,28 @@ def read_statistics(path: Path) -> Statistics:
         raise ValueError(
             f"{path}: pool_3 is {pool_3.dtype} {pool_3.shape}; need finite floats [n, d], n >= 2"
         )
-    names = {key: str(arrays.get(key, "")) for key in ("extractor", "dataset", "split")}
+    names = {key: str(arrays.get(key, "")) for key in ("extractor", "dataset", "split", "digest")}
     return Statistics(pool_3, **names)
 
 
 def check_statistics(
-    found: Statistics, path: Path, *, extractor: str, dataset: str, width: int
+    found: Statistics,
+    path: Path,
+    *,
+    extractor: str,
+    dataset: str,
+    width: int,
+    digests: dict[str, str],
 ) -> None:
     """Refuse statistics of another network or other data.
+
+    Args:
+        found: the statistics; those of other codes have no names, and their data are not checked.
+        path: their file.
+        extractor: the identity of the network.
+        dataset: the name of the data.
+        width: the number of features.
+        digests: of the splits of the data.
 
     Raises:
         ValueError: says which.
@@ -400,3 +422,10 @@ def check_statistics(
         )
     if found.dataset not in ("", dataset):
         raise ValueError(f"{path} holds statistics of {found.dataset}, the data are {dataset}")
+    now = digests.get(found.split, "none")
+    if found.extractor and found.digest != now:
+        made = f"of data with digest {found.digest}" if found.digest else "by an older version"
+        raise ValueError(
+            f"{path} was made {made}; the digest of the {found.split} split is {now} now. Delete "
+            "the file and make it by --mode=fid_stats, or set eval.stats"
+        )

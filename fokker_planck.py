@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from checks import one_of, require
 from operators import Batched, PerExample, dimension, inner, scale, squared_norm
 from parameterization import ScoreFn
 from sde_lib import SDE
@@ -150,28 +151,22 @@ class FokkerPlanck:
         tables = {"scalar_fp": SCALAR_FP, "fp_wgt_type": WEIGHTS, "fp_form": FORMS}
         values = {"scalar_fp": self.scalar_fp, "fp_wgt_type": self.weight, "fp_form": self.form}
         for name, value in values.items():
-            if value not in tables[name]:
-                raise ValueError(f"training.{name}={value!r}: allowed {sorted(tables[name])}")
+            one_of(f"training.{name}", value, tables[name])
         for name in ("alpha", "beta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name}={getattr(self, name)}: need 0 or more")
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
         off = {"True": ("beta", self.alpha), "False": ("alpha", self.beta)}.get(self.scalar_fp)
-        if off and off[1] > 0 and getattr(self, off[0]) == 0:
-            raise ValueError(
-                f"training.scalar_fp={self.scalar_fp!r} with training.{off[0]}=0: no term is left; "
-                f"need training.{off[0]} > 0, or 'both'"
-            )
-        if self.m <= 0:
-            raise ValueError(f"training.m={self.m}: need a positive exponent")
-        if self.num_probes not in (1, 2):
-            raise ValueError(f"training.fp_probes={self.num_probes}: allowed [1, 2]")
-        if self.num_probes == 2 and self.m != 2:
-            raise ValueError(
-                f"training.fp_probes=2 with training.m={self.m}: ⟨eps₁, eps₂⟩ may be negative and "
-                "estimates the square only; need m=2 or fp_probes=1"
-            )
-        if self.every < 1:
-            raise ValueError(f"training.fp_every={self.every}: need at least 1")
+        empty = off and off[1] > 0 and getattr(self, off[0]) == 0
+        allowed = f"training.{off[0]} > 0 with it, as no term is left, or 'both'" if off else ""
+        require(not empty, "training.scalar_fp", self.scalar_fp, allowed)
+        require(self.m > 0, "training.m", self.m, "a positive exponent")
+        one_of("training.fp_probes", self.num_probes, (1, 2))
+        fits = self.num_probes == 1 or self.m == 2
+        allowed = (
+            f"1, or training.m=2, not {self.m}: ⟨eps₁, eps₂⟩ may be negative and estimates the "
+            "square only"
+        )
+        require(fits, "training.fp_probes", self.num_probes, allowed)
+        require(self.every >= 1, "training.fp_every", self.every, "at least 1")
 
     @property
     def vector(self) -> bool:
@@ -211,7 +206,7 @@ class FokkerPlanck:
 
     def weighted(self, parts: dict[str, PerExample], t: PerExample, sde: SDE) -> PerExample:
         """w(t) (α fp + β fp_scalar)."""
-        rate, total = 0.5 * sde.g2(t) / sde.sigma(t) ** 2, jnp.zeros_like(t)
+        rate, total = 0.5 * sde.rate(t), jnp.zeros_like(t)
         weight = WEIGHTS[self.weight]
         if self.vector:
             unit = rate / sde.sigma(t)

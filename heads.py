@@ -37,6 +37,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 import marginals
+from checks import require
 from operators import Batched, PerExample, expand, scale
 from sde_lib import SDE
 from tails import hazard, log_tail
@@ -135,8 +136,7 @@ class Levels:
     rank: int = 16
 
     def __post_init__(self) -> None:
-        if self.rank < 2:
-            raise ValueError(f"model.rank={self.rank}: need at least 2")
+        require(self.rank >= 2, "rank", self.rank, "at least 2")
 
     @property
     def width(self) -> float:

@@ -1,4 +1,4 @@
-"""Score matching of orders 2 and 3: residuals of the first and second derivatives of the score.
+"""Score matching of orders 1, 2 and 3: residuals of the score and of its two derivatives.
 
 With e1 = σ s + z, ℓ = stop_gradient(e1), H = ∂s/∂x and a probe v with E[v vᵀ] = I:
 
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from checks import one_of, require
 from operators import (
     Batched,
     PerExample,
@@ -34,6 +35,14 @@ from operators import (
 )
 
 Parts = dict[str, PerExample]
+
+
+def first_order_residual(score: Batched, sigma: PerExample, z: Batched) -> Batched:
+    """e1 = σ s + z at x_t = α x0 + σ z.
+
+    Reference: Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (7).
+    """
+    return scale(sigma, score) + z
 
 
 def second_order_residual(e1: Batched, hv: Batched, v: Batched, sigma: PerExample) -> Batched:
@@ -113,17 +122,17 @@ class HighOrder:
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.order not in (2, 3):
-            raise ValueError(f"training.score_matching_order={self.order}: allowed [1, 2, 3]")
-        if self.third_order_form not in THIRD_ORDER_FORMS:
-            raise ValueError(
-                f"training.third_order_form={self.third_order_form!r}: allowed "
-                f"{sorted(THIRD_ORDER_FORMS)}"
-            )
+        allowed = "1, 2 or 3"
+        require(self.order in (2, 3), "training.score_matching_order", self.order, allowed)
+        one_of("training.third_order_form", self.third_order_form, THIRD_ORDER_FORMS)
         names = ("second_order_weight", "frobenius_weight", "trace_weight", "third_order_weight")
         for name in names:
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name}={getattr(self, name)}: need 0 or more")
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parts."""
+        return ["frobenius", "trace"] + ["third"] * (self.order == 3)
 
     def parts(
         self, e1: Batched, hv: Batched, third: Batched | None, v: Batched, sigma: PerExample

@@ -20,6 +20,7 @@ All other names are the same, and Down- and Upsample are numbered anew, since pu
 parameters take numbers, too.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,6 +37,7 @@ import torch_files
 from parameterization import ScoreModel
 from train_state import TrainState, equal_moments
 
+logger = logging.getLogger("fokker")
 Leaves = dict[str, np.ndarray]  # by path, as Conv_0/kernel
 Rename = Callable[[Leaves], Leaves]
 Hints = tuple[tuple[str, str], ...]
@@ -198,17 +200,35 @@ def read_torch(path: Path, order: list[str]) -> Published:
         ValueError: the file is no such checkpoint.
     """
     state = torch_files.read(path)
+    if isinstance(state, dict) and state and all(map(_is_weight, state)):
+        state = {"model": state}
     wanted = {"optimizer", "model", "ema", "step"}
-    if not isinstance(state, dict) or state.keys() != wanted:
+    if not isinstance(state, dict) or "model" not in state or state.keys() - wanted:
         keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(
             f"{path} is no checkpoint of score_sde_pytorch or fp-diffusion: it holds {keys} "
-            f"instead of {sorted(wanted)}"
+            f"instead of {sorted(wanted)}, or 'model' alone"
         )
     try:
+        missing = sorted(wanted - state.keys())
+        if "optimizer" in state and not state["optimizer"]["state"]:
+            missing.append("moments of its optimizer")
+        if missing:
+            logger.warning("%s has no %s: %s", path, ", ".join(missing), WITHOUT)
         return _torch_state(state, order)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: {type(error).__name__} {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+WITHOUT = "what a file lacks is the weights for the average, 0 for the moments and the steps"
+
+
+def _is_weight(key: object) -> bool:
+    """Whether this names a tensor of a network, as files of weights alone do."""
+    name = str(key).removeprefix("module.")
+    return name.startswith("all_modules.") or name == "sigmas"
 
 
 def _torch_state(state: dict[str, Any], order: list[str]) -> Published:
@@ -233,30 +253,36 @@ def _torch_state(state: dict[str, Any], order: list[str]) -> Published:
         return {place: turn(np.asarray(array)) for (place, turn), array in pairs}
 
     values = list(model.values())
-    shadow, average = list(state["ema"]["shadow_params"]), []
+    shadow, average = list(state["ema"]["shadow_params"]) if "ema" in state else values[:], []
     trained = len(values) - sum(frozen)
     if len(shadow) not in (trained, len(values)):
         raise ValueError(f"ema.shadow_params has {len(shadow)} tensors instead of {trained}")
     held = len(shadow) < len(values)
     for value, fixed in zip(values, frozen, strict=True):
         average.append(value if held and fixed else shadow.pop(0))
-    moments = state["optimizer"]["state"]
-    updated = {i for i, fixed in enumerate(frozen) if not fixed}
-    if moments.keys() - set(range(len(values))) or updated - moments.keys():
-        raise ValueError(f"the optimizer has moments of {len(moments)} tensors, not {len(updated)}")
-    steps = {int(np.asarray(moment["step"])) for moment in moments.values()}
-    if len(steps) != 1:
-        raise ValueError(f"the moments are of different steps: {sorted(steps)}")
+    moments = state.get("optimizer", {"state": {}})["state"]
+    adam_step = _adam_step(moments, frozen)
     zero = [{"exp_avg": np.zeros_like(v), "exp_avg_sq": np.zeros_like(v)} for v in values]
     adam = [moments.get(i, nothing) for i, nothing in enumerate(zero)]
     return Published(
-        step=int(np.asarray(state["step"])),
+        step=int(np.asarray(state.get("step", 0))),
         params=named(values),
         ema=named(average),
         first_moment=named(moment["exp_avg"] for moment in adam),
         second_moment=named(moment["exp_avg_sq"] for moment in adam),
-        adam_step=steps.pop(),
+        adam_step=adam_step,
     )
+
+
+def _adam_step(moments: dict[int, Any], frozen: list[bool]) -> int:
+    """How many steps the optimizer has taken: 0, or as many for every tensor that is trained."""
+    updated = {i for i, fixed in enumerate(frozen) if not fixed}
+    if moments and (moments.keys() - set(range(len(frozen))) or updated - moments.keys()):
+        raise ValueError(f"the optimizer has moments of {len(moments)} tensors, not {len(updated)}")
+    steps = {int(np.asarray(moment["step"])) for moment in moments.values()} or {0}
+    if len(steps) != 1:
+        raise ValueError(f"the moments are of different steps: {sorted(steps)}")
+    return steps.pop()
 
 
 def _torch_place(key: str, value: np.ndarray, names: dict[int, str]) -> tuple[str, Callable]:

@@ -22,8 +22,9 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dequantization import Draw, FlowDequantizer
-from losses import Batch
+from checks import one_of, positive
+from dequantization import Draw
+from high_order import first_order_residual
 from ode import Solver
 from operators import (
     PROBES,
@@ -32,18 +33,16 @@ from operators import (
     PerExample,
     dimension,
     fold_in_all,
-    fold_in_each,
-    gaussian,
     inner,
     scale,
     squared_norm,
+    standard_normal,
     value_and_divergence,
     value_and_probed_divergence,
 )
-from parameterization import DecoderFn, Params, ScoreFn, ScoreModel
+from parameterization import DecoderFn, ScoreFn
 from sde_lib import SDE
-from terms import first_order_residual
-from time_sampling import Importance, Uniform
+from time_sampling import Importance, Uniform, draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +53,8 @@ class Divergence:
     num_probes: int = 1
 
     def __post_init__(self) -> None:
-        allowed = ["exact", *sorted(PROBES)]
-        if self.kind not in allowed:
-            raise ValueError(f"divergence={self.kind!r}: allowed {allowed}")
-        if self.num_probes < 1:
-            raise ValueError(f"num_probes={self.num_probes}: need at least 1")
+        one_of("divergence", self.kind, ["exact", *PROBES])
+        positive(num_probes=self.num_probes)
 
     def draw(self, keys: Key[Array, " b"], x: Batched) -> Float[Array, "b p *d"]:
         """Probes of every example, fixed over a solve; no probes (p = 0) when exact."""
@@ -120,7 +116,7 @@ def ode_log_likelihood(
     # The log-determinant per dimension: its error then counts in the unit of one coordinate.
     start = (x, jnp.zeros(x.shape[:1], x.dtype))
     probes = divergence.draw(keys, x)
-    end = solver.integrate(field, t_min, sde.T, start, probes)
+    end = solver.integrate(field, t_min, sde.T, start, probes, sde.ode_variable)
     latent, log_det = end.state
     log_p = sde.prior_logp(latent) + d * log_det
     error_x, error_log_det = end.error
@@ -136,7 +132,7 @@ def noised_start(
     −log p(x) ≤ E[−log p_t(x_t) + log q(x_t|x) − log p(x|x_t)]; the difference of the last two is
     −log [p(x|x_t)/N(x_t/α; x, σ²/α² I)] − d log α.
     """
-    t, z = jnp.full(draw.x.shape[:1], t_min, draw.x.dtype), gaussian(keys, draw.x)
+    t, z = jnp.full(draw.x.shape[:1], t_min, draw.x.dtype), standard_normal(keys, draw.x)
     x_t = sde.perturb(draw.x, t, z)
     change = decoder(draw.x, x_t, t) + dimension(x_t) * jnp.log(sde.alpha(t))
     return Draw(x_t, draw.log_q - change)
@@ -187,6 +183,11 @@ class Bound(NamedTuple):
         return jnp.sum(self.strata, axis=0)
 
     @property
+    def largest(self) -> PerExample:
+        """The largest part of one draw: much of a mean over examples where tails are heavy."""
+        return jnp.max(jnp.abs(self.strata), axis=0)
+
+    @property
     def nll(self) -> PerExample:
         """The bound on −log p(x)."""
         return self.prior + self.diffusion + self.start
@@ -235,7 +236,7 @@ def variational_bound(
     t_min = jnp.full(x.shape[:1], proposal.t_min, x.dtype)
     start = 0.5 * dimension(x) * (1.0 + math.log(2 * math.pi) + 2.0 * jnp.log(sde.sigma(t_min)))
     if offset:
-        x_t = sde.perturb(x, t_min, gaussian(fold_in_all(keys, 1), x))
+        x_t = sde.perturb(x, t_min, standard_normal(fold_in_all(keys, 1), x))
         decoder = decoder or gaussian_decoder(score_fn, sde)
         # ½‖z‖² of log N(x_t/α; x, σ²/α² I) is replaced by its mean.
         start = start - dimension(x) * jnp.log(sde.alpha(t_min)) - decoder(x, x_t, t_min)
@@ -275,7 +276,7 @@ def discrete_bound(
 
     strata = _strata(square, sde, x, fold_in_all(keys, 0), proposal, num_times)
     t_min = jnp.full(x.shape[:1], proposal.t_min, x.dtype)
-    x_t = sde.perturb(x, t_min, gaussian(fold_in_all(keys, 1), x))
+    x_t = sde.perturb(x, t_min, standard_normal(fold_in_all(keys, 1), x))
     return Bound(sde.prior_kl(x), strata, -log_probability(x, x_t, t_min))
 
 
@@ -322,18 +323,12 @@ def _strata(
 ) -> Float[Array, "n b"]:
     """½ (g²/σ²) square(x_t, t, z, keys)/p(t)/n, one row for each of n stratified times."""
 
-    def term(number: Int[Array, ""]) -> PerExample:
-        keys_now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, number)))(keys)
-        u = jax.vmap(lambda k: jax.random.uniform(k, (), x.dtype))(keys_now[:, 0])
-        t = proposal.quantile((number.astype(x.dtype) + u) / num_times)
-        z = gaussian(keys_now[:, 1], x)
-        weight = sde.g2(t) / sde.sigma(t) ** 2 / proposal.density(t) / num_times
-        keys_square = fold_in_all(keys_now[:, 1], 1)
-        return 0.5 * weight * square(sde.perturb(x, t, z), t, z, keys_square)
+    def term(keys: Key[Array, "b 2"], u: PerExample) -> PerExample:
+        t, z = proposal.quantile(u), standard_normal(keys[:, 0], x)
+        weight = sde.rate(t) / proposal.density(t) / num_times
+        return 0.5 * weight * square(sde.perturb(x, t, z), t, z, keys[:, 1])
 
-    if num_times == 1:  # no loop: XLA on CPU is slow at gradients of convolutions inside one
-        return term(jnp.zeros((), jnp.int32))[None]
-    return jax.lax.map(term, jnp.arange(num_times))
+    return draws(term, keys, num_times, x.dtype)
 
 
 def _implicit_square(
@@ -347,8 +342,7 @@ def _implicit_square(
     """
     score, div_score = divergence(lambda y: score_fn(y, t), x_t, probes)
     signal, noise = sde.alpha(t) ** 2, sde.sigma(t) ** 2
-    centred = squared_norm(x_t) - signal * squared_norm(x) - noise * dimension(x)
-    variate = noise / (signal + noise) ** 2 * centred
+    variate = noise / (signal + noise) ** 2 * sde.centred_norm(x, x_t, t)
     return noise * (squared_norm(score) + 2.0 * div_score) + dimension(x) - variate
 
 
@@ -373,39 +367,3 @@ def _noise_share(sde: SDE, t: PerExample, variance: float) -> PerExample:
 def _centred_square(z: Batched) -> PerExample:
     """‖z‖² − d, of mean zero."""
     return squared_norm(z) - dimension(z)
-
-
-def dequantizer_loss(
-    dequantizer: FlowDequantizer,
-    model: ScoreModel,
-    proposal: Uniform | Importance,
-    *,
-    num_times: int,
-) -> Callable[..., tuple[PerExample, dict[str, PerExample]]]:
-    """E_{y ~ q(y|k)}[bound on −log p(y) + log q(y|k)] in bits/dim, one value per example.
-
-    Returns:
-        (parameters of the flow, rng, batch, frozen parameters of the score) → (bits/dim,
-        {log_q: bits/dim by which q is denser than uniform noise}).
-
-    Reference: Ho et al. 2019, https://arxiv.org/abs/1902.00275, eq. (6); Song et al. 2021,
-    https://arxiv.org/abs/2101.09258, section 5.2.
-    """
-    encoding = dequantizer.encoding
-
-    def per_example(
-        params: Params, rng: Key[Array, ""], batch: Batch, score_params: Params
-    ) -> tuple[PerExample, dict[str, PerExample]]:
-        keys = fold_in_each(rng, batch["noise_id"])
-        draw = dequantizer.draw(params, batch["image"], fold_in_all(keys, 0))
-        bound = variational_bound(
-            model.score(score_params), model.sde, draw.x, fold_in_all(keys, 1),
-            proposal=proposal, num_times=num_times,
-        )  # fmt: skip
-        bits = encoding.negative_log_likelihood(-bound.nll - draw.log_q, draw.x)
-        log_q = -encoding.negative_log_likelihood(
-            draw.log_q - encoding.uniform_log_q(draw.x), draw.x
-        )
-        return bits, {"log_q": log_q}
-
-    return per_example

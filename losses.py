@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from dequantization import Encoding
-from operators import PerExample, fold_in_each, gaussian
+from checks import one_of, require
+from dequantization import Encoding, FlowDequantizer
+from likelihood import variational_bound
+from operators import PerExample, fold_in_all, fold_in_each, standard_normal
 from parameterization import Params, ScoreFn, ScoreModel
 from sde_lib import SDE
 from terms import Point, Terms
@@ -49,7 +51,7 @@ def noise_weight(t: PerExample, sde: SDE) -> PerExample:
 
 def likelihood_weight(t: PerExample, sde: SDE) -> PerExample:
     """w = g²/σ², so that w‖e1‖² = g²‖s − ∇log q(x_t|x0)‖² (Song et al. 2021, 2101.09258)."""
-    return sde.g2(t) / sde.sigma(t) ** 2
+    return sde.rate(t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,24 +146,25 @@ def time_law(
             likelihood weighting (it would have no effect), debias together with either, or levels
             together with any of them.
     """
-    if levels and (likelihood_weighting or importance_weighting or debias or name):
-        raise ValueError(
-            "training.continuous=False takes uniform levels of weight 1; set "
-            "training.likelihood_weighting, training.importance_weighting and training.debias "
-            "False and training.time_law=''"
-        )
+    switches = (likelihood_weighting, importance_weighting, debias, name)
+    allowed = (
+        "True, or training.likelihood_weighting, training.importance_weighting and training.debias "
+        "False and training.time_law='': discrete levels are uniform, of weight 1"
+    )
+    require(not (levels and any(switches)), "training.continuous", False, allowed)
     if levels:
         return TimeLaw(Levels(sde, levels), noise_weight, stratified)
-    if debias and (likelihood_weighting or importance_weighting):
-        raise ValueError(
-            "training.debias=True already weights by g²/σ² through its proposal; set "
-            "training.likelihood_weighting=False and training.importance_weighting=False"
-        )
-    if importance_weighting and not likelihood_weighting:
-        raise ValueError(
-            "training.importance_weighting=True needs training.likelihood_weighting=True: "
-            "it is the proposal for the likelihood weight g²/σ²"
-        )
+    allowed = (
+        "False, or training.likelihood_weighting=False and training.importance_weighting=False: "
+        "its proposal already weights by g²/σ²"
+    )
+    twice = debias and (likelihood_weighting or importance_weighting)
+    require(not twice, "training.debias", debias, allowed)
+    allowed = (
+        "False, or training.likelihood_weighting=True: it is the proposal for the weight g²/σ²"
+    )
+    fits = likelihood_weighting or not importance_weighting
+    require(fits, "training.importance_weighting", importance_weighting, allowed)
     switched = "debias" if debias else "importance" if importance_weighting else ""
     _check_name(name, switched, likelihood_weighting or debias)
     if not (likelihood_weighting or debias):
@@ -171,18 +174,15 @@ def time_law(
 
 def _check_name(name: str, switched: str, weighted: bool) -> None:
     """A name must be known, go with the switches, and have the likelihood weight to propose for."""
-    if name and name not in LIKELIHOOD_LAWS:
-        raise ValueError(f"training.time_law={name!r}: allowed '', {sorted(LIKELIHOOD_LAWS)}")
-    if name and switched and name != switched:
-        raise ValueError(
-            f"training.time_law={name!r} contradicts the switch that means {switched!r}: set "
-            "training.importance_weighting=False and training.debias=False"
-        )
-    if name not in ("", "uniform") and not weighted:
-        raise ValueError(
-            f"training.time_law={name!r} proposes times for the likelihood weight g²/σ²: set "
-            "training.likelihood_weighting=True"
-        )
+    one_of("training.time_law", name, ["", *LIKELIHOOD_LAWS])
+    allowed = (
+        f"'' or {switched!r}, or training.importance_weighting=False and training.debias=False, "
+        f"which mean {switched!r}"
+    )
+    fits = not name or not switched or name == switched
+    require(fits, "training.time_law", name, allowed)
+    allowed = "training.likelihood_weighting=True: it proposes times for the weight g²/σ²"
+    require(weighted or name in ("", "uniform"), "training.time_law", name, allowed)
 
 
 PerExampleLoss = Callable[[Params, Key[Array, ""], Batch], tuple[PerExample, dict[str, PerExample]]]
@@ -224,7 +224,7 @@ def score_matching(
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
         law_now = law.at(batch) if train else law
         t = law_now.sample(key_time, batch, batch_size, x0.dtype)
-        z = gaussian(fold_in_each(key_noise, ids), x0)
+        z = standard_normal(fold_in_each(key_noise, ids), x0)
         # Devices hold different ids, so their masks differ.
         key_dropout = jax.random.fold_in(key_dropout, ids[0])
         score_fn = model.score(params, key_dropout if train else None)
@@ -260,6 +260,42 @@ def _parts_of_step(
         with_residual,
         lambda: without.parts(score_fn, sde, point) | absent,
     )
+
+
+def dequantizer_loss(
+    dequantizer: FlowDequantizer,
+    model: ScoreModel,
+    proposal: Uniform | Importance,
+    *,
+    num_times: int,
+) -> Callable[..., tuple[PerExample, dict[str, PerExample]]]:
+    """E_{y ~ q(y|k)}[bound on −log p(y) + log q(y|k)] in bits/dim, one value per example.
+
+    Returns:
+        (parameters of the flow, rng, batch, frozen parameters of the score) → (bits/dim,
+        {log_q: bits/dim by which q is denser than uniform noise}).
+
+    Reference: Ho et al. 2019, https://arxiv.org/abs/1902.00275, eq. (6); Song et al. 2021,
+    https://arxiv.org/abs/2101.09258, section 5.2.
+    """
+    encoding = dequantizer.encoding
+
+    def per_example(
+        params: Params, rng: Key[Array, ""], batch: Batch, score_params: Params
+    ) -> tuple[PerExample, dict[str, PerExample]]:
+        keys = fold_in_each(rng, batch["noise_id"])
+        draw = dequantizer.draw(params, batch["image"], fold_in_all(keys, 0))
+        bound = variational_bound(
+            model.score(score_params), model.sde, draw.x, fold_in_all(keys, 1),
+            proposal=proposal, num_times=num_times,
+        )  # fmt: skip
+        bits = encoding.negative_log_likelihood(-bound.nll - draw.log_q, draw.x)
+        log_q = -encoding.negative_log_likelihood(
+            draw.log_q - encoding.uniform_log_q(draw.x), draw.x
+        )
+        return bits, {"log_q": log_q}
+
+    return per_example
 
 
 def mean_loss(per_example: Callable[..., tuple[PerExample, dict[str, PerExample]]]) -> LossFn:

@@ -6,29 +6,46 @@
 
 Every field of the config can be changed on the command line, e.g. --config.training.batch_size=64
 --config.training.likelihood_weighting=True --config.eval.num_repeats=5; configs/base.py lists all
-fields. A run continues where it was when it is started again with the same --workdir.
+fields, and None gives a field its default. The config.json of a run folder is a config, too.
+A run continues where it was when it is started again with the same --workdir.
 
 Exit codes: 0 done; 2 a mistake in command, config or data, or no room for it; 3 another process of
 the run is gone (134 where JAX ends this one); 75 stopped by SIGTERM or SIGINT, to be started again.
 """
 
-import logging
+# ruff: noqa: E402  (signals are heard before the imports, which take seconds)
+
 import os
+import signal
 import sys
+
+
+def _end(number: int, frame: object) -> None:
+    """The end of a process that has done nothing yet."""
+    del frame
+    os.write(2, f"{signal.Signals(number).name}: stopped before the start\n".encode())
+    os._exit(75)
+
+
+if __name__ == "__main__":
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, _end)
+
+import logging
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
-import run_lib
 from checkpoints import LostProcessError
-from run_lib import distributed, folder, interruption, memory, parallel
-from run_lib.settings import Settings, choose
+from checks import FieldError, choose, of_type, path_of, require
+from run_lib import config_files, devices, folder, identities, interruption, modes
+from run_lib.experiment import Experiment
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
-config_flags.DEFINE_config_file("config", None, "Experiment: a file under configs/.")
+flags.DEFINE_string("config", None, "A file under configs/, or the config.json of a run folder.")
 flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
 flags.DEFINE_string(
     "mode",
@@ -50,19 +67,6 @@ flags.DEFINE_string(
 )
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
-MODES = {
-    "train": run_lib.train,
-    "train_deq": lambda settings, workdir: run_lib.train_dequantizer(
-        settings, workdir, FLAGS.deq_folder
-    ),
-    "eval": lambda settings, workdir: run_lib.evaluate(
-        settings, workdir, FLAGS.eval_folder, FLAGS.deq_folder
-    ),
-    "import": lambda settings, workdir: run_lib.import_given(settings, workdir, FLAGS.deq_folder),
-    "fid_stats": lambda settings, workdir: run_lib.fid_stats(settings),
-    "diagnose": lambda settings, workdir: run_lib.diagnose(settings, workdir, FLAGS.eval_folder),
-}
-OF_ONE_PROCESS = ("import", "diagnose")
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
 EXIT_BUG = 1
@@ -70,10 +74,10 @@ EXIT_BUG = 1
 
 def _modes() -> list[str]:
     """The modes to run, in turn."""
-    modes = FLAGS.mode.split(",")
-    for mode in modes:
-        choose(MODES, mode, "--mode")
-    return modes
+    names = FLAGS.mode.split(",")
+    for name in names:
+        choose(modes.MODES, name, "--mode")
+    return names
 
 
 def _keep_compiled(workdir: Path) -> None:
@@ -85,49 +89,71 @@ def _keep_compiled(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", chosen or None)
 
 
-def _log_start(workdir: Path, modes: list[str]) -> None:
+def _log_start(workdir: Path, names: list[str], changed: dict[str, object]) -> None:
     """The first process tells everything, the others what they are and what goes wrong."""
-    if parallel.is_first():
-        folder.log_to(workdir)
-    logger.info("mode %s, workdir %s, %s", ",".join(modes), workdir, distributed.describe())
-    if not parallel.is_first():
+    if devices.is_first():
+        try:
+            folder.log_to(workdir)
+        except OSError as error:
+            allowed = f"need a folder that can be made and written to: {error.strerror}"
+            raise FieldError("--workdir", str(workdir), allowed) from None
+    logger.info("mode %s, workdir %s, %s", ",".join(names), workdir, devices.describe())
+    if not devices.is_first():
         logger.setLevel(logging.WARNING)
-    overrides = config_flags.get_override_values(FLAGS["config"])
-    for name, value in sorted(overrides.items()):
+    for name, value in sorted(changed.items()):
         logger.info("config.%s = %r (command line)", name, value)
 
 
-def _run() -> None:
-    modes, workdir = _modes(), Path(FLAGS.workdir).expanduser()
-    distributed.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+def _run(fields: list[str]) -> None:
+    """Run the modes; `fields` are those of the config that the command line changes, name=value."""
+    for name in ("eval_folder", "deq_folder", "coordinator"):
+        of_type(f"--{name}", FLAGS[name].value, str)
+    names, workdir = _modes(), path_of("--workdir", FLAGS.workdir)
+    config = config_files.load(FLAGS.config)
+    pairs = [field.partition("=") for field in fields]
+    changed = {name: config_files.change(config, name, text) for name, _, text in pairs}
+    devices.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     interruption.watch()  # again: connecting takes the handlers
-    for mode in set(modes) & set(OF_ONE_PROCESS) if jax.process_count() > 1 else ():
-        raise ValueError(f"--mode={mode} runs in one process: start it once, without --coordinator")
+    for name in names if jax.process_count() > 1 else ():
+        allowed = "another mode: this one runs in one process, without --coordinator"
+        require(modes.MODES[name].processes, "--mode", name, allowed)
     _keep_compiled(workdir)
-    settings = Settings.from_config(FLAGS.config)
-    if modes[0] in ("eval", "diagnose", "train_deq") and not workdir.is_dir():
-        raise ValueError(f"--workdir={workdir} does not exist: run --mode=train first")
-    _log_start(workdir, modes)
-    for mode in modes:
-        MODES[mode](settings, workdir)
-        memory.release()
+    experiment = Experiment.from_config(config)
+    there = workdir.is_dir() or names[0] not in ("eval", "diagnose", "train_deq")
+    require(there, "--workdir", str(workdir), "a folder that exists: run --mode=train first")
+    _log_start(workdir, names, changed)
+    steps, warmup = experiment.settings.training.n_iters, experiment.settings.optim.warmup
+    if "train" in names and steps <= warmup:
+        text = "training.n_iters=%d ends within optim.warmup=%d: the rate never reaches optim.lr"
+        logger.warning(text, steps, warmup)
+    command = modes.Command(workdir, FLAGS.eval_folder, FLAGS.deq_folder)
+    told = {"mode": FLAGS.mode, "eval_folder": FLAGS.eval_folder, "deq_folder": FLAGS.deq_folder}
+    identities.agree(experiment, told)
+    modes.check(experiment, command, names)
+    for name in names:
+        modes.MODES[name].run(experiment, command)
+        devices.release()
 
 
 def main(argv: list[str]) -> None:
-    """Run the chosen mode; a mistake of the user ends in one clear message, without a traceback."""
-    if len(argv) > 1:
-        app.usage(shorthelp=True, detailed_error=f"unexpected arguments: {argv[1:]}", exitcode=2)
+    """Run the chosen modes; a mistake of the user ends in one clear line, without a traceback.
+
+    `argv` is what `parse` returns.
+    """
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk is told once, not by every line of the log
     # Orbax tells failed writes twice, once from its thread with a traceback.
     threads = logging.getLogger("absl")
     threads.addFilter(lambda record: "_SignalingThread" not in record.getMessage())
-    memory.one_arena()
+    devices.one_arena()
     interruption.watch()
     try:
-        _run()
-    except (ValueError, FloatingPointError, OSError) as error:
+        _run(argv[1:])
+    except OSError as error:
+        known = error.filename is not None and error.strerror
+        _fail(f"{error.filename}: {error.strerror}" if known else str(error), EXIT_USER_ERROR)
+    except (ValueError, FloatingPointError) as error:
         _fail(str(error), EXIT_USER_ERROR)
     except interruption.Interrupted as stop:
         logger.warning("%s", stop)
@@ -135,7 +161,7 @@ def main(argv: list[str]) -> None:
     except (jax.errors.JaxRuntimeError, LostProcessError) as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             first_line = str(error).splitlines()[0]
-            _fail(f"{first_line}. What saves memory: {memory.LEVERS}", EXIT_USER_ERROR)
+            _fail(f"{first_line}. What saves memory: {devices.LEVERS}", EXIT_USER_ERROR)
         if jax.process_count() == 1:
             raise
         _fail(f"another process of this run is gone, or: {error}", EXIT_PEER_GONE)
@@ -156,16 +182,20 @@ def _fail(message: str, code: int) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse the flags; a config file or field that does not exist ends in one line."""
+    """Parse the flags; returns the program and the changed fields of the config, as name=value."""
+    fields, others = config_files.separate(argv[1:])
     try:
-        rest = FLAGS(argv)
-        getattr(FLAGS.config, "seed", None)  # a file that failed to load complains on first use
-        return rest
+        rest = FLAGS([argv[0], *others])
     except flags.Error as error:
-        message = str(error)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        message = f"--config: {error}".replace("\\n", " ").replace("\n", " ")
-    sys.stderr.write(f"error: {message}\nmain.py --help explains the flags\n")
+        _refuse(" ".join(str(error).split()))
+    if len(rest) > 1:
+        _refuse(f"unexpected arguments {rest[1:]}")
+    return [argv[0], *(f"{name}={text}" for name, text in fields)]
+
+
+def _refuse(message: str) -> NoReturn:
+    """The end of a command line that cannot be understood."""
+    sys.stderr.write(f"error: {message}; main.py --help explains the flags\n")
     sys.exit(EXIT_USER_ERROR)
 
 

@@ -1,8 +1,9 @@
-"""Integration of dy/dt = F(t, y) for a batch, in r = t^{1/p}: dy/dr = p r^{p−1} F(r^p, y).
+"""Integration of dy/dt = F(t, y) for a batch, in r = c(t)^{1/p}: dy/dr = p r^{p−1} (dt/dc) F(t, y).
 
 The solver's time is u from 0 to 1, r = (1 − u) r0 + u r1: with traced ends `diffrax` would compile
 a check that calls back to Python, and JAX keeps no such program in its cache on disk.
 
+The variable c is the SDE's: σ for VE, t for all others (c = t where σ grows like t or √t).
 Diffusions change fastest near t = 0. Steps in t jump over what happens there, with no sign of it in
 their error estimate (0.04 bits/dim on MNIST); those in log(σ/α) crowd there. Adaptive steps are
 cheapest with p = 2, equal ones err least with p = 3 (benchmarks/results/likelihood.md).
@@ -26,7 +27,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from checks import one_of, positive, require
 from operators import PerExample, scale
+from sde_base import TIME, Variable
 
 State = Any
 Time = float | Float[Array, ""]
@@ -70,7 +73,7 @@ class Solver:
         rtol: tolerance per step, relative; of the root mean square over each leaf of the state.
         atol: absolute part of the same.
         max_steps: limit of the adaptive steps.
-        num_steps: number of equal steps in t^{1/3}, without regard to tolerances; 0: adaptive.
+        num_steps: number of equal steps in c^{1/3}, without regard to tolerances; 0: adaptive.
         estimate_error: of equal steps, for half as many evaluations again; needs an even number.
     """
 
@@ -82,17 +85,13 @@ class Solver:
     estimate_error: bool = True
 
     def __post_init__(self) -> None:
-        if self.name not in SOLVERS:
-            raise ValueError(f"solver={self.name!r}: allowed {sorted(SOLVERS)}")
-        if not (self.rtol > 0 and self.atol > 0):
-            raise ValueError(f"rtol={self.rtol}, atol={self.atol}: need both > 0")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: need at least 1")
-        if self.num_steps < 0 or (self.estimate_error and self.num_steps % 2):
-            raise ValueError(
-                f"num_steps={self.num_steps}: need at least 0 (adaptive), and an even number with "
-                "estimate_error=True"
-            )
+        one_of("solver", self.name, SOLVERS)
+        for field in ("rtol", "atol"):
+            require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
+        positive(max_steps=self.max_steps)
+        fits = self.num_steps >= 0 and not (self.estimate_error and self.num_steps % 2)
+        allowed = "at least 0 (adaptive), and an even number with estimate_error=True"
+        require(fits, "num_steps", self.num_steps, allowed)
 
     @property
     def estimates_error(self) -> bool:
@@ -108,7 +107,13 @@ class Solver:
         return {"solver": self.name, "rtol": self.rtol, "atol": self.atol}
 
     def integrate(
-        self, field: VectorField, t0: Time, t1: Time, state: State, args: Any
+        self,
+        field: VectorField,
+        t0: Time,
+        t1: Time,
+        state: State,
+        args: Any,
+        variable: Variable = TIME,
     ) -> Solution:
         """The state at t1, from `state` at t0.
 
@@ -118,13 +123,16 @@ class Solver:
             t1: end time, at least 0, larger or smaller than t0.
             state: pytree of arrays with leading axis B.
             args: pytree of per-example constants with leading axis B.
+            variable: c(t), in whose root steps are taken.
         """
         power = FIXED_POWER if self.num_steps else ADAPTIVE_POWER
-        r0, r1 = jnp.asarray((t0, t1), jnp.result_type(float)) ** (1.0 / power)
+        ends = variable.of_time(jnp.asarray((t0, t1), jnp.result_type(float)))
+        r0, r1 = ends ** (1.0 / power)
 
         def slope(u: PerExample, y: State, a: Any) -> State:
             r = (1.0 - u) * r0 + u * r1
-            return _scaled(power * (r1 - r0) * r ** (power - 1), field(r**power, y, a))
+            t, dt_dc = jax.jvp(variable.time_of, (r**power,), (jnp.ones_like(r),))
+            return _scaled(dt_dc * (power * (r1 - r0) * r ** (power - 1)), field(t, y, a))
 
         return (self._fixed if self.num_steps else self._adaptive)(slope, state, args)
 

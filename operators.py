@@ -58,7 +58,7 @@ def fold_in_all(keys: Key[Array, " b"], number: int | Int[Array, ""]) -> Key[Arr
     return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
 
 
-def gaussian(keys: Key[Array, " b"], like: Batched) -> Batched:
+def standard_normal(keys: Key[Array, " b"], like: Batched) -> Batched:
     """z ~ N(0, I), example b from keys[b]; shape and dtype of `like`."""
     return jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(keys)
 
@@ -73,7 +73,7 @@ def uniform(keys: Key[Array, " b"], like: Batched) -> Batched:
     return jax.vmap(lambda k: jax.random.uniform(k, like.shape[1:], like.dtype))(keys)
 
 
-PROBES = {"rademacher": rademacher, "gaussian": gaussian}
+PROBES = {"rademacher": rademacher, "gaussian": standard_normal}
 
 
 def value_and_divergence(field: Field, x: Batched) -> tuple[Batched, PerExample]:

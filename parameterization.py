@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from checks import in_section
 from heads import Atoms, Cells
 from models.layers import QUICK
 from operators import Batched, PerExample, scale
@@ -80,9 +81,22 @@ HEADS: dict[str, type[Head]] = {
 
 
 def time_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
-    """999 t, the label of the published VP and sub-VP networks."""
+    """999 t, the label of the published VP and sub-VP networks, whatever N is.
+
+    In continuous time `num_scales` is the number of steps of a sampler. It may differ between
+    training and sampling, and the network must not see that.
+    """
     del sde, num_scales
     return 999.0 * t
+
+
+def level_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
+    """(N − 1) t, the label of the published networks of N discrete levels (Ho et al. 2020).
+
+    Equal to `time_label` at N = 1000, the number of levels of the published networks.
+    """
+    del sde
+    return (num_scales - 1) * t
 
 
 def unit_time_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
@@ -110,6 +124,7 @@ def reverse_index_label(t: PerExample, sde: SDE, num_scales: int) -> PerExample:
 
 TIME_LABELS = {
     "time": time_label,
+    "level": level_label,
     "unit_time": unit_time_label,
     "sigma": sigma_label,
     "log_snr": log_snr_label,
@@ -127,8 +142,13 @@ class ScoreModel:
     label: Callable[[PerExample, SDE, int], PerExample] = time_label
     num_scales: int = 1000
 
+    @in_section("model")
     def init(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
-        """Parameters for examples of the given shape."""
+        """Parameters for examples of the given shape.
+
+        Raises:
+            FieldError: the network has no values for examples of this shape.
+        """
         if isinstance(key, jax.core.Tracer):
             return self.init_in_order(key, shape)
         # Compiled as a whole, without care: it runs once, and op by op takes many times as long.

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import marginals
+from checks import one_of, positive, require
 from heads import Arrays, Outputs, Shape, mixed, total
 from operators import Batched, PerExample, expand, scale
 from sde_lib import SDE
@@ -50,10 +51,8 @@ class Mixture:
     floor: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.components < 1:
-            raise ValueError(f"model.components={self.components}: need at least 1")
-        if not self.floor > 0.0:
-            raise ValueError(f"model.floor={self.floor}: need more than 0")
+        positive(components=self.components)
+        require(self.floor > 0.0, "floor", self.floor, "more than 0")
 
     @property
     def outputs(self) -> int:
@@ -146,9 +145,7 @@ class Whitened:
     outputs = 1
 
     def __post_init__(self) -> None:
-        if self.whitening not in ("", "full", "diagonal"):
-            allowed = ["diagonal", "full"]
-            raise ValueError(f"model.whitening={self.whitening!r}: allowed {allowed}")
+        one_of("whitening", self.whitening, ("", "full", "diagonal"))
 
     def is_full(self, shape: Shape) -> bool:
         """Whether examples of this shape have a full covariance."""

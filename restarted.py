@@ -7,6 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from sde_base import Variable
 from sde_lib import SDE, Time
 
 
@@ -29,6 +30,11 @@ class Restarted(SDE):
     def prior_std(self) -> float:
         """Of `base`."""
         return self.base.prior_std
+
+    @property
+    def ode_variable(self) -> Variable:
+        """Of `base`."""
+        return self.base.ode_variable
 
     def drift_coefficient(self, t: Time) -> Time:
         """a(t) of `base`."""

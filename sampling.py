@@ -17,10 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from checks import one_of, require
 from ode import Solver
-from operators import Batched, PerExample, fold_in_all, gaussian, scale, squared_norm
+from operators import Batched, PerExample, fold_in_all, scale, squared_norm, standard_normal
 from parameterization import ScoreFn
+from sde_base import chain_tolerance, check_time
 from sde_lib import SDE
+
+FIELD = "sampling.smallest_time"
 
 
 class Grid(NamedTuple):
@@ -30,12 +34,12 @@ class Grid(NamedTuple):
     num_steps: int
 
 
-Step = tuple[Batched, Batched]  # (x with noise, x before the noise)
+Update = tuple[Batched, Batched]  # (x with noise, x before the noise)
 
 
 def euler_maruyama(
     score: Batched, x: Batched, t: PerExample, z: Batched, sde: SDE, grid: Grid, lmbd: float
-) -> Step:
+) -> Update:
     """Euler–Maruyama step of size dt, backwards in time; λ = 1 is Euler on the ODE."""
     mean = x - grid.dt * sde.reverse_drift(score, x, t, lmbd)
     return mean + scale(jnp.sqrt((1.0 - lmbd) * grid.dt) * sde.g(t), z), mean
@@ -43,7 +47,7 @@ def euler_maruyama(
 
 def reverse_diffusion(
     score: Batched, x: Batched, t: PerExample, z: Batched, sde: SDE, grid: Grid, lmbd: float
-) -> Step:
+) -> Update:
     """Reverse of the discrete chain: F̃ = F − (1 − λ/2) G² s (Song et al. 2021, appendix E)."""
     drift, diffusion = sde.discretize(x, t, grid.dt, grid.num_steps)
     mean = x - drift + scale((1.0 - 0.5 * lmbd) * diffusion**2, score)
@@ -52,13 +56,10 @@ def reverse_diffusion(
 
 def ancestral_sampling(
     score: Batched, x: Batched, t: PerExample, z: Batched, sde: SDE, grid: Grid, lmbd: float
-) -> Step:
+) -> Update:
     """Ancestral step of DDPM (VP) or SMLD (VE); λ must be 0."""
-    if lmbd != 0.0:
-        raise ValueError(
-            "sampling.predictor='ancestral_sampling' has no deterministic form: "
-            "set sampling.probability_flow=False"
-        )
+    allowed = "sampling.probability_flow=False with it: it has no deterministic form"
+    require(lmbd == 0.0, "sampling.predictor", "ancestral_sampling", allowed)
     mean, std = sde.ancestral(score, x, t, grid.num_steps)
     return mean + scale(std, z), mean
 
@@ -103,7 +104,7 @@ def corrector_step(
     num_steps: int,
     snr: float,
     axis_name: str | None = None,
-) -> Step:
+) -> Update:
     """x + ε s + √(2ε) z, ε = 2 (1 − β_i) snr² × step_size (Song et al. 2021, algorithms 4, 5)."""
     size = step_size(score, z, t, sde, axis_name)
     epsilon = 2.0 * sde.langevin_alpha(t, num_steps) * snr**2 * size
@@ -128,12 +129,10 @@ def _times(value: Float[Array, ""] | float, x: Batched) -> PerExample:
 
 
 def _check_sampler(t_min: float, num_steps: int, noise_removal: bool) -> None:
-    if not 0.0 <= t_min < 1.0:
-        raise ValueError(f"sampling.smallest_time={t_min}: need 0 <= t < 1")
-    if noise_removal and t_min == 0.0:  # the score of VP and sub-VP does not exist at t = 0
-        raise ValueError("sampling.noise_removal=True needs sampling.smallest_time > 0")
-    if num_steps < 2:
-        raise ValueError(f"model.num_scales={num_steps}: need at least 2 steps")
+    # The score of VP and sub-VP does not exist at t = 0.
+    allowed = "False, or sampling.smallest_time > 0"
+    require(not noise_removal or t_min > 0.0, "sampling.noise_removal", noise_removal, allowed)
+    require(num_steps >= 2, "model.num_scales", num_steps, "at least 2 steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,16 +157,16 @@ class PredictorCorrector:
     def __post_init__(self) -> None:
         _check_sampler(self.t_min, self.num_steps, self.noise_removal)
         for field, table in (("predictor", PREDICTORS), ("corrector", CORRECTORS)):
-            name = getattr(self, field)
-            if name not in table:
-                raise ValueError(f"sampling.{field}={name!r}: allowed {sorted(table)}")
-        if self.predictor == self.corrector == "none":
-            raise ValueError("sampling.predictor and sampling.corrector are both 'none'")
+            one_of(f"sampling.{field}", getattr(self, field), table)
+        allowed = "another predictor, or another sampling.corrector than 'none'"
+        both = self.predictor == self.corrector == "none"
+        require(not both, "sampling.predictor", self.predictor, allowed)
 
     def __call__(
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
     ) -> Samples:
         """One sample per key, of the shape of `like`."""
+        check_time(FIELD, self.t_min, sde, positive=False)
         self._check_chain(sde)
         grid = Grid((sde.T - self.t_min) / (self.num_steps - 1), self.num_steps)
 
@@ -188,12 +187,14 @@ class PredictorCorrector:
     def _check_chain(self, sde: SDE) -> None:
         """A chain has N levels from T to 0; stopping early would take some of them twice."""
         uses_chain = self.predictor in ("reverse_diffusion", "ancestral_sampling") and sde.has_chain
-        if uses_chain and self.t_min * (self.num_steps - 1) >= 1.0:
-            raise ValueError(
-                f"sampling.smallest_time={self.t_min} with model.num_scales={self.num_steps}: "
-                f"predictor {self.predictor!r} follows a chain whose last level is at 1/(N − 1); "
-                "need a smaller time, fewer levels, or 'euler_maruyama'"
-            )
+        if not uses_chain:
+            return
+        fits = self.t_min * (self.num_steps - 1) + chain_tolerance(self.num_steps) < 1.0
+        allowed = (
+            f"less than 1/(N − 1), the last level of the chain of {self.predictor!r}, for "
+            f"N = model.num_scales={self.num_steps}; or fewer levels, or 'euler_maruyama'"
+        )
+        require(fits, "sampling.smallest_time", self.t_min, allowed)
 
     def evaluations(self) -> int:
         """Score evaluations of one sample."""
@@ -207,7 +208,7 @@ class PredictorCorrector:
         """`n_steps_each` corrector steps at t."""
         step_size = CORRECTORS[self.corrector]
         for i in range(self.n_steps_each if step_size else 0):
-            z = gaussian(fold_in_all(keys, i), x)
+            z = standard_normal(fold_in_all(keys, i), x)
             x, _ = corrector_step(
                 step_size, score_fn(x, t), x, t, z, sde,
                 num_steps=self.num_steps, snr=self.snr, axis_name=self.axis_name,
@@ -228,7 +229,7 @@ class PredictorCorrector:
         if predictor is None:
             return x
         lmbd = 1.0 if self.probability_flow else 0.0
-        return predictor(score_fn(x, t), x, t, gaussian(keys, x), sde, grid, lmbd)[0]
+        return predictor(score_fn(x, t), x, t, standard_normal(keys, x), sde, grid, lmbd)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,8 +247,8 @@ class ReverseSDE:
 
     def __post_init__(self) -> None:
         _check_sampler(self.t_min, self.num_steps, self.noise_removal)
-        if not self.lmbd <= 1.0:
-            raise ValueError(f"sampling.lmbd={self.lmbd}: need λ <= 1, the diffusion is √(1 − λ) g")
+        allowed = "λ <= 1: the diffusion is √(1 − λ) g"
+        require(self.lmbd <= 1.0, "sampling.lmbd", self.lmbd, allowed)
 
     def __call__(
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
@@ -267,11 +268,12 @@ class ReverseSDE:
         stops: tuple[int, ...],
     ) -> Float[Array, "n b *d"]:
         """x after each of these growing numbers of steps (0: the draw from the prior)."""
+        check_time(FIELD, self.t_min, sde, positive=False)
         grid = Grid((sde.T - self.t_min) / self.num_steps, self.num_steps)
 
         def step(k: Int[Array, ""], x: Batched) -> Batched:
             t = _times(sde.T - k.astype(like.dtype) * grid.dt, x)
-            z = gaussian(jax.vmap(lambda key: jax.random.fold_in(key, k))(keys), x)
+            z = standard_normal(jax.vmap(lambda key: jax.random.fold_in(key, k))(keys), x)
             return euler_maruyama(score_fn(x, t), x, t, z, sde, grid, self.lmbd)[0]
 
         def advance(x: Batched, ends: tuple) -> tuple[Batched, Batched]:
@@ -291,21 +293,19 @@ class OdeSampler:
     t_min: float
     noise_removal: bool = True
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.t_min < 1.0:
-            raise ValueError(f"sampling.smallest_time={self.t_min}: need 0 < t < 1 for the ODE")
-
     def __call__(
         self, score_fn: ScoreFn, sde: SDE, keys: Key[Array, " b"], like: Batched
     ) -> Samples:
         """One sample per key, of the shape of `like`; NaN where the solver ran out of steps."""
+        check_time(FIELD, self.t_min, sde, positive=True)
 
         def field(t: PerExample, x: Batched, args: None) -> Batched:
             del args
             return sde.ode_drift(score_fn(x, t), x, t)
 
         latent = sde.prior_sample(keys, like)
-        found = self.solver.integrate(field, sde.T, self.t_min, latent, None)
+        ends = (sde.T, self.t_min)
+        found = self.solver.integrate(field, *ends, latent, None, sde.ode_variable)
         x = scale(jnp.where(found.converged, 1.0, jnp.nan).astype(latent.dtype), found.state)
         if self.noise_removal:
             x = denoise(score_fn, sde, x, _times(self.t_min, x))

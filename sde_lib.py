@@ -1,10 +1,11 @@
-"""Linear diffusions dx = a(t) x dt + g(t) dw and their Gaussian transition x_t = α(t) x0 + σ(t) z.
+"""The diffusions by name: VP, sub-VP, VE, linear VE and the linear path (on `sde_base.SDE`).
 
-    a = d log α/dt,   g² = dσ²/dt − 2 a σ²,   W(t) = ∫ g²/σ² dt (the density of the likelihood
-    proposal).
+    VP       dx = −½β x dt + √β dw                      σ² = 1 − e^{−B},  B = ∫ β dt,  α = e^{−B/2}
+    sub-VP   dx = −½β x dt + √(β (1 − e^{−2B})) dw      σ = 1 − e^{−B}
+    VE       dx = σ √(2 ln(σmax/σmin)) dw               σ = σmin (σmax/σmin)^t,  α = 1
+    linear VE  dx = σmax √(2t) dw,  σ = t σmax,  α = 1;   linear path  x_t = (1 − t) x0 + t z
 
-An SDE is a frozen dataclass of floats: hashable, so it can be a static argument of `jax.jit`. Times
-are arrays [B] (or scalars) in [0, T]; states are [B, *d].
+`SDES` has them by the names of `training.sde`.
 """
 
 import dataclasses
@@ -12,143 +13,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
 
-from operators import Batched, PerExample, dimension, gaussian, scale, squared_norm
-
-Time = Float[Array, "*t"]
-
-
-@dataclasses.dataclass(frozen=True)
-class SDE:
-    """A linear SDE. Subclasses give the scalar functions; everything else follows from them."""
-
-    @property
-    def T(self) -> float:
-        """Largest time; the prior is the law at T."""
-        return 1.0
-
-    @property
-    def prior_std(self) -> float:
-        """Standard deviation of the prior N(0, prior_std² I)."""
-        return 1.0
-
-    @property
-    def has_chain(self) -> bool:
-        """Whether `discretize` is a chain with levels of its own (DDPM, SMLD), not a step dt."""
-        return type(self).discretize is not SDE.discretize
-
-    def drift_coefficient(self, t: Time) -> Time:
-        """a(t) of the drift f(x, t) = a(t) x."""
-        raise NotImplementedError
-
-    def g2(self, t: Time) -> Time:
-        """Squared diffusion coefficient g²(t)."""
-        raise NotImplementedError
-
-    def alpha(self, t: Time) -> Time:
-        """Mean coefficient α(t) of x_t given x0."""
-        raise NotImplementedError
-
-    def sigma(self, t: Time) -> Time:
-        """Standard deviation σ(t) of x_t given x0."""
-        raise NotImplementedError
-
-    def cumulative_weight(self, t: Time) -> Time:
-        """W(t), an antiderivative of g²/σ²."""
-        raise NotImplementedError
-
-    def time_of_weight(self, w: Time) -> Time:
-        """Inverse of `cumulative_weight`."""
-        raise NotImplementedError
-
-    def velocity_share(self, t: Time) -> Time:
-        """(d log σ²/dt)/(g²/σ²) = 1 + 2aσ²/g²; α² for VP."""
-        return 1.0 + 2.0 * self.drift_coefficient(t) * self.sigma(t) ** 2 / self.g2(t)
-
-    def time_of_sigma(self, sigma: Time) -> Time:
-        """Inverse of σ(t)."""
-        raise NotImplementedError
-
-    def g(self, t: Time) -> Time:
-        """Diffusion coefficient g = √(g²)."""
-        return jnp.sqrt(self.g2(t))
-
-    def f(self, x: Batched, t: PerExample) -> Batched:
-        """Drift a(t) x."""
-        return scale(self.drift_coefficient(t), x)
-
-    def perturb(self, x0: Batched, t: PerExample, z: Batched) -> Batched:
-        """x_t = α(t) x0 + σ(t) z."""
-        return scale(self.alpha(t), x0) + scale(self.sigma(t), z)
-
-    def reverse_drift(
-        self, score: Batched, x: Batched, t: PerExample, lmbd: float = 0.0
-    ) -> Batched:
-        """Drift f − (1 − λ/2) g² s of the λ-family, in the direction of growing t.
-
-        λ = 0 is the reverse SDE, λ = 1 the probability-flow ODE; the diffusion is √(1 − λ) g.
-        Reference: Huang et al. 2021, https://arxiv.org/abs/2106.02808, appendix C.
-        """
-        return self.f(x, t) - scale((1.0 - 0.5 * lmbd) * self.g2(t), score)
-
-    def ode_drift(self, score: Batched, x: Batched, t: PerExample) -> Batched:
-        """Drift f − ½ g² s of the probability-flow ODE (Song et al. 2021, eq. 13)."""
-        return self.reverse_drift(score, x, t, lmbd=1.0)
-
-    def prior_sample(self, keys: Key[Array, " b"], like: Batched) -> Batched:
-        """x_T ~ N(0, prior_std² I), example b from keys[b]."""
-        return self.prior_std * gaussian(keys, like)
-
-    def prior_logp(self, x: Batched) -> PerExample:
-        """log π(x) in nats, shape [B]."""
-        d = dimension(x)
-        log_normaliser = d * (0.5 * math.log(2 * math.pi) + math.log(self.prior_std))
-        return -0.5 * squared_norm(x) / self.prior_std**2 - log_normaliser
-
-    def prior_kl(self, x0: Batched) -> PerExample:
-        """KL(q(x_T | x0) ‖ π) in nats, shape [B]."""
-        t = jnp.full(x0.shape[:1], self.T, x0.dtype)
-        variance_ratio = (self.sigma(t) / self.prior_std) ** 2
-        mean_term = squared_norm(scale(self.alpha(t), x0)) / self.prior_std**2
-        d = dimension(x0)
-        return 0.5 * (mean_term + d * (variance_ratio - 1.0 - jnp.log(variance_ratio)))
-
-    def discretize(
-        self, x: Batched, t: PerExample, dt: float, num_steps: int
-    ) -> tuple[Batched, PerExample]:
-        """One forward step x' = x + F + G z of the discrete chain: (F, G). Euler–Maruyama here."""
-        del num_steps
-        return dt * self.f(x, t), jnp.sqrt(dt) * self.g(t)
-
-    def chain(self, num_scales: int) -> "SDE":
-        """The same with α and σ of the discrete chain of N levels; VP and VE only."""
-        raise ValueError(
-            f"training.continuous=False has no chain for {type(self).__name__}; allowed SDEs: "
-            "VPSDE (DDPM), VESDE (SMLD)"
-        )
-
-    def langevin_alpha(self, t: PerExample, num_steps: int) -> PerExample:
-        """Factor 1 − β_i (VP, sub-VP) or 1 (VE) of the corrector's step size."""
-        del num_steps
-        return jnp.ones_like(t)
-
-    def ancestral(
-        self, score: Batched, x: Batched, t: PerExample, num_steps: int
-    ) -> tuple[Batched, PerExample]:
-        """Mean and standard deviation of the ancestral step; VP and VE only."""
-        raise ValueError(
-            f"sampling.predictor='ancestral_sampling' has no chain for {type(self).__name__}; "
-            "allowed SDEs: VPSDE, VESDE (use 'reverse_diffusion' or 'euler_maruyama')"
-        )
-
-
-def chain_index(t: PerExample, num_steps: int, T: float) -> Int[Array, " b"]:
-    """⌊t (N − 1)/T⌋, index of t in a discrete chain of N steps.
-
-    Times that lie on the grid up to float32 rounding (2e-4 of a cell) count as on it.
-    """
-    return jnp.floor(t * (num_steps - 1) / T + 2e-4).astype(jnp.int32)
+from checks import require
+from operators import Batched, PerExample, scale
+from sde_base import SDE, Time, Variable, chain_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +27,8 @@ class _LinearBeta(SDE):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.beta_min < self.beta_max:
-            raise ValueError(
-                f"model.beta_min={self.beta_min}, model.beta_max={self.beta_max}: "
-                "need 0 < beta_min < beta_max"
-            )
+        allowed = f"0 < beta_min < beta_max={self.beta_max}"
+        require(0.0 < self.beta_min < self.beta_max, "beta_min", self.beta_min, allowed)
 
     def beta(self, t: Time) -> Time:
         """Rate β(t)."""
@@ -188,11 +53,8 @@ class _LinearBeta(SDE):
 
     def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
         """β_i of the discrete chain: β_i = linspace(β0/N, β1/N, N)[i], i = ⌊t(N − 1)/T⌋."""
-        if self.beta_max >= num_steps:
-            raise ValueError(
-                f"model.num_scales={num_steps}: the chain needs β_N = beta_max/N < 1, "
-                f"so more than {self.beta_max} steps"
-            )
+        allowed = f"β_N = beta_max/N < 1 of the chain, so more than {self.beta_max} steps"
+        require(self.beta_max < num_steps, "model.num_scales", num_steps, allowed)
         betas = jnp.linspace(self.beta_min, self.beta_max, num_steps, dtype=t.dtype) / num_steps
         return betas[chain_index(t, num_steps, self.T)]
 
@@ -329,16 +191,18 @@ class VESDE(SDE):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"model.sigma_min={self.sigma_min}, model.sigma_max={self.sigma_max}: "
-                "need 0 < sigma_min < sigma_max"
-            )
+        allowed = f"0 < sigma_min < sigma_max={self.sigma_max}"
+        require(0.0 < self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, allowed)
 
     @property
     def prior_std(self) -> float:
         """σmax."""
         return self.sigma_max
+
+    @property
+    def ode_variable(self) -> Variable:
+        """σ: equal steps in t are equal in log σ, and crowd where σ is far below the data."""
+        return Variable("σ", self.sigma, self.time_of_sigma)
 
     @property
     def log_ratio(self) -> float:
@@ -354,8 +218,12 @@ class VESDE(SDE):
         return jnp.ones_like(t)
 
     def sigma(self, t: Time) -> Time:
-        """σ = σmin (σmax/σmin)^t."""
-        return self.sigma_min * jnp.exp(self.log_ratio * t)
+        """σ = σmin (σmax/σmin)^t.
+
+        By a power, which is good to 1.3e-7 in float32: e^{t ln(σmax/σmin)} has the rounding error
+        of its exponent, 9e-7, and the embedding of log σ multiplies it.
+        """
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
 
     def g2(self, t: Time) -> Time:
         """g² = 2 ln(σmax/σmin) σ²."""
@@ -413,8 +281,7 @@ class LinearVESDE(SDE):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not self.sigma_max > 0.0:
-            raise ValueError(f"model.sigma_max={self.sigma_max}: need sigma_max > 0")
+        require(self.sigma_max > 0.0, "sigma_max", self.sigma_max, "more than 0")
 
     @property
     def prior_std(self) -> float:
@@ -464,8 +331,8 @@ class LinearPath(SDE):
     end: float = 1.0 / (1.0 + math.exp(-5.0))
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.end < 1.0:
-            raise ValueError(f"model.end={self.end}: need 0 < end < 1, the drift has a pole at 1")
+        allowed = "0 < end < 1: the drift has a pole at 1"
+        require(0.0 < self.end < 1.0, "end", self.end, allowed)
 
     @property
     def T(self) -> float:

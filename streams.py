@@ -9,22 +9,32 @@ the batches it would have seen. Toy sets can also be fresh samples for ever.
 
 import collections
 import dataclasses
+import hashlib
 import itertools
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from checks import one_of, require
 from toy_data import Law
 
+logger = logging.getLogger("fokker")
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
 Shape = tuple[int, ...]
+Source = str | tuple[Path, ...]  # a description, or files
 T = TypeVar("T")
 Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float32 [n, *shape]
+DIGITS = 16  # of a digest, hexadecimal
+READ_BYTES = 2**30  # of files that are known by their content; larger ones by size and time
+logger = logging.getLogger("fokker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +46,11 @@ class Host:
 
     def part(self, batch_size: int) -> slice:
         """Rows of a global batch that belong to this host."""
-        require(0 <= self.index < self.count, "host", self, "0 <= index < count")
+        require(0 <= self.index < self.count, "the host", self, "0 <= index < count")
         divides = batch_size >= 1 and batch_size % self.count == 0
         require(divides, "batch_size", batch_size, f"a positive multiple of {self.count} host(s)")
         size = batch_size // self.count
         return slice(self.index * size, (self.index + 1) * size)
-
-
-def require(condition: bool, field: str, value: object, expected: str) -> None:
-    """Unless the condition holds, a ValueError that names field, value and what is expected."""
-    if not condition:
-        raise ValueError(f"{field}={value!r}: expected {expected}")
 
 
 @lru_cache(maxsize=2)  # a batch that crosses an epoch needs two
@@ -61,12 +65,28 @@ class Finite:
     """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them.
 
     `labels` are their classes 0, 1, …, int [size], where they are known; no model sees them.
+    `known_by` is what the digest is of where the examples are not in memory: a description of
+    generated ones, the files of others.
     """
 
     size: int
     examples: Examples
     flip: bool = False
     labels: np.ndarray | None = None
+    known_by: Source = ""
+
+    def digest(self) -> str:
+        """Hexadecimal digits that differ where size, examples or labels differ."""
+        found = hashlib.sha256(f"{self.size}".encode())
+        if not self.known_by:
+            for first in range(0, self.size, 1000):
+                ids = np.arange(first, min(first + 1000, self.size))
+                found.update(np.ascontiguousarray(self.examples(ids)))
+        else:
+            found.update(_digest_of(self.known_by).encode())
+        if self.labels is not None:
+            found.update(np.ascontiguousarray(self.labels, np.int64))
+        return found.hexdigest()[:DIGITS]
 
     def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
         """Rows `part` of batch `step` of the shuffled, endless stream."""
@@ -96,6 +116,11 @@ class Fresh:
 
     sampler: Sampler
     size: None = None
+    known_by: str = ""
+
+    def digest(self) -> str:
+        """Hexadecimal digits of the description."""
+        return hashlib.sha256(f"endless {self.known_by}".encode()).hexdigest()[:DIGITS]
 
     def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
         """Rows `part` of batch `step`; every host draws the whole batch."""
@@ -103,6 +128,28 @@ class Fresh:
         number = step * batch_size + np.arange(batch_size)[part]
         index = (number % 2**31).astype(np.int32)  # stays an int32 that cannot be taken for padding
         return {"image": image, "index": index, "mask": np.ones(len(index), bool)}
+
+
+def _digest_of(source: Source) -> str:
+    """Of a description; of files by their paths below a common folder, and by their content.
+
+    Where there are too many bytes to read at every start, size and time of change stand for the
+    content.
+    """
+    if isinstance(source, str):
+        return hashlib.sha256(source.encode()).hexdigest()
+    found, root = hashlib.sha256(), os.path.commonpath([path.parent for path in source])
+    stats = [path.stat() for path in source]
+    total = sum(stat.st_size for stat in stats)
+    if total > READ_BYTES:
+        logger.info("%.1f GB below %s are known by path, size and time", total / 1e9, root)
+    for path, stat in zip(source, stats, strict=True):
+        found.update(f"{os.path.relpath(path, root)} {stat.st_size} ".encode())
+        if total > READ_BYTES:
+            found.update(f"{int(stat.st_mtime)}".encode())
+        else:
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -125,7 +172,8 @@ class Dataset:
 
     Images are uint8 in 0, …, levels − 1; toy points are float32 and have levels None. `index` is
     the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹). `law`
-    is the exact law of the points of both splits, where it is known.
+    is the exact law of the points of both splits, where it is known. `source` says where the
+    examples come from and how they are split, `left_out` what is there and is not used.
     """
 
     name: str
@@ -135,6 +183,26 @@ class Dataset:
     test: Finite
     law: Law | None = None
     validation: Finite | None = None
+    source: str = ""
+    left_out: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One line: the source, the number of examples of every split, and what is left out."""
+        sizes = [f"{s.size or 'endless'} {name}" for name, s in self.splits.items()]
+        left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        return f"data {self.name}: {self.source}; {', '.join(sizes)} examples{left_out}"
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Hexadecimal digits of each split that differ where anything in it differs.
+
+        They depend on shape, kind of values, examples and labels, not on where the data are.
+        """
+        kind = f"{self.shape} {self.levels} "
+        return {
+            name: hashlib.sha256((kind + split.digest()).encode()).hexdigest()[:DIGITS]
+            for name, split in self.splits.items()
+        }
 
     @property
     def held_out(self) -> str:
@@ -148,7 +216,7 @@ class Dataset:
         return found if self.validation is None else found | {"validation": self.validation}
 
     def _split(self, name: str) -> Finite | Fresh:
-        require(name in self.splits, "split", name, f"one of {sorted(self.splits)}")
+        one_of("split", name, self.splits)
         return self.splits[name]
 
     def size(self, split: str) -> int | None:
@@ -166,6 +234,11 @@ class Dataset:
         require(0 <= seed < 2**32, "seed", seed, "0 <= seed < 2**32")
         require(first_step >= 0, "first_step", first_step, "at least 0")
         part, draw = host.part(batch_size), self.train.training_batch
+        if self.train.size is not None and batch_size > self.train.size:
+            logger.warning(
+                "batch_size=%d is more than the %d training examples: a batch holds some twice",
+                batch_size, self.train.size,
+            )  # fmt: skip
         draw = partial(draw, seed=seed, batch_size=batch_size, part=part)
         return ahead(map(draw, itertools.count(first_step)))
 

@@ -10,7 +10,6 @@ evaluation of the network, its dropout mask and the probes: one sweep per probe 
 """
 
 import dataclasses
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from checks import one_of, require
 from fokker_planck import FORMS, Derivatives, FokkerPlanck
-from high_order import THIRD_ORDER_FORMS, HighOrder
+from high_order import THIRD_ORDER_FORMS, HighOrder, first_order_residual
 from operators import (
     PROBES,
     Batched,
@@ -27,7 +27,6 @@ from operators import (
     dimension,
     fold_in_all,
     inner,
-    scale,
     squared_norm,
     value_and_jacobian,
     value_jacobian_and_trace_gradient,
@@ -54,7 +53,7 @@ class Point(NamedTuple):
 
     def rows(self, index: np.ndarray) -> "Point":
         """The examples of these rows."""
-        return self if len(index) == len(self.t) else jax.tree.map(lambda part: part[index], self)
+        return jax.tree.map(lambda part: part[index], self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,25 +77,17 @@ class Terms:
     fokker_planck: FokkerPlanck | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in ("dsm", "ism"):
-            raise ValueError(f"training.objective={self.objective!r}: allowed ['dsm', 'ism']")
-        if self.estimator not in ("probe", "exact"):
-            raise ValueError(
-                f"training.derivative_estimator={self.estimator!r}: allowed ['exact', 'probe']"
-            )
-        if self.num_probes < 1:
-            raise ValueError(f"training.num_probes={self.num_probes}: need at least 1")
-        if self.estimator == "exact" and self.num_probes > 1:
-            raise ValueError(
-                f"training.num_probes={self.num_probes} with "
-                "training.derivative_estimator='exact', which has no probes: need 1"
-            )
-        if self.high_order is not None and not self.reduce_mean:
-            raise ValueError(
-                "training.reduce_mean=False with training.score_matching_order > 1: the parts of "
-                "orders 2 and 3 are normalised by d² and d³, which goes with the mean over "
-                "dimensions"
-            )
+        one_of("training.objective", self.objective, ("dsm", "ism"))
+        one_of("training.derivative_estimator", self.estimator, ("probe", "exact"))
+        allowed = "at least 1, and 1 with training.derivative_estimator='exact'"
+        fits = self.num_probes == 1 or (self.num_probes > 1 and self.estimator == "probe")
+        require(fits, "training.num_probes", self.num_probes, allowed)
+        allowed = (
+            "True with training.score_matching_order > 1: the parts of orders 2 and 3 are "
+            "normalised by d² and d³, which goes with the mean over dimensions"
+        )
+        fits = self.high_order is None or self.reduce_mean
+        require(fits, "training.reduce_mean", self.reduce_mean, allowed)
         self.strides()
 
     def everywhere(self) -> "Terms":
@@ -122,47 +113,29 @@ class Terms:
         A term that is taken for a fraction 1/n of the examples is n times its value there and zero
         elsewhere, so that its mean over the batch has the same expectation.
         """
-        number = np.arange(len(point.t))
-        takes = [self._takes(number, n) for n in self.strides()]
-        groups, order = [], []
-        for kind in itertools.product((True, False), repeat=2):
-            rows = np.flatnonzero((takes[0] == kind[0]) & (takes[1] == kind[1]))
-            if len(rows):
-                groups.append(self._only(*kind).shared_parts(score_fn, sde, point.rows(rows)))
-                order.append(rows)
-        back = np.argsort(np.concatenate(order))
-
-        def joined(name: str) -> PerExample:
-            """The groups in the order of the batch; zero where a group lacks the term."""
-            zeros = [jnp.zeros_like(group["dsm"]) for group in groups]
-            found = [group.get(name, zero) for group, zero in zip(groups, zeros, strict=True)]
-            return self._stride_of(name) * jnp.concatenate(found)[back]
-
+        number, strides = len(point.t), self.strides()
+        high, residual = (_taken(n, number) for n in strides)
+        groups = sorted(set(zip(high.tolist(), residual.tolist(), strict=True)), reverse=True)
         if len(groups) == 1:
-            return groups[0]
-        return {name: joined(name) for name in dict.fromkeys(n for group in groups for n in group)}
-
-    def _takes(self, number: np.ndarray, stride: int) -> np.ndarray:
-        """Which examples of a device's batch have a term that each n-th of them has."""
-        if stride > 1 and len(number) % stride:
-            raise ValueError(
-                f"training.batch_size: a device has {len(number)} examples; need a multiple of "
-                f"{stride} for a fraction of 1/{stride}"
+            return self.shared_parts(score_fn, sde, point)
+        factors = self._factors(*strides)
+        whole: Parts = {}
+        for with_high, with_residual in groups:
+            rows = np.flatnonzero((high == with_high) & (residual == with_residual))
+            terms = dataclasses.replace(
+                self,
+                high_order=self.high_order if with_high else None,
+                fokker_planck=self.fokker_planck if with_residual else None,
             )
-        return (number % stride == 0) if stride else np.zeros(len(number), bool)
+            for name, values in terms.shared_parts(score_fn, sde, point.rows(rows)).items():
+                start = whole.get(name, jnp.zeros(number, values.dtype))
+                whole[name] = start.at[rows].set(values)
+        return {name: factors.get(name, 1) * values for name, values in whole.items()}
 
-    def _only(self, high: bool, residual: bool) -> "Terms":
-        """The terms of a group of examples."""
-        return dataclasses.replace(
-            self,
-            high_order=self.high_order if high else None,
-            fokker_planck=self.fokker_planck if residual else None,
-        )
-
-    def _stride_of(self, name: str) -> int:
-        """What a part is multiplied by where it is taken."""
-        high, residual = self.strides()
-        return {"fp": residual, "fp_scalar": residual, "dsm": 1, "ism": 1}.get(name, high)
+    def _factors(self, high: int, residual: int) -> dict[str, int]:
+        """What the parts of an n-th of the examples are multiplied by, by name."""
+        pairs = ((self.high_order, high), (self.fokker_planck, residual))
+        return {name: n for term, n in pairs if term is not None for name in term.names}
 
     def shared_parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
         """All terms of all examples."""
@@ -257,19 +230,20 @@ class Terms:
         return FORMS[name](score_fn, sde, x, t, v, third=third)
 
 
-def first_order_residual(score: Batched, sigma: PerExample, z: Batched) -> Batched:
-    """e1 = σ s + z at x_t = α x0 + σ z.
-
-    Reference: Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. (7).
-    """
-    return scale(sigma, score) + z
-
-
 def _stride(term: HighOrder | FokkerPlanck | None, field: str) -> int:
     """n of a fraction 1/n; 0 where the term is absent."""
     if term is None:
         return 0
     n = round(1.0 / term.fraction) if term.fraction > 0 else 0
-    if n < 1 or abs(n * term.fraction - 1.0) > 5e-3:
-        raise ValueError(f"training.{field}={term.fraction}: allowed 1, 1/2, 1/3, 1/4, ...")
+    fits = n >= 1 and abs(n * term.fraction - 1.0) <= 5e-3
+    require(fits, f"training.{field}", term.fraction, "1, 1/2, 1/3, 1/4, ...")
     return n
+
+
+def _taken(stride: int, number: int) -> np.ndarray:
+    """Which of a device's examples have a term that each n-th of them has."""
+    if stride == 0:
+        return np.zeros(number, bool)
+    allowed = f"a multiple of {stride} for a fraction of 1/{stride}"
+    require(number % stride == 0, "training.batch_size on each device", number, allowed)
+    return np.arange(number) % stride == 0

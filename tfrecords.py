@@ -45,6 +45,11 @@ class Records:
             -1, 2
         )
 
+    def name(self, number: int) -> str:
+        """The file of a record and its number there."""
+        file = self._file[number]
+        return f"record {number - np.searchsorted(self._file, file)} of {self.paths[file]}"
+
     def __len__(self) -> int:
         return len(self._file)
 

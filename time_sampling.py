@@ -12,6 +12,7 @@ nothing but stratified u.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -20,7 +21,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from operators import PerExample, fold_in_each
+from sde_base import check_time
 from sde_lib import SDE, LinearVESDE, Time
+
+FIELD = "training.smallest_time"  # of which t_min and t_eps are values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Uniform:
     t_min: float
 
     def __post_init__(self) -> None:
-        _check_t_min(self.t_min, self.sde, positive=False)
+        # Without σ at t = 0 the linear VE has no weight there either: g²/σ² is 0/0.
+        check_time(FIELD, self.t_min, self.sde, positive=isinstance(self.sde, LinearVESDE))
 
     @property
     def length(self) -> float:
@@ -53,28 +58,54 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True)
-class Importance:
-    """p(t) = (g²/σ²)/Z on [t_min, T], the likelihood-weighting proposal.
-
-    Reference: Song et al. 2021, https://arxiv.org/abs/2101.09258, section 5.1; closed forms in
-    sde_lib.
-    """
+class _Stretched:
+    """A law under which a growing function of t, the `coordinate`, is uniform on [t_min, T]."""
 
     sde: SDE
     t_min: float
 
     def __post_init__(self) -> None:
-        _check_t_min(self.t_min, self.sde, positive=True)
+        check_time(FIELD, self.t_min, self.sde, positive=True)
 
     @property
     def length(self) -> float:
         """Of the interval, T − t_min."""
         return self.sde.T - self.t_min
 
+    def coordinate(self, t: Time) -> Time:
+        """What is uniform."""
+        raise NotImplementedError
+
+    def time_of_coordinate(self, c: Time) -> Time:
+        """Inverse of `coordinate`."""
+        raise NotImplementedError
+
     def bounds(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """W(t_min), W(T)."""
-        weight = self.sde.cumulative_weight
-        return weight(jnp.asarray(self.t_min, dtype)), weight(jnp.asarray(self.sde.T, dtype))
+        """The coordinate at t_min and T."""
+        ends = jnp.asarray(self.t_min, dtype), jnp.asarray(self.sde.T, dtype)
+        return self.coordinate(ends[0]), self.coordinate(ends[1])
+
+    def quantile(self, u: Time) -> Time:
+        """Inverse CDF."""
+        low, high = self.bounds(u.dtype)
+        return jnp.clip(self.time_of_coordinate(low + (high - low) * u), self.t_min, self.sde.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance(_Stretched):
+    """p(t) = (g²/σ²)/Z on [t_min, T], the likelihood-weighting proposal: W is uniform.
+
+    Reference: Song et al. 2021, https://arxiv.org/abs/2101.09258, section 5.1; closed forms in
+    sde_lib.
+    """
+
+    def coordinate(self, t: Time) -> Time:
+        """W(t)."""
+        return self.sde.cumulative_weight(t)
+
+    def time_of_coordinate(self, c: Time) -> Time:
+        """W⁻¹."""
+        return self.sde.time_of_weight(c)
 
     @property
     def normalizer(self) -> Float[Array, ""]:
@@ -82,15 +113,9 @@ class Importance:
         low, high = self.bounds()
         return high - low
 
-    def quantile(self, u: Time) -> Time:
-        """Inverse CDF: t = W⁻¹(W(t_min) + Z u)."""
-        low, high = self.bounds(u.dtype)
-        t = self.sde.time_of_weight(low + (high - low) * u)
-        return jnp.clip(t, self.t_min, self.sde.T)
-
     def density(self, t: Time) -> Time:
         """p(t)."""
-        return self.sde.g2(t) / self.sde.sigma(t) ** 2 / self.normalizer.astype(t.dtype)
+        return self.sde.rate(t) / self.normalizer.astype(t.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +130,17 @@ class Debias:
     t_eps: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check_t_min(self.t_eps, self.sde, positive=True)
+        check_time(FIELD, self.t_eps, self.sde, positive=True)
 
     @property
     def length(self) -> float:
         """Of the interval, T."""
         return self.sde.T
 
-    def rate(self, t: Time) -> Time:
-        """r(t) = g²/σ²."""
-        return self.sde.g2(t) / self.sde.sigma(t) ** 2
-
     def pieces(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], ...]:
         """r(t_eps), t_eps r(t_eps), W(t_eps), Z."""
         t_eps = jnp.asarray(self.t_eps, dtype)
-        rate, low = self.rate(t_eps), self.sde.cumulative_weight(t_eps)
+        rate, low = self.sde.rate(t_eps), self.sde.cumulative_weight(t_eps)
         high = self.sde.cumulative_weight(jnp.asarray(self.sde.T, dtype))
         return rate, t_eps * rate, low, t_eps * rate + high - low
 
@@ -137,11 +158,11 @@ class Debias:
 
     def density(self, t: Time) -> Time:
         """p(t)."""
-        return self.rate(jnp.maximum(t, self.t_eps)) / self.normalizer.astype(t.dtype)
+        return self.sde.rate(jnp.maximum(t, self.t_eps)) / self.normalizer.astype(t.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Velocity:
+class Velocity(_Stretched):
     """p(t) = (d log σ²/dt)/Z on [t_min, T]: log σ² is uniform.
 
     Against the importance law, fewer times where little of the signal is left. In float32 log σ² is
@@ -150,27 +171,13 @@ class Velocity:
     Reference: Zheng et al. 2023, https://arxiv.org/abs/2305.03935, section 3.3.
     """
 
-    sde: SDE
-    t_min: float
+    def coordinate(self, t: Time) -> Time:
+        """log σ²."""
+        return 2.0 * jnp.log(self.sde.sigma(t))
 
-    def __post_init__(self) -> None:
-        _check_t_min(self.t_min, self.sde, positive=True)
-
-    @property
-    def length(self) -> float:
-        """Of the interval, T − t_min."""
-        return self.sde.T - self.t_min
-
-    def bounds(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """log σ² at t_min and T."""
-        ends = jnp.asarray(self.t_min, dtype), jnp.asarray(self.sde.T, dtype)
-        return tuple(2.0 * jnp.log(self.sde.sigma(t)) for t in ends)
-
-    def quantile(self, u: Time) -> Time:
-        """Inverse CDF."""
-        low, high = self.bounds(u.dtype)
-        t = self.sde.time_of_sigma(jnp.exp(0.5 * (low + (high - low) * u)))
-        return jnp.clip(t, self.t_min, self.sde.T)
+    def time_of_coordinate(self, c: Time) -> Time:
+        """t of log σ²."""
+        return self.sde.time_of_sigma(jnp.exp(0.5 * c))
 
     def density(self, t: Time) -> Time:
         """p(t)."""
@@ -251,12 +258,6 @@ class Levels:
 Proposal = Uniform | Importance | Debias | Velocity | Binned | Levels
 
 
-def _check_t_min(t_min: float, sde: SDE, *, positive: bool) -> None:
-    lowest = "0 < " if positive or isinstance(sde, LinearVESDE) else "0 <= "
-    if t_min < 0.0 or t_min >= sde.T or (lowest == "0 < " and t_min == 0.0):
-        raise ValueError(f"smallest time {t_min}: need {lowest}t < T = {sde.T}")
-
-
 def independent_uniforms(
     key: Key[Array, ""], ids: Int[Array, " b"], batch_size: int, dtype: DTypeLike = jnp.float32
 ) -> PerExample:
@@ -279,6 +280,32 @@ def stratified_uniforms(
     shift = jax.random.randint(key_shift, (), 0, batch_size, ids.dtype)
     jitter = independent_uniforms(key_jitter, ids, batch_size, dtype)
     return (((ids + shift) % batch_size).astype(dtype) + jitter) / batch_size
+
+
+def draws(
+    function: Callable[[Key[Array, "b 2"], PerExample], PerExample],
+    keys: Key[Array, " b"],
+    number: int,
+    dtype: DTypeLike,
+    *,
+    stratified: bool = True,
+    smallest: float = 0.0,
+) -> Float[Array, "n b"]:
+    """function(two keys per example, u) of `number` draws of u ~ U(0, 1), one row each.
+
+    Stratified: u of row i is uniform in the i-th of as many cells of [0, 1). `smallest` is the
+    least u within a cell, for laws that must not see u = 0.
+    """
+
+    def draw(i: Int[Array, ""]) -> PerExample:
+        keys_now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i), 3))(keys)
+        u = jax.vmap(lambda k: jax.random.uniform(k, (), dtype, smallest))(keys_now[:, 0])
+        u = (i.astype(dtype) + u) / number if stratified else u
+        return function(keys_now[:, 1:], u)
+
+    if number == 1:  # no loop: XLA on CPU is slow at gradients of convolutions inside one
+        return draw(jnp.zeros((), jnp.int32))[None]
+    return jax.lax.map(draw, jnp.arange(number))
 
 
 UNIFORMS = {False: independent_uniforms, True: stratified_uniforms}

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from checks import one_of, rate, require
 from losses import NUM_BINS, Batch, LossFn, Metrics
 from parameterization import Params
 
@@ -65,20 +66,15 @@ class OptimizerConfig:
     schedule: str
 
     def __post_init__(self) -> None:
-        if self.optimizer.lower() != "adam":
-            raise ValueError(f"optim.optimizer={self.optimizer!r}: allowed ['adam']")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule={self.schedule!r}: allowed {sorted(SCHEDULES)}")
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr={self.lr}: need lr > 0")
+        require(self.optimizer.lower() == "adam", "optim.optimizer", self.optimizer, "'Adam'")
+        one_of("optim.schedule", self.schedule, SCHEDULES)
+        require(self.lr > 0, "optim.lr", self.lr, "more than 0")
         for name in ("warmup", "eps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)}: need 0 or more")
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)}: need 0 <= {name} < 1")
-        if self.grad_clip == 0:
-            raise ValueError("optim.grad_clip=0 would stop all learning; negative switches it off")
+            rate(f"optim.{name}", getattr(self, name))
+        allowed = "another value: 0 would stop all learning, a negative one switches clipping off"
+        require(self.grad_clip != 0, "optim.grad_clip", self.grad_clip, allowed)
 
     def learning_rate(self, num_steps: int) -> optax.Schedule:
         """η_k over a run of `num_steps` steps."""

@@ -14,14 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-import datasets
 from elbo import ESTIMATORS
 from experiments.compare import load
 from likelihood import Divergence
 from operators import fold_in_all, fold_in_each
-from run_lib import build
+from run_lib.experiment import Experiment
 from run_lib.loading import load_parameters, steps_in
-from run_lib.settings import Settings
 
 
 def main() -> None:
@@ -32,14 +30,14 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20_000)
     parser.add_argument("--draws", type=int, default=16)
     options = parser.parse_args()
-    settings = Settings.from_config(load(options.config, [f"data.num_test={options.examples}"]))
-    dataset = datasets.load(settings.data)
+    experiment = Experiment.from_config(load(options.config, [f"data.num_test={options.examples}"]))
+    dataset = experiment.dataset
     step = steps_in(options.workdir)[-1]
-    params = load_parameters(settings, dataset, options.workdir, step)
-    model, probe = build.score_model(settings), Divergence("rademacher")
+    params = load_parameters(experiment, options.workdir, step)
+    model, probe = experiment.model, Divergence("rademacher")
     batch = next(dataset.eval_batches("test", batch_size=options.examples))
     keys = fold_in_each(jax.random.key(0), batch["index"])
-    encoding = build.evaluation_encoding(settings, dataset)
+    encoding = experiment.evaluation_encoding
     x = encoding.encode(batch["image"], keys)
     print(f"{options.workdir} step {step}, {options.examples} examples, {options.draws} draws each")
     print(f"{'estimator':16}{'ELBO':>10}{'s.e.':>8}{'std within':>12}{'std total':>11}{'ratio':>8}")

@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import datasets
 import losses
 from experiments.compare import load
 from losses import NUM_BINS, AdaptiveLaw, TimeLaw, bin_moments
-from run_lib import build
+from run_lib.experiment import Experiment
 from run_lib.loading import load_parameters, steps_in
 from run_lib.settings import Settings
 from terms import Terms
@@ -61,12 +60,15 @@ def laws(settings: Settings, moments: jax.Array) -> dict[str, TimeLaw]:
     }
 
 
-def measured(model: Any, encoding: Any, settings: Settings, dataset: Any, params: Any) -> jax.Array:
+def measured(experiment: Experiment, params: Any) -> jax.Array:
     """ΣE h² and Σ1 of the bins, [2, n], of batches under the importance law, as training learns."""
+    settings, model = experiment.settings, experiment.model
     size, t_min = settings.training.batch_size, settings.training.smallest_time
     flat = Binned(settings.sde, t_min, jnp.full((NUM_BINS,), 1.0 / NUM_BINS))
     law = TimeLaw(flat, losses.noise_weight, stratified=True)
-    per_example = losses.score_matching(model, encoding, law, Terms(), batch_size=size, train=False)
+    per_example = losses.score_matching(
+        model, experiment.encoding, law, Terms(), batch_size=size, train=False
+    )
 
     @jax.jit
     def of_batch(key: jax.Array, batch: dict) -> jax.Array:
@@ -74,7 +76,7 @@ def measured(model: Any, encoding: Any, settings: Settings, dataset: Any, params
         t = law.sample(jax.random.split(key, 5)[1], batch, size)  # as the objective draws them
         return bin_moments(law, t, h).sum(axis=0)
 
-    stream = dataset.train_batches(batch_size=size, seed=2, first_step=0)
+    stream = experiment.dataset.train_batches(batch_size=size, seed=2, first_step=0)
     noise_id = jnp.arange(size)
     found = [of_batch(jax.random.key(k), next(stream) | {"noise_id": noise_id}) for k in range(64)]
     return sum(found)
@@ -97,18 +99,18 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=128)
     options = parser.parse_args()
-    settings = Settings.from_config(load(options.config, []))
-    dataset = datasets.load(settings.data)
+    experiment = Experiment.from_config(load(options.config, []))
+    dataset = experiment.dataset
     step = steps_in(options.workdir)[-1]
-    params = load_parameters(settings, dataset, options.workdir, step)
-    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
-    terms = dataclasses.replace(Terms(), reduce_mean=settings.training.reduce_mean)
+    params = load_parameters(experiment, options.workdir, step)
+    model, encoding = experiment.model, experiment.encoding
+    terms = dataclasses.replace(Terms(), reduce_mean=experiment.settings.training.reduce_mean)
     stream = dataset.train_batches(batch_size=options.batch_size, seed=1, first_step=0)
     noise_id = jnp.arange(options.batch_size)
     batches = [next(stream) | {"noise_id": noise_id} for _ in range(options.batches)]
     gradients, values = {}, {}
-    moments = measured(model, encoding, settings, dataset, params)
-    for name, law in laws(settings, moments).items():
+    moments = measured(experiment, params)
+    for name, law in laws(experiment.settings, moments).items():
         per_example = losses.score_matching(
             model, encoding, law, terms, batch_size=options.batch_size, train=False
         )

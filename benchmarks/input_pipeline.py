@@ -19,40 +19,39 @@ import jax
 import numpy as np
 from PIL import Image
 
-import datasets
 from configs import base
 from configs.digits import vp as digits
 from run_lib import training
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from run_lib.trainer import Trainer
 
 
-def digits_settings(where: Path) -> Settings:
+def digits_settings(where: Path) -> Experiment:
     """The network of make demo."""
     del where
     config = digits.get_config()
     config.training.update(n_iters=1_000_000, snapshot_sampling=False)
-    return Settings.from_config(config)
+    return Experiment.from_config(config)
 
 
-def pixels(where: Path, **data: str) -> Settings:
+def pixels(where: Path, **data: str) -> Experiment:
     """A small U-Net on 32×32×3."""
     config = base.get_config()
     config.data.update(levels=256, random_flip=True, image_size=32, num_channels=3, **data)
     config.model.update(name="ddpm", nf=32, ch_mult=(1, 2), num_res_blocks=1, conditional=True)
     config.model.update(attn_resolutions=(8,), resamp_with_conv=True, dropout=0.1)
     config.training.update(batch_size=16, n_iters=1_000_000, snapshot_sampling=False)
-    return Settings.from_config(config)
+    return Experiment.from_config(config)
 
 
-def archive(where: Path) -> Settings:
+def archive(where: Path) -> Experiment:
     """2,000 images of noise in one file."""
     images = np.random.default_rng(0).integers(256, size=(2000, 32, 32, 3), dtype=np.uint8)
     np.savez(where / "images.npz", x_train=images, x_test=images[:100])
     return pixels(where, dataset="npz", path=str(where / "images.npz"))
 
 
-def files(where: Path) -> Settings:
+def files(where: Path) -> Experiment:
     """2,000 PNG files of noise."""
     rng = np.random.default_rng(0)
     for split, number in (("train", 2000), ("test", 100)):
@@ -84,11 +83,10 @@ def seconds(trainer: Trainer, batches: Iterator, dispatches: int) -> float:
     return time.perf_counter() - started
 
 
-def ratios(settings: Settings, dispatches: int, rounds: int) -> list[float]:
+def ratios(experiment: Experiment, dispatches: int, rounds: int) -> list[float]:
     """Time with the constant batch over that with the pipeline, by round."""
     with tempfile.TemporaryDirectory() as workdir:
-        dataset = datasets.load(settings.data)
-        trainer = training.score_trainer(settings, dataset, Path(workdir))
+        trainer = training.score_trainer(experiment, Path(workdir))
         stream = trainer.batches()
         same = next(stream)
         constant = iter(lambda: same, None)

@@ -22,7 +22,7 @@ from dequantization import Pixels
 from high_order import HighOrder
 from models import MODELS
 from parameterization import ScoreModel
-from run_lib import parallel
+from run_lib import devices
 from sde_lib import VPSDE
 from terms import Terms
 
@@ -68,12 +68,12 @@ def compiled(remat: str, num_microbatches: int, batch_size: int, size: int) -> R
         "noise_id": np.arange(batch_size, dtype=np.int32),
         "mask": np.ones(batch_size, bool),
     }
-    mapped = parallel.map_over_devices(gradient, in_axes=(None, None, 0), out_axes=0)
-    arguments = (model.init(jax.random.key(0), shape), jax.random.key(1), parallel.put(batch))
+    mapped = devices.map_over_devices(gradient, in_axes=(None, None, 0), out_axes=0)
+    arguments = (model.init(jax.random.key(0), shape), jax.random.key(1), devices.put(batch))
     start = time.perf_counter()
     step = mapped.lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    arguments = (parallel.replicate(arguments[0]), parallel.replicate(arguments[1]), arguments[2])
+    arguments = (devices.replicate(arguments[0]), devices.replicate(arguments[1]), arguments[2])
     return Run(step, arguments, step.memory_analysis().temp_size_in_bytes, seconds, [])
 
 

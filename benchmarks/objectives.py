@@ -11,6 +11,7 @@ those that XLA reports of the compiled step; `compile` includes tracing.
 `published` rows are the formulations of the published codes, written here: order 3 by reverse over
 forward mode; the Fokker–Planck residual by reverse over reverse mode, differences in time, and six
 evaluations of the network.
+`cells` rows have the head of 256 levels in place of the noise.
 `remat` rows are those of model.remat. On CPU, XLA as of jax 0.10 drops the barriers between the two
 passes before it orders the operations, so that memory falls little or not at all; that of jax 0.12
 does not, nor does the former with XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander.
@@ -19,6 +20,7 @@ Times hold for this machine only, ratios carry over to similar ones, flops every
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from typing import Any
@@ -31,6 +33,7 @@ import losses
 import train_state
 from dequantization import Pixels
 from fokker_planck import FokkerPlanck
+from heads import Cells
 from high_order import HighOrder, second_order_residual, third_order_residual
 from models import MODELS
 from operators import (
@@ -43,8 +46,8 @@ from operators import (
     scale,
     squared_norm,
 )
-from parameterization import ScoreFn, ScoreModel
-from run_lib import parallel
+from parameterization import HeadModel, ScoreFn, ScoreModel
+from run_lib import devices
 from sde_lib import SDE, VPSDE
 from terms import Parts, Point, Terms
 
@@ -115,6 +118,7 @@ class Case:
     terms: Terms
     targets: dict[str, float] = dataclasses.field(default_factory=dict)
     remat: str = "none"
+    head: bool = False  # `cells` of 256 levels in place of the noise
 
 
 def _third(form: str, fraction: float = 1.0) -> HighOrder:
@@ -157,6 +161,10 @@ CASES: dict[str, Case] = {
     "order 3 directional 1/2 + FPE advective 1/2": Case(
         Terms(high_order=_third("directional", 0.5), fokker_planck=_residual("advective", 0.5))
     ),
+    "cells, order 1": Case(Terms(), head=True),
+    "cells, order 2": Case(SECOND, head=True),
+    "cells, order 3 directional": Case(DIRECTIONAL, head=True),
+    "cells, FPE advective": Case(Terms(fokker_planck=_residual("advective")), head=True),
 }
 
 
@@ -191,10 +199,18 @@ class Run:
         return self.step.memory_analysis().temp_size_in_bytes
 
 
+def score_model(case: Case) -> ScoreModel:
+    """A DDPM that predicts the noise, or that has the head `cells`."""
+    network = functools.partial(MODELS["ddpm"], **NETWORK, remat=case.remat)
+    if not case.head:
+        return ScoreModel(network(), VPSDE())
+    head = Cells(256, -1.0, 1.0)
+    return HeadModel(network(outputs=head.outputs), VPSDE(), head=head)
+
+
 def compiled(case: Case, batch_size: int) -> Run:
     """The case as `run_lib.training` takes single steps, of a DDPM without dropout."""
-    sde = VPSDE()
-    model = ScoreModel(MODELS["ddpm"](**NETWORK, remat=case.remat), sde)
+    model, sde = score_model(case), VPSDE()
     law = losses.time_law(sde, smallest_time=1e-3)
     per_example = losses.score_matching(
         model, Pixels(256), law, case.terms, batch_size=batch_size, train=True
@@ -203,7 +219,7 @@ def compiled(case: Case, batch_size: int) -> Run:
     config = train_state.OptimizerConfig("adam", 2e-4, 0.9, 0.999, 1e-8, 0.0, 0, 1.0, "constant")
     optimizer = config.chain(1000)
     state = train_state.create(model.init(jax.random.key(0), SHAPE), optimizer)
-    step = parallel.map_over_devices(
+    step = devices.map_over_devices(
         train_state.single_step(train_state.train_step(loss_fn, optimizer, 0.999, "batch")),
         in_axes=(None, None, 1), out_axes=None, donate_argnums=(0,),
     )  # fmt: skip
@@ -213,7 +229,7 @@ def compiled(case: Case, batch_size: int) -> Run:
         "noise_id": np.arange(batch_size, dtype=np.int32)[None],
         "mask": np.ones((1, batch_size), bool),
     }
-    batch = parallel.split(batch, axis=1)
+    batch = devices.split(batch, axis=1)
     start = time.perf_counter()
     executable = step.lower(state, jax.random.key(1), batch).compile()
     return Run(executable, state, batch, time.perf_counter() - start)

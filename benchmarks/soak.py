@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 import run_lib
-from run_lib import folder, memory
-from run_lib.settings import Settings
+from run_lib import devices, folder
+from run_lib.experiment import Experiment
 
 STEPS = 2000  # as often as the config saves
 
@@ -46,12 +46,12 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def settings(last: int) -> Settings:
+def experiment(last: int) -> Experiment:
     """The digits run up to so many steps, evaluated on a part of the test set."""
     config = importlib.import_module("configs.digits.vp").get_config()
     config.training.update(n_iters=last, log_freq=20, eval_freq=100)
     config.eval.update(num_examples=64, batch_size=64, num_samples=64)
-    return Settings.from_config(config)
+    return Experiment.from_config(config)
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
     options = parser.parse_args()
-    memory.one_arena()  # as main.py
+    devices.one_arena()  # as main.py
     logging.getLogger("fokker").setLevel(logging.INFO)
     folder.LOG_BYTES = 40_000
     cache = str(options.workdir.absolute().parent / ".compilation_cache")
@@ -71,11 +71,11 @@ def main() -> None:
         table = csv.writer(file)
         table.writerow(["minutes", "step", *(f"{kind}_mb" for kind in MEMORY), "open_files"])
         while (minutes := (time.monotonic() - started) / 60) < options.minutes:
-            now = settings(STEPS * (len(rows) + 1))
+            now = experiment(STEPS * (len(rows) + 1))
             run_lib.train(now, options.workdir)
-            memory.release()  # as main.py between its modes
+            devices.release()  # as main.py between its modes
             run_lib.evaluate(now, options.workdir, f"eval_{len(rows) % 10}")
-            memory.release()
+            devices.release()
             rows.append((round(minutes, 2), now.training.n_iters, *memory_mb(), open_files()))
             table.writerow(rows[-1])
             file.flush()

@@ -19,7 +19,7 @@ import train_state
 from dequantization import Pixels
 from models import MODELS
 from parameterization import ScoreModel
-from run_lib import parallel
+from run_lib import devices
 from sde_lib import VPSDE
 from terms import Terms
 
@@ -57,10 +57,10 @@ def compiled_step(name: str, shape: tuple[int, ...], fields: dict, batch_size: i
     optimizer = config.chain(1000)
     state = train_state.create(model.init(jax.random.key(0), shape), optimizer)
     step_fn = train_state.train_step(losses.mean_loss(per_example), optimizer, 0.999, "batch")
-    step = parallel.map_over_devices(
+    step = devices.map_over_devices(
         step_fn, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,)
     )
-    batch = parallel.split(
+    batch = devices.split(
         {
             "image": np.zeros((batch_size, *shape), np.uint8),
             "noise_id": np.arange(batch_size, dtype=np.int32),

@@ -36,7 +36,7 @@ def _data() -> ConfigDict:
             "logit": False,  # logit transform instead of centring
             "uniform_dequantization": True,  # (k + u)/levels in training, too
             "random_flip": False,  # left-right, in training only
-            "num_validation": 0,  # the last so many training images, to choose settings by
+            "num_validation": 0,  # training images, drawn at random, to choose settings by
             "num_train": 0,  # 0: all (2-D sets: fresh samples for ever)
             "num_test": 0,  # 0: all (2-D sets: at least 1)
         }
@@ -50,7 +50,7 @@ def _model() -> ConfigDict:
             # score | scaled_score | noise | drift | velocity, or a head, which knows the marginal
             # law of the training data: cells | atoms (integers), mixture | whitened (real values)
             "parameterization": "noise",
-            "time_label": "time",  # time | unit_time | sigma | log_snr | reverse_index
+            "time_label": "time",  # time | level | unit_time | sigma | log_snr | reverse_index
             "ema_rate": 0.9999,
             "num_scales": 1000,  # noise levels of the discrete chains and of sampling
             # SDEs

@@ -2,19 +2,20 @@
 
     python -m experiments.compare CONFIG... --workdir=runs/mog1d [--seeds=5]
         [--modes=train,eval,diagnose] [--set training.n_iters=5000 ...]
+        [--vary model.parameterization=velocity,cells ...]
 
-A run is a folder WORKDIR/<config>/seed_<k> like any other; a run that is complete is not repeated,
-an interrupted one continues. Every figure is mean ± standard error over seeds, at the same test
-points (whose own error is in each run's table); differences from the first config are paired by
-seed. WORKDIR gets compare.txt, compare.jsonl and compare.png.
+`--vary` makes one variant of every config for each value of a field; several fields give all
+combinations. A run is a folder WORKDIR/<config or variant>/seed_<k> like any other; a run that is
+complete is not repeated, an interrupted one continues. Every figure is mean ± standard error over
+seeds, at the same test points (whose own error is in each run's table); differences from the first
+config are paired by seed. WORKDIR gets compare.txt, compare.jsonl and compare.png.
 """
 
 import argparse
-import ast
+import itertools
 import json
 import logging
 import math
-import runpy
 import statistics
 import sys
 from pathlib import Path
@@ -23,10 +24,13 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+import json_files
 import plotting
 import run_lib
-from run_lib import comparison, folder, report
-from run_lib.settings import Settings, choose, require
+from checks import one_of, require
+from run_lib import comparison, config_files, folder, identities, report
+from run_lib.experiment import Experiment
+from run_lib.settings import Settings
 
 logger = logging.getLogger("fokker")
 AVERAGED_CURVES = ("dsm", "r_fp", "asymmetry")
@@ -52,41 +56,65 @@ def load(path: str, settings: list[str]) -> ConfigDict:
     Raises:
         ValueError: the file is missing, or a field does not exist.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"config {path!r} does not exist")
-    config = runpy.run_path(path)["get_config"]()
+    config = config_files.load(path)
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting!r}: need section.field=value")
-        if name == "seed":
-            raise ValueError(f"--set {setting}: the seeds are those of --seeds and --first_seed")
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            value = text
-        try:
-            config.update_from_flattened_dict({name: value})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"--set {setting}: {error}") from error
+        require(bool(equals), "--set", setting, "section.field=value")
+        require(name != "seed", "--set", setting, "--seeds and --first_seed for the seeds")
+        config_files.change(config, name, text)
     return config
+
+
+def variants(configs: list[str], varied: list[str], common: list[str]) -> dict[str, ConfigDict]:
+    """Every config with every combination of the varied fields, by the name of its folder.
+
+    Raises:
+        ValueError: a config or a field is wrong, or two variants have one name.
+    """
+    values = [
+        [f"{field}={value}" for value in text.split(",")] for field, text in map(_split, varied)
+    ]
+    found: dict[str, ConfigDict] = {}
+    for path, chosen in itertools.product(configs, itertools.product(*values)):
+        stems = [Path(path).stem] if len(configs) > 1 or not chosen else []
+        name = "_".join([*stems, *(setting.rpartition(".")[2] for setting in chosen)])
+        require(name not in found, "configs and --vary", name, "variants of different names")
+        found[name] = load(path, [*common, *chosen])
+        Settings.from_config(found[name])
+    return found
+
+
+def _split(setting: str) -> tuple[str, str]:
+    field, equals, values = setting.partition("=")
+    require(bool(equals and values), "--vary", setting, "section.field=value,value")
+    return field, values
 
 
 def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[str, float]:
     """Train, evaluate and diagnose one config with one seed; what its folder then says."""
     config.seed = seed
-    settings = Settings.from_config(config)
+    experiment = Experiment.from_config(config)
+    settings = experiment.settings
     _same_training(settings, workdir)
     folder.log_to(workdir)
     rows = workdir / "eval" / f"diagnosis_{settings.training.n_iters}.jsonl"
     if "train" in modes:
-        run_lib.train(settings, workdir)
+        run_lib.train(experiment, workdir)
     if "eval" in modes:
-        run_lib.evaluate(settings, workdir, "eval")
-    if "diagnose" in modes and not rows.exists():
-        run_lib.diagnose(settings, workdir, "eval")
+        run_lib.evaluate(experiment, workdir, "eval")
+    if "diagnose" in modes and not _is_diagnosed(rows):
+        run_lib.diagnose(experiment, workdir, "eval")
     jax.clear_caches()
     return evaluated(settings, workdir) | (diagnosed(rows) if "diagnose" in modes else {})
+
+
+def _is_diagnosed(path: Path) -> bool:
+    """Whether there are rows of a diagnosis of the checkpoint that is there now."""
+    if not path.exists():
+        return False
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    named = [row for row in rows if "identity" in row]
+    return bool(named) and identities.reported(path.parent, named) == rows
 
 
 def _same_training(settings: Settings, workdir: Path) -> None:
@@ -94,7 +122,7 @@ def _same_training(settings: Settings, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))["training"]
+    before = json_files.read(path)["training"]
     now = json.loads(json.dumps(settings.resolved()["training"]))
     free = ("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
     changed = [name for name in now if name not in free and before.get(name) != now[name]]
@@ -106,7 +134,7 @@ def _same_training(settings: Settings, workdir: Path) -> None:
 
 
 def evaluated(settings: Settings, workdir: Path) -> dict[str, float]:
-    """Means of the last step by estimator.
+    """Means of the last step by estimator; of the ODE the network's evaluations and seconds, too.
 
     Raises:
         ValueError: an estimator has rows of several protocols.
@@ -121,6 +149,8 @@ def evaluated(settings: Settings, workdir: Path) -> dict[str, float]:
                 "another --workdir"
             )
         found[result.estimator] = result.value.mean
+        if result.estimator == "ODE":
+            found |= {"ODE evaluations": result.nfe, "ODE seconds per example": result.seconds}
     return found
 
 
@@ -202,27 +232,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("configs", nargs="+", help="config files; the first is the reference")
+    parser.add_argument("configs", nargs="+", help="config files; the first is compared with")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1..N")
     parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--modes", default="train,eval,diagnose", help="what to run or to read")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="SECTION.FIELD=VALUE,VALUE,..."
+    )
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
     results: dict[str, Results] = {}
     try:
         for mode in options.modes.split(","):
-            choose(dict.fromkeys(("train", "eval", "diagnose")), mode, "--modes")
+            one_of("--modes", mode, ("train", "eval", "diagnose"))
         require(options.seeds >= 1, "--seeds", options.seeds, "at least 1")
-        names = [Path(path).stem for path in options.configs]
-        require(len(set(names)) == len(names), "configs", names, "different file names")
-        for path in options.configs:  # refuse a wrong file or field before the first run
-            Settings.from_config(load(path, options.set))
+        configs = variants(options.configs, options.vary, options.set)
         for seed in range(options.first_seed, options.first_seed + options.seeds):
-            for path in options.configs:
-                name, config = Path(path).stem, load(path, options.set)
+            for name, config in configs.items():
                 workdir = options.workdir / name / f"seed_{seed}"
                 found = run(config, seed, workdir, options.modes.split(","))
                 for quantity, value in found.items():

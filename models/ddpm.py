@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from checks import require
 from models.layers import (
     ACTIVATIONS,
     DOWNSAMPLE_PADDING,
@@ -32,7 +33,7 @@ from models.layers import (
     GroupNorm,
     Image,
     Upsample,
-    check_image,
+    check_sides,
     conv3x3,
     default_init,
     dropout,
@@ -129,7 +130,7 @@ class PublishedUNet(WalkedUNet):
     @nn.nowrap
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse images that cannot be halved by all levels but the last."""
-        check_image(shape, 2 ** (self.levels() - 1), f"{self.levels()} levels (ch_mult)")
+        check_sides(shape, 2 ** (self.levels() - 1), "ch_mult", self.ch_mult)
 
     @nn.nowrap
     def scaled(self, x: Image) -> Image:
@@ -137,11 +138,17 @@ class PublishedUNet(WalkedUNet):
         return x if self.centered else 2.0 * x - 1.0
 
     @nn.nowrap
-    def condition(self, label: Float[Array, " b"], seen: Image, train: bool) -> Embedding | None:
+    def condition(
+        self,
+        label: Float[Array, " b"],
+        x: Image,
+        features: Float[Array, "b h w c f"] | None,
+        train: bool,
+    ) -> Embedding | None:
         """Embed the label: W_2 act(W_1 embedding(label) + b_1) + b_2, shape [B, 4 nf]."""
         if not self.conditional:
             return None
-        embedding, act = self.embedding(label).astype(seen.dtype), ACTIVATIONS[self.nonlinearity]
+        embedding, act = self.embedding(label).astype(x.dtype), ACTIVATIONS[self.nonlinearity]
         return embed(embedding, self.nf, act, self.init_mode, self.dtype)
 
     @nn.nowrap
@@ -270,11 +277,9 @@ class DDPM(PublishedUNet):
         """Check the fields, and that GroupNorm can divide the channels of every level."""
         super().__post_init__()
         for channels in (self.nf, *(self.nf * mult for mult in self.ch_mult)):
-            if channels % self.num_groups:  # the skips' channels are sums of these
-                raise ValueError(
-                    f"nf, ch_mult: {channels} channels are not divisible by num_groups = "
-                    f"{self.num_groups}"
-                )
+            fits = channels % self.num_groups == 0  # the skips' channels are sums of these
+            allowed = f"a divisor of {channels} channels, from nf and ch_mult"
+            require(fits, "num_groups", self.num_groups, allowed)
 
     @nn.nowrap
     def resampled(self, h: Image, way: str, given: Given) -> Image:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from checks import require
 from models.layers import DTYPES, Image, default_init
 
 Taps = tuple[float, ...]
@@ -24,10 +25,10 @@ def check_taps(taps: Taps) -> None:
     """Refuse a filter that cannot be normalised.
 
     Raises:
-        ValueError: fewer than two taps, or a sum that is not positive.
+        FieldError: fewer than two taps, or a sum that is not positive.
     """
-    if len(taps) < 2 or not sum(taps) > 0:
-        raise ValueError(f"fir_kernel is {taps!r}; it needs two taps or more, of positive sum")
+    fits = len(taps) >= 2 and sum(taps) > 0
+    require(fits, "fir_kernel", taps, "two taps or more, of positive sum")
 
 
 def filtered(

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from models.layers import Image, attention, check_option, check_positive
+from checks import one_of, positive, require
+from models.layers import Image, attention
 
 Halves = tuple[Image, Image]
 PROCESSORS = ("shallow", "deep")
@@ -334,11 +335,11 @@ class Flowpp(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the fields, and that the heads divide the channels they share."""
-        check_positive(filters=self.filters, components=self.components, blocks=self.blocks)
-        check_positive(heads=self.heads, couplings=self.couplings)
-        check_option("processor", self.processor, PROCESSORS)
-        if self.filters % self.heads or CONTEXT % self.heads:
-            raise ValueError(f"heads is {self.heads}; it must divide filters and {CONTEXT}")
+        positive(filters=self.filters, components=self.components, blocks=self.blocks)
+        positive(heads=self.heads, couplings=self.couplings)
+        one_of("processor", self.processor, PROCESSORS)
+        divides = self.filters % self.heads == CONTEXT % self.heads == 0
+        require(divides, "heads", self.heads, f"a divisor of filters={self.filters} and {CONTEXT}")
         super().__post_init__()
 
     @nn.compact
@@ -352,8 +353,8 @@ class Flowpp(nn.Module):
             x: the image k/(L − 1) in [0, 1], same shape.
             inverse: the direction.
         """
-        if x.ndim != 4 or x.shape[2] % 2:
-            raise ValueError(f"x has shape {x.shape}; allowed: [B, H, W, C] with even W")
+        fits = x.ndim == 4 and x.shape[2] % 2 == 0
+        require(fits, "the shape of the images", x.shape, "[B, H, W, C] with even W")
         context = Context(self.processor, self.heads, name="context")(x)
         steps = list(self._steps(context))
         log_det = jnp.zeros(x.shape[:1], x.dtype)

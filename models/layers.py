@@ -11,7 +11,7 @@ https://arxiv.org/abs/2011.13456, appendix H.
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from checks import require
 
 Activation = Callable[[jax.Array], jax.Array]
 Image = Float[Array, "b h w c"]
@@ -39,59 +41,15 @@ DOWNSAMPLE_PADDING = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
 DROPOUT_SHARED_AXES = {"element": (), "channel": (1, 2)}
 
 
-def check_option(field: str, value: str, known: Iterable[str]) -> None:
-    """Refuse an option that is not among the known ones.
+def check_sides(shape: tuple[int, ...], divisor: int, field: str, value: object) -> None:
+    """Refuse what is no batch of images [B, H, W, C] whose sides are multiples of the divisor.
 
     Raises:
-        ValueError: names the field, the value and the known options.
+        FieldError: names the field, and its value, that asks for it.
     """
-    if value not in known:
-        raise ValueError(f"{field} is {value!r}; known: {', '.join(sorted(known))}")
-
-
-def check_positive(**fields: int) -> None:
-    """Refuse sizes and counts that are not positive integers.
-
-    Raises:
-        ValueError: names the field and the value.
-    """
-    for field, value in fields.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{field} is {value!r}; it must be a positive integer")
-
-
-def check_rate(field: str, value: float) -> None:
-    """Refuse a dropout rate outside [0, 1).
-
-    Raises:
-        ValueError: names the field and the value.
-    """
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{field} is {value!r}; it must lie in [0, 1)")
-
-
-def check_levels(field: str, values: tuple[int, ...]) -> None:
-    """Refuse an empty tuple, and one that does not hold a positive integer for every level.
-
-    Raises:
-        ValueError: names the field and the value.
-    """
-    if not values:
-        raise ValueError(f"{field} is empty; it needs one number per level")
-    check_positive(**{f"{field}[{i}]": value for i, value in enumerate(values)})
-
-
-def check_image(shape: tuple[int, ...], divisor: int, cause: str) -> None:
-    """Refuse all but images [B, H, W, C] whose height and width are multiples of `divisor`.
-
-    Raises:
-        ValueError: names the size and, as the cause, the fields that it does not go with.
-    """
-    if len(shape) != 4:
-        raise ValueError(f"x has shape {shape}; allowed: [B, H, W, C]")
-    for side, size in (("height", shape[1]), ("width", shape[2])):
-        if size % divisor:
-            raise ValueError(f"image {side} is {size}; {cause} allow multiples of {divisor}")
+    fits = len(shape) == 4 and shape[1] % divisor == shape[2] % divisor == 0
+    sides = f"images [B, H, W, C] with H and W multiples of {divisor}; these are {shape}"
+    require(fits, field, value, sides)
 
 
 def _convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -137,8 +95,7 @@ def sinusoidal_embedding(label: Float[Array, " b"], dim: int) -> Float[Array, "b
 
     Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B.
     """
-    if dim < 4:
-        raise ValueError(f"the embedding of the label has dimension {dim}; it must be at least 4")
+    require(dim >= 4, "the dimension of the embedding of the label", dim, "at least 4")
     half = dim // 2
     log_omega = -math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=label.dtype)
     phase = label[:, None] * jnp.exp(log_omega)[None, :]
@@ -264,8 +221,7 @@ class GroupNorm(nn.Module):
         """
         b, h, w, c = x.shape
         num_groups = min(max(c // 4, 1), 32) if self.num_groups is None else self.num_groups
-        if c % num_groups:
-            raise ValueError(f"{c} channels are not divisible by {num_groups} groups: change nf")
+        require(c % num_groups == 0, "num_groups", num_groups, f"a divisor of {c} channels (nf)")
         gamma = self.param("scale", nn.initializers.ones, (c,))
         beta = self.param("bias", nn.initializers.zeros, (c,))
         y, gamma, beta = promote_dtype(x, gamma, beta)

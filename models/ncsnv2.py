@@ -19,7 +19,8 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
-from models.layers import ACTIVATIONS, Image, check_image, mean_downsample
+from checks import require
+from models.layers import ACTIVATIONS, Image, check_sides, mean_downsample
 from models.network import Network
 from models.walk import Skips, walk
 
@@ -147,8 +148,7 @@ class NCSNv2(Network):
 
     def __post_init__(self) -> None:
         """Check the fields, and that there are enough stages for both dilations."""
-        if len(self.widths) < 4:
-            raise ValueError(f"widths is {self.widths!r}; need at least 4 stages")
+        require(len(self.widths) >= 4, "widths", self.widths, "at least 4 stages")
         super().__post_init__()
 
     @nn.compact
@@ -160,7 +160,7 @@ class NCSNv2(Network):
         """
         del label, train
         number = len(self.widths)
-        check_image(x.shape, 2 ** (number - 3), f"{number} stages (widths)")
+        check_sides(x.shape, 2 ** (number - 3), "widths", self.widths)
         h = conv(self.nf, x.shape[-1])(x if self.centered else 2.0 * x - 1.0)
         h = ACTIVATIONS[self.activation](InstanceNormPlus()(walk(self, number, h)))
         return conv(x.shape[-1], h.shape[-1])(h).astype(x.dtype)

@@ -9,9 +9,10 @@
     Block(h, c) = h + conv3×3(dropout(act(N(conv3×3(act(N(h) ⊙ (1 + γ) + δ)))))),  (γ, δ) = W c
 
 N standardises the channels of every position. c is the embedding of the label, and with `summary`
-of a perceptron that sees the whole input: what convolutions would need many blocks to learn. With
-one level this is a network without downsampling; with `patch` = 2 every position of the finest
-level holds a 2×2 block of pixels.
+of a perceptron that sees the whole input: what convolutions would need many blocks to learn. It
+sees x, and of the features of every coordinate one mixture that all coordinates share: all of the
+features would let it learn small data by heart. With one level this is a network without
+downsampling; with `patch` = 2 every position of the finest level holds a 2×2 block of pixels.
 Reference: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix B (no downsampling);
 Peebles and Xie 2023, https://arxiv.org/abs/2212.09748, section 3.2 (modulation from near zero).
 """
@@ -20,15 +21,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from checks import require
 from models.layers import (
     ACTIVATIONS,
     DTYPES,
     AttnBlock,
     Dropout,
     Image,
-    check_image,
+    check_sides,
     conv3x3,
     default_init,
+    joined,
     rematerialized,
     sinusoidal_embedding,
     standardize,
@@ -85,12 +88,9 @@ class UNet(WalkedUNet):
     def __post_init__(self) -> None:
         """Check the fields, and that there is a number of blocks for every level."""
         super().__post_init__()
-        if len(self.channels) != len(self.blocks):
-            raise ValueError(
-                f"blocks is {self.blocks!r}; it needs a number for each of channels={self.channels}"
-            )
-        if self.summary < 0:
-            raise ValueError(f"summary is {self.summary!r}; it must be 0 (none) or a width")
+        fits = len(self.channels) == len(self.blocks)
+        require(fits, "blocks", self.blocks, f"a number for each of channels={self.channels}")
+        require(self.summary >= 0, "summary", self.summary, "0 (none) or a width")
 
     @nn.nowrap
     def levels(self) -> int:
@@ -100,17 +100,23 @@ class UNet(WalkedUNet):
     @nn.nowrap
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse images that cannot be cut into patches and halved by all levels but the last."""
-        cause = f"{self.levels()} levels (channels) and patch={self.patch}"
-        check_image(shape, self.patch * 2 ** (self.levels() - 1), cause)
+        check_sides(shape, self.patch * 2 ** (self.levels() - 1), "channels", self.channels)
 
     @nn.nowrap
-    def condition(self, label: Float[Array, " b"], seen: Image, train: bool) -> Float[Array, "b c"]:
+    def condition(
+        self,
+        label: Float[Array, " b"],
+        x: Image,
+        features: Float[Array, "b h w c f"] | None,
+        train: bool,
+    ) -> Float[Array, "b c"]:
         """Embed the label, and with `summary` the whole input: what modulates the blocks."""
         act, width = ACTIVATIONS[self.activation], self.embed_dim
         cond = act(nn.Dense(width)(sinusoidal_embedding(label, self.embed_dim)))
         cond = act(nn.Dense(width)(cond))
         if self.summary:
-            flat = seen.reshape(seen.shape[0], -1)
+            mixed = None if features is None else nn.Dense(1)(features)
+            flat = joined(x, mixed).reshape(x.shape[0], -1)
             q = nn.Dense(self.summary)(flat) + nn.Dense(self.summary, use_bias=False)(cond)
             for _ in range(2):
                 q = Dropout(self.dropout)(act(q), train)

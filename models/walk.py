@@ -70,8 +70,8 @@ class WalkedUNet(Network):
     """A U-Net for x: [B, H, W, C].
 
     A subclass defines the five functions of `Levels`, and besides them `levels`, their number,
-    `check_shape` of x, `condition`, the embedding of the label, `stem`, from the image to what
-    travels, and `image`, from what travels to the output.
+    `check_shape` of x, `condition`, the embedding of the label, which may look at x and its
+    features, `stem`, from the image to what travels, and `image`, from what travels to the output.
 
     Attributes:
         dropout: rate, in [0, 1), inside each block.
@@ -101,9 +101,10 @@ class WalkedUNet(Network):
             ValueError: x is not a batch of images, or H or W cannot be halved by every level.
         """
         self.check_shape(x.shape)
-        seen = joined(self.scaled(x), features)
-        given = Given(self.condition(label, seen, train), train, x.shape[-1] * self.outputs)
-        h = walk(self, self.levels(), self.stem(seen), given)
+        cond = self.condition(label, x, features, train)
+        given = Given(cond, train, x.shape[-1] * self.outputs)
+        h = self.stem(joined(self.scaled(x), features))
+        h = walk(self, self.levels(), h, given)
         return per_coordinate(self.image(h, given), self.outputs).astype(x.dtype)
 
     @nn.nowrap

@@ -7,7 +7,7 @@ of an endless one; read once for each that lacks a row, and not at all where non
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,34 +18,29 @@ import baselines
 import marginals
 from dequantization import Encoding, Pixels
 from operators import PerExample, fold_in_each
-from run_lib import build
 from run_lib.estimators import Details, Estimator, draw_keys
-from run_lib.settings import Settings
-from streams import Dataset
+from run_lib.experiment import ENDLESS, Experiment
 
 logger = logging.getLogger("fokker")
 
 
-def baseline_estimators(settings: Settings, dataset: Dataset) -> list[Estimator]:
+def baseline_estimators(experiment: Experiment) -> list[Estimator]:
     """The baselines of these data, where likelihoods are evaluated that they can stand beside."""
-    config = settings.eval
+    config, dataset = experiment.settings.eval, experiment.dataset
     if not config.baselines or not (config.enable_bpd or config.bound or config.elbo):
         return []
-    encoding = build.evaluation_encoding(settings, dataset)
-    batches = functools.partial(build.training_examples, dataset)
     full = math.prod(dataset.shape) <= marginals.MAX_COVARIANCE
-    if isinstance(encoding, Pixels):
-        levels = [_uniform(encoding), _histogram(encoding, dataset, batches)]
-        return [*levels, _gaussian_pixels(encoding, dataset, batches, full)]
+    if isinstance(experiment.evaluation_encoding, Pixels):
+        levels = [_uniform(experiment.evaluation_encoding), _histogram(experiment)]
+        return [*levels, _gaussian_pixels(experiment, full)]
     kinds = (False, True) if full else (False,)
-    return [_gaussian_reals(encoding, dataset, batches, kind) for kind in kinds]
+    return [_gaussian_reals(experiment, kind) for kind in kinds]
 
 
-def _fitted_on(dataset: Dataset) -> Details:
-    return {"fitted on": dataset.size("train") or build.ENDLESS}
+def _fitted_on(experiment: Experiment) -> Details:
+    return {"fitted on": experiment.dataset.size("train") or ENDLESS}
 
 
-Batches = Callable[[], Iterator[np.ndarray]]
 LogProbability = Callable[[Any, jax.Array, dict], PerExample]  # (fitted, key, batch), in nats
 
 
@@ -75,19 +70,20 @@ def _uniform(encoding: Pixels) -> Estimator:
     return _estimator("uniform", {"levels": encoding.levels}, encoding, tuple, log_p)
 
 
-def _histogram(encoding: Pixels, dataset: Dataset, batches: Batches) -> Estimator:
-    shape, levels = dataset.shape, encoding.levels
+def _histogram(experiment: Experiment) -> Estimator:
+    encoding, shape = experiment.evaluation_encoding, experiment.dataset.shape
+    levels = encoding.levels
     histogram = baselines.histograms_of(shape, levels)
 
     def fit() -> np.ndarray:
-        return baselines.fit_histogram(batches(), shape, levels)
+        return baselines.fit_histogram(experiment.training_examples(), shape, levels)
 
     def log_p(fitted: jax.Array, key: jax.Array, batch: dict) -> PerExample:
         del key
         return baselines.log_histogram(fitted, histogram, batch["image"])
 
     place = "every position" if marginals.by_position(shape, levels) else "every channel"
-    details = {"of": place, "smoothing": marginals.SMOOTHING} | _fitted_on(dataset)
+    details = {"of": place, "smoothing": marginals.SMOOTHING} | _fitted_on(experiment)
     return _estimator("histogram", details, encoding, fit, log_p)
 
 
@@ -95,7 +91,8 @@ def _gaussian_name(full: bool) -> str:
     return "Gaussian" if full else "diagonal Gaussian"
 
 
-def _gaussian_pixels(encoding: Pixels, dataset: Dataset, batches: Batches, full: bool) -> Estimator:
+def _gaussian_pixels(experiment: Experiment, full: bool) -> Estimator:
+    encoding, batches = experiment.evaluation_encoding, experiment.training_examples
     means, variances = encoding.moments_of_cells()
 
     def fit() -> baselines.Gaussian:
@@ -103,32 +100,32 @@ def _gaussian_pixels(encoding: Pixels, dataset: Dataset, batches: Batches, full:
         noise = np.full(found.mean.shape, variances[0])
         if encoding.logit:  # no two cells have the same
             noise = marginals.moments((variances[k] for k in batches()), full=False).mean
-        return baselines.fit_pixels(found, noise, dataset.shape)
+        return baselines.fit_pixels(found, noise, experiment.dataset.shape)
 
     def log_p(fitted: baselines.Gaussian, key: jax.Array, batch: dict) -> PerExample:
         keys = draw_keys(fold_in_each(key, batch["noise_id"]), 0)
         draw = encoding.draw(batch["image"], keys)  # that of the ODE under uniform noise
         return baselines.log_gaussian(fitted, draw.x) - draw.log_q
 
-    details = _gaussian_details(dataset, full, "pooled variance") | {"dequantisation": "uniform"}
+    details = _gaussian_details(experiment, full, "pooled variance") | {"dequantisation": "uniform"}
     return _estimator(_gaussian_name(full), details, encoding, fit, log_p)
 
 
-def _gaussian_reals(
-    encoding: Encoding, dataset: Dataset, batches: Batches, full: bool
-) -> Estimator:
+def _gaussian_reals(experiment: Experiment, full: bool) -> Estimator:
     def fit() -> baselines.Gaussian:
-        return baselines.fit_reals(marginals.moments(batches(), full=full), dataset.shape)
+        found = marginals.moments(experiment.training_examples(), full=full)
+        return baselines.fit_reals(found, experiment.dataset.shape)
 
     def log_p(fitted: baselines.Gaussian, key: jax.Array, batch: dict) -> PerExample:
         del key
         return baselines.log_gaussian(fitted, batch["image"])
 
-    details = _gaussian_details(dataset, full, "diagonal")
+    details = _gaussian_details(experiment, full, "diagonal")
+    encoding = experiment.evaluation_encoding
     return _estimator(_gaussian_name(full), details, encoding, fit, log_p)
 
 
-def _gaussian_details(dataset: Dataset, full: bool, target: str) -> Details:
+def _gaussian_details(experiment: Experiment, full: bool, target: str) -> Details:
     kind = {"covariance": "full" if full else "diagonal"}
     shrinkage = {"shrinkage": f"{marginals.SMOOTHING:g} examples of the {target}"}
-    return kind | shrinkage | _fitted_on(dataset)
+    return kind | shrinkage | _fitted_on(experiment)

@@ -15,10 +15,9 @@ import numpy as np
 import diagnostics
 import plotting
 from elbo import gap_factor
-from operators import fold_in_all, fold_in_each, gaussian
-from run_lib import build, evaluation_loop, loading, parallel, report
-from run_lib.settings import Settings
-from streams import Dataset
+from operators import fold_in_all, fold_in_each, standard_normal
+from run_lib import devices, evaluation_loop, identities, loading, report
+from run_lib.experiment import Experiment
 from terms import Point
 
 logger = logging.getLogger("fokker")
@@ -49,15 +48,17 @@ class Diagnosis:
     totals: dict[str, Mean]
 
 
-def diagnose(settings: Settings, workdir: Path, eval_folder: str) -> None:
+def diagnose(experiment: Experiment, workdir: Path, eval_folder: str) -> None:
     """Diagnose the checkpoints that --mode=eval would evaluate.
 
     Raises:
         ValueError: as `evaluate`.
     """
-    for step, dataset, params, target in loading.checkpoints_of(settings, workdir, eval_folder):
-        found = diagnosis(settings, dataset, params)
-        rows = list(_rows(settings, found, step))
+    for step, params, target in loading.checkpoints_of(experiment, workdir, eval_folder):
+        found = diagnosis(experiment, params)
+        figure = identities.of_model(experiment, params, step)
+        identities.declare(target, [figure])
+        rows = [row | {"identity": figure.identity} for row in _rows(experiment, found, step)]
         path = target / f"diagnosis_{step}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         plotting.save_error_curves(workdir / "diagnosis.png", found.t, panels(found))
@@ -66,14 +67,15 @@ def diagnose(settings: Settings, workdir: Path, eval_folder: str) -> None:
     logger.info("open %s", report.write(workdir))
 
 
-def diagnosis(settings: Settings, dataset: Dataset, params: Any) -> Diagnosis:
+def diagnosis(experiment: Experiment, params: Any) -> Diagnosis:
     """All curves of one checkpoint; every time sees the same examples, with noise of its own."""
+    settings = experiment.settings
     sde = settings.sde
     t, weights = diagnostics.time_grid(
         settings.training.smallest_time, sde.T, settings.eval.curve_times
     )
-    at = Sampled(settings, dataset, params)
-    function = _curves_function(settings, dataset)
+    at = Sampled(experiment, params)
+    function = _curves_function(experiment)
     values = [at(number, time, function) for number, time in enumerate(t)]
     stacked = {name: np.stack([v[name] for v in values]) for name in values[0]}
     examples = next(iter(stacked.values())).shape[1]
@@ -84,8 +86,8 @@ def diagnosis(settings: Settings, dataset: Dataset, params: Any) -> Diagnosis:
     pairs = zip(stacked["curl"], stacked["slope"], strict=True)
     curves["asymmetry"] = [ratio_of_means(*pair) for pair in pairs]
     found = {}
-    if dataset.law is not None:
-        ends = _ends(settings, dataset, at)
+    if experiment.dataset.law is not None:
+        ends = _ends(experiment, at)
         found = totals(stacked, ends, np.asarray(weights), settings.eval.trajectory_lmbds)
     return Diagnosis(np.asarray(t), np.asarray(weights), examples, curves, found)
 
@@ -94,21 +96,17 @@ def diagnosis(settings: Settings, dataset: Dataset, params: Any) -> Diagnosis:
 class Sampled:
     """Functions of (params, point), averaged over the noised examples of the split at one time."""
 
-    settings: Settings
-    dataset: Dataset
+    experiment: Experiment
     params: Any
 
     def __post_init__(self) -> None:
-        config = dataclasses.replace(
-            self.settings.eval, num_examples=self.settings.eval.curve_examples
-        )
-        devices = jax.device_count()
+        config, devices = self.experiment.settings.eval, jax.device_count()
         size = -(-min(config.batch_size, config.curve_examples) // devices) * devices
-        config = dataclasses.replace(config, batch_size=size)
-        settings = dataclasses.replace(self.settings, eval=config)
-        self._batches = list(evaluation_loop.evaluation_batches(settings, self.dataset))
-        self._key = build.keys(self.settings)["diagnose"]
-        self._encoding = build.evaluation_encoding(self.settings, self.dataset)
+        batches = evaluation_loop.evaluation_batches(
+            self.experiment, batch_size=size, num_examples=config.curve_examples
+        )
+        self._batches, self._key = list(batches), self.experiment.keys["diagnose"]
+        self._encoding = self.experiment.evaluation_encoding
         self._mapped: dict[Callable, Callable] = {}
 
     def __call__(
@@ -116,15 +114,15 @@ class Sampled:
     ) -> dict[str, np.ndarray]:
         """Values of every example; `number` tells the draws of one time from those of another."""
         if function not in self._mapped:
-            self._mapped[function] = parallel.map_over_devices(
+            self._mapped[function] = devices.map_over_devices(
                 lambda *arguments: function(*self._arguments(*arguments)),
                 in_axes=(None, None, None, 0),
                 out_axes=0,
             )
         key, found = jax.random.fold_in(self._key, number), []
         for batch in self._batches:
-            split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
-            results = parallel.join(self._mapped[function](self.params, key, t, split))
+            split = devices.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
+            results = devices.join(self._mapped[function](self.params, key, t, split))
             results = {name: values[batch["mask"]] for name, values in results.items()}
             _check_converged(results.pop("converged", None), batch["index"][batch["mask"]], t)
             found.append(results)
@@ -134,8 +132,8 @@ class Sampled:
         keys = fold_in_each(key, batch["noise_id"])
         x0 = self._encoding.encode(batch["image"], fold_in_all(keys, 0))
         times = jnp.full(x0.shape[:1], t, x0.dtype)
-        z = gaussian(fold_in_all(keys, 1), x0)
-        x = self.settings.sde.perturb(x0, times, z)
+        z = standard_normal(fold_in_all(keys, 1), x0)
+        x = self.experiment.settings.sde.perturb(x0, times, z)
         return params, t, Point(x, times, z, fold_in_all(keys, 2))
 
 
@@ -144,10 +142,10 @@ def _mean(values: np.ndarray) -> Mean:
     return Mean(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))))
 
 
-def _curves_function(settings: Settings, dataset: Dataset) -> Callable[..., dict]:
+def _curves_function(experiment: Experiment) -> Callable[..., dict]:
     """Values of all curves at the points of one time."""
-    model, law, sde = build.score_model(settings), dataset.law, settings.sde
-    solver = build.likelihood_tools(settings).solver
+    model, law, sde = experiment.model, experiment.dataset.law, experiment.settings.sde
+    solver = experiment.solver
 
     def function(params: Any, t: jax.Array, point: Point) -> dict:
         score_fn = model.score(params)
@@ -175,10 +173,10 @@ def _check_converged(converged: np.ndarray | None, index: np.ndarray, t: jax.Arr
         )
 
 
-def _ends(settings: Settings, dataset: Dataset, at: Sampled) -> Values:
+def _ends(experiment: Experiment, at: Sampled) -> Values:
     """log q/p at t_min, log q/π at T and −log q at t_min of every example."""
-    model, law, sde = build.score_model(settings), dataset.law, settings.sde
-    solver, t_min = build.likelihood_tools(settings).solver, settings.training.smallest_time
+    settings, model, law = experiment.settings, experiment.model, experiment.dataset.law
+    sde, solver, t_min = settings.sde, experiment.solver, settings.training.smallest_time
 
     def at_data(params: Any, t: jax.Array, point: Point) -> dict:
         own = diagnostics.ode_score(model.score(params), sde, point.x, t, solver)
@@ -255,7 +253,8 @@ def table(found: Diagnosis) -> str:
     return "\n".join(line.rstrip() for line in text)
 
 
-def _rows(settings: Settings, found: Diagnosis, step: int) -> Iterator[dict[str, Any]]:
+def _rows(experiment: Experiment, found: Diagnosis, step: int) -> Iterator[dict[str, Any]]:
+    settings = experiment.settings
     config, t_min = settings.eval, settings.training.smallest_time
     common = {
         "step": step, "split": config.dataset, "n": found.examples,

@@ -6,14 +6,17 @@ its draw.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
-from dequantization import Encoding
+from checks import require
+from dequantization import Draw, Encoding, Pixels, Reals
 from elbo import ESTIMATORS
 from heads import Atoms, Cells
 from likelihood import (
@@ -29,10 +32,9 @@ from likelihood import (
 )
 from operators import dimension, fold_in_all, fold_in_each
 from real_heads import Mixture
-from restarted import Restarted, noise_to_signal
-from run_lib import build
+from restarted import Restarted, noise_to_signal, time_of_noise
+from run_lib.experiment import Experiment
 from run_lib.settings import Settings
-from streams import Dataset
 from time_sampling import Importance
 
 # Fields of `training` that the value of the objective depends on.
@@ -45,6 +47,7 @@ OBJECTIVE_FIELDS = (
 )  # fmt: skip
 BINS = 16  # of the integral of a bound over log(σ/α), kept for every example
 Details = dict[str, str | int | float]
+logger = logging.getLogger("fokker")
 
 
 class Parameters(NamedTuple):
@@ -61,7 +64,7 @@ class Estimator:
     name: str
     details: Details  # of the protocol, by name
     unit: str
-    key: str  # a name in build.keys; likelihoods share their dequantisation noise
+    key: str  # a name in Experiment.keys; likelihoods share their dequantisation noise
     # (parameters, key, batch with noise_id) → {value, nfe, converged, …}, each [B]
     function: Callable[[Any, jax.Array, dict], dict[str, jax.Array]]
     edges: tuple[float, ...] = ()  # of a bound: log(σ/α) at the ends of its bins
@@ -78,38 +81,91 @@ def _text(value: str | float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def estimators(settings: Settings, dataset: Dataset, dequantizer: str = "") -> list[Estimator]:
+@dataclasses.dataclass(frozen=True)
+class Dequantization:
+    """How a likelihood starts: the law q(x | k) of x at time `start` (0: data), and its name."""
+
+    details: dict[str, str | float]
+    draw: Callable[[Any, jax.Array, Key[Array, " b"]], Draw]  # (parameters, images, keys)
+    start: float = 0.0
+
+
+def dequantization(experiment: Experiment, kind: str, trained: str = "") -> Dequantization:
+    """The law of the noise by its name in `eval.dequantization`.
+
+    Args:
+        experiment: settings and data.
+        kind: uniform, variational or tn.
+        trained: what the trained dequantiser is called in the protocol.
+
+    Raises:
+        ValueError: real-valued data need none; logit data have no truncated normal.
+    """
+    found, name = experiment.evaluation_encoding, experiment.settings.data.dataset
+    if isinstance(found, Reals):
+        allowed = f"'uniform' for data.dataset={name!r}, which has real values"
+        require(kind == "uniform", "eval.dequantization", kind, allowed)
+        return Dequantization({"data": "real-valued"}, lambda _, x, keys: found.draw(x, keys))
+    if kind == "uniform":
+        return Dequantization({"dequantisation": kind}, lambda _, x, keys: found.draw(x, keys))
+    if kind == "variational":
+        details = {"dequantisation": kind, "dequantiser": trained}
+        return Dequantization(details, experiment.dequantizer.draw)
+    return _truncated_normal(experiment.settings, experiment.encoding)
+
+
+def _truncated_normal(settings: Settings, pixels: Pixels) -> Dequantization:
+    """Starts where half a cell is τ standard deviations of the noise, at t_min the earliest."""
+    sde, tau = settings.sde, settings.eval.tn_tau
+    time = time_of_noise(sde, jnp.asarray((pixels.half_cell / tau) ** 2))
+    earliest = settings.training.smallest_time
+    start = max(float(f"{float(time):.5g}"), earliest)  # the last digits depend on the machine
+    if start == earliest:
+        logger.info("eval.tn_tau=%g would start before t_min=%g: it starts there", tau, earliest)
+    require(start < sde.T, "eval.tn_tau", tau, "a cell that the noise reaches before T")
+    alpha, sigma = (float(c(jnp.asarray(start))) for c in (sde.alpha, sde.sigma))
+    details = {"dequantisation": "tn", "tau": round(alpha * pixels.half_cell / sigma, 3)}
+    jax.eval_shape(  # logit data are refused here
+        lambda x, key: pixels.truncated_normal_draw(x, key[None], alpha, sigma),
+        jax.ShapeDtypeStruct((1, 1), jnp.uint8), jax.random.key(0),
+    )  # fmt: skip
+    return Dequantization(
+        details, lambda _, x, keys: pixels.truncated_normal_draw(x, keys, alpha, sigma), start
+    )
+
+
+def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]:
     """The enabled estimators.
 
     Args:
-        settings: of the run.
-        dataset: its data.
+        experiment: settings and data.
         dequantizer: what to call the trained dequantiser, where there is one.
     """
-    config, table = settings.eval, []
+    settings, table = experiment.settings, []
+    config = settings.eval
     for kind in config.dequantizations:
-        noise = build.dequantization(settings, dataset, kind, dequantizer)
+        noise = dequantization(experiment, kind, dequantizer)
         if config.enable_bpd:
-            table.append(_ode(settings, dataset, noise))
+            table.append(_ode(experiment, noise))
         if config.bound:
-            table.append(_bound(settings, dataset, noise))
+            table.append(_bound(experiment, noise))
         if config.elbo:
-            table.append(_elbo(settings, dataset, noise))
+            table.append(_elbo(experiment, noise))
     if config.bound and isinstance(settings.head, Atoms):
-        table.append(_discrete_bound(settings, dataset))
-    if config.enable_bpd and dataset.law is not None:
-        table.append(_divergence_from_data(settings, dataset))
+        table.append(_discrete_bound(experiment))
+    if config.enable_bpd and experiment.dataset.law is not None:
+        table.append(_divergence_from_data(experiment))
     if config.enable_loss:
-        table.append(_loss(settings, dataset))
+        table.append(_loss(experiment))
     return table
 
 
-def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
-    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, config = build.likelihood_tools(settings), settings.eval
+def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
+    settings, model = experiment.settings, experiment.model
+    encoding = experiment.evaluation_encoding
     t_min = noise.start or settings.training.smallest_time
-    noised, number = _starts_noised(settings) and not noise.start, config.num_importance
-    if number > 1 and dataset.levels is None and not noised:
+    noised, number = _starts_noised(settings) and not noise.start, settings.eval.num_importance
+    if number > 1 and experiment.dataset.levels is None and not noised:
         raise ValueError(
             f"eval.num_importance={number} with real-valued data: there is no noise to draw; "
             "allowed: 1, or eval.ode_start='noised'"
@@ -128,7 +184,7 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
             # and its exponential does not raise their mean.
             found = ode_log_likelihood(
                 score_fn, model.sde, draw.x, fold_in_all(keys, 1),
-                t_min=t_min, solver=tools.solver, divergence=tools.divergence,
+                t_min=t_min, solver=experiment.solver, divergence=experiment.divergence,
             )  # fmt: skip
             return found.log_p - draw.log_q, (found.nfe, found.converged, found.error)
 
@@ -138,13 +194,13 @@ def _ode(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> E
             "nfe": jnp.sum(nfe, axis=0),
             "converged": jnp.all(converged, axis=0) & jnp.isfinite(value),
         }
-        if tools.solver.estimates_error:
+        if experiment.solver.estimates_error:
             worst = jnp.max(error, axis=0)
             result["error"] = encoding.negative_log_likelihood(-worst, batch["image"])
             result["converged"] &= jnp.isfinite(worst)
         return result
 
-    details = _ode_details(settings, t_min) | noise.details
+    details = _ode_details(experiment, t_min) | noise.details
     details |= {"start": "noised"} | _decoder_name(settings) if noised else {}
     details |= {"draws": number} if number > 1 else {}
     return Estimator("ODE", details, encoding.unit, "eval", function)
@@ -168,39 +224,40 @@ def draw_keys(keys: jax.Array, k: jax.Array | int) -> jax.Array:
     return fold_in_all(fold_in_all(keys, 0), k)
 
 
-def _divergence_from_data(settings: Settings, dataset: Dataset) -> Estimator:
+def _divergence_from_data(experiment: Experiment) -> Estimator:
     """log q(x) − log p(x), whose mean is the divergence of the model from the known law."""
-    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, law, t_min = (
-        build.likelihood_tools(settings),
-        dataset.law,
-        settings.training.smallest_time,
-    )
+    model, law = experiment.model, experiment.dataset.law
+    t_min = experiment.settings.training.smallest_time
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         x, keys = batch["image"], fold_in_each(key, batch["noise_id"])
         found = ode_log_likelihood(
             model.score(params.score), model.sde, x, fold_in_all(keys, 1),
-            t_min=t_min, solver=tools.solver, divergence=tools.divergence,
+            t_min=t_min, solver=experiment.solver, divergence=experiment.divergence,
         )  # fmt: skip
         return {
             "value": law.log_data(x) - found.log_p, "nfe": found.nfe, "converged": found.converged,
         }  # fmt: skip
 
-    details = _ode_details(settings, t_min)
-    return Estimator("KL(data ‖ ODE)", details, encoding.unit, "eval", function)
+    details = _ode_details(experiment, t_min)
+    return Estimator(
+        "KL(data ‖ ODE)", details, experiment.evaluation_encoding.unit, "eval", function
+    )
 
 
-def _ode_details(settings: Settings, t_min: float) -> Details:
-    tools = build.likelihood_tools(settings)
-    return tools.solver.details | {"trace": trace(tools.divergence), "t_min": t_min}
+def _ode_details(experiment: Experiment, t_min: float) -> Details:
+    name = experiment.settings.sde.ode_variable.name
+    variable = {} if name == "t" else {"steps in the root of": name}
+    trace_details = {"trace": trace(experiment.divergence), "t_min": t_min}
+    return experiment.solver.details | variable | trace_details
 
 
-def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
-    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, config = build.likelihood_tools(settings), settings.eval
-    number, offset, t_min = config.num_times, config.offset, settings.training.smallest_time
-    divergence = None if config.dsm else tools.divergence
+def _bound(experiment: Experiment, noise: Dequantization) -> Estimator:
+    settings, model = experiment.settings, experiment.model
+    encoding = experiment.evaluation_encoding
+    config, t_min = settings.eval, settings.training.smallest_time
+    number, offset = config.num_times, config.offset
+    divergence = None if config.dsm else experiment.divergence
     sde = Restarted(model.sde, noise.start) if noise.start else model.sde
     proposal = Importance(sde, noise.start + t_min)
     edges = _edges(proposal, number)
@@ -225,9 +282,9 @@ def _bound(settings: Settings, dataset: Dataset, noise: build.Dequantization) ->
     return Estimator(name, details, encoding.unit, "eval", function, edges)
 
 
-def _discrete_bound(settings: Settings, dataset: Dataset) -> Estimator:
+def _discrete_bound(experiment: Experiment) -> Estimator:
     """The bound on −log P(k) of atoms, without dequantisation."""
-    model, encoding = build.score_model(settings), build.encoding(settings, dataset)
+    settings, model, encoding = experiment.settings, experiment.model, experiment.encoding
     number, t_min = settings.eval.num_times, settings.training.smallest_time
     proposal = Importance(model.sde, t_min)
 
@@ -264,6 +321,7 @@ def _bound_row(
         "prior": in_unit(bound.prior),
         "decoder": in_unit(bound.start + log_q),
         "bins": bins,
+        "largest": in_unit(bound.largest),
     }
 
 
@@ -293,11 +351,11 @@ def _edges(proposal: Importance, number: int) -> tuple[float, ...]:
     return tuple(float(f"{edge:.6g}") for edge in 0.5 * np.log(ratio))
 
 
-def _elbo(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> Estimator:
-    model, encoding = build.score_model(settings), build.evaluation_encoding(settings, dataset)
-    tools, number = build.likelihood_tools(settings), settings.eval.num_times
-    name, divergence = settings.eval.elbo_estimator, tools.divergence
-    build.check_elbo(settings)
+def _elbo(experiment: Experiment, noise: Dequantization) -> Estimator:
+    config, model = experiment.settings.eval, experiment.model
+    encoding = experiment.evaluation_encoding
+    name, number, divergence = config.elbo_estimator, config.num_times, experiment.divergence
+    experiment.check_elbo()
     if noise.start:
         raise ValueError(
             "eval.elbo=True with eval.dequantization='tn': the ELBO starts at t = 0; use eval.bound"
@@ -324,14 +382,14 @@ def _elbo(settings: Settings, dataset: Dataset, noise: build.Dequantization) -> 
     return Estimator("-ELBO", details, encoding.unit, "eval", function)
 
 
-def _loss(settings: Settings, dataset: Dataset) -> Estimator:
-    per_example = build.per_example_loss(settings, dataset, train=False)
+def _loss(experiment: Experiment) -> Estimator:
+    per_example = experiment.per_example_loss(train=False)
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         value, _ = per_example(params.score, key, batch)
         return {"value": value, "nfe": jnp.ones(value.shape), "converged": jnp.isfinite(value)}
 
-    fields = dataclasses.asdict(settings.training)
+    fields = dataclasses.asdict(experiment.settings.training)
     details = {name: fields[name] for name in OBJECTIVE_FIELDS}
     return Estimator("loss", details, "", "eval_loss", function)
 

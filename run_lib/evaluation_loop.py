@@ -1,14 +1,15 @@
 """Likelihoods and samples of checkpoints: rows per example and repeat, complete and resumable.
 
 Every number is derived from rows; a row is keyed by (estimator, protocol, step, split, index,
-repeat), so results of different tolerances or probes never mix. The noise of an example depends on
-(seed, repeat, index) only, not on the batch it is in.
+repeat, identity), so results of different tolerances, networks or data never mix. The noise of an
+example depends on (seed, repeat, index) only, not on the batch it is in.
 """
 
+import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,44 @@ import jax
 import numpy as np
 
 import plotting
-from records import Records, Row, summarize
-from run_lib import bits, build, folder, loading, parallel, quality, quality_loop, report
+from records import Records, Row, by, summarize
+from run_lib import devices, figures, folder, identities, loading, quality, report
 from run_lib.baseline_estimators import baseline_estimators
-from run_lib.dequantizer_training import load_dequantizer
+from run_lib.dequantizer_training import check_dequantizer, load_dequantizer
 from run_lib.estimators import Estimator, Parameters, estimators
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
+from run_lib.identities import Figure
 from run_lib.trainer import Progress
-from streams import Batch, Dataset
+from streams import Batch
 
 logger = logging.getLogger("fokker")
 EXTREMES = 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Parameters to evaluate, and what the figures of a network and of baselines are of."""
+
+    step: int
+    params: Parameters
+    target: Path  # folder of the results
+    model: Figure
+    baselines: Figure
+
+    def key_of(self, estimator: Estimator) -> Row:
+        """The fields that all rows of an estimator share."""
+        figure = self.model if estimator.fit is None else self.baselines
+        return {
+            "estimator": estimator.name,
+            "protocol": estimator.protocol,
+            "step": self.step,
+            "split": figure.split,
+            "identity": figure.identity,
+        }
+
+
 def evaluate(
-    settings: Settings,
+    experiment: Experiment,
     workdir: Path,
     eval_folder: str,
     deq_folder: str = "flowpp_dequantizer",
@@ -40,21 +64,51 @@ def evaluate(
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
+    folder.results_folder(workdir, eval_folder, deq_folder)
     trivial: list[Estimator] = []  # the same for all checkpoints, so that each is fitted once
-    for step, dataset, params, target in loading.checkpoints_of(settings, workdir, eval_folder):
-        scorer = quality_loop.scorer(settings, dataset, target, step)  # its errors come first
+    for step, params, target in loading.checkpoints_of(experiment, workdir, eval_folder):
+        scorer = quality.scorer(experiment, target, step)  # its errors come first
         found, name = Parameters(params), ""
-        if "variational" in settings.eval.dequantizations:
-            dequantizer, name = load_dequantizer(settings, dataset, workdir, deq_folder)
+        if "variational" in experiment.settings.eval.dequantizations:
+            dequantizer, name = load_dequantizer(experiment, workdir, deq_folder)
             found = Parameters(params, dequantizer)
-        trivial = trivial or baseline_estimators(settings, dataset)
-        table = [*estimators(settings, dataset, name), *trivial]
-        evaluate_checkpoint(settings, dataset, found, step, target, table)
-        if settings.eval.enable_sampling:
-            quality_loop.sample(settings, dataset, params, step, target, scorer)
-    parallel.wait_for_all(f"rows {eval_folder}")
-    if parallel.is_first():
+        trivial = trivial or baseline_estimators(experiment)
+        table = [*estimators(experiment, name), *trivial]
+        model = identities.of_model(experiment, params, step)
+        checkpoint = Checkpoint(
+            step, found, target, model, identities.of_baselines(experiment, step)
+        )
+        identities.declare(target, [checkpoint.model, checkpoint.baselines])
+        evaluate_checkpoint(experiment, checkpoint, table)
+        if experiment.settings.eval.enable_sampling:
+            quality.sample(experiment, params, model, target, scorer)
+    devices.wait_for_all(f"rows {eval_folder}")
+    if devices.is_first():
         _tell(workdir, eval_folder)
+
+
+def check(
+    experiment: Experiment, workdir: Path, folders: tuple[str, str], earlier: Collection[str]
+) -> None:
+    """What an evaluation needs that comes after other modes, before the first of them begins.
+
+    Args:
+        experiment: settings and data.
+        workdir: the run folder.
+        folders: of the results and of the dequantiser.
+        earlier: the modes before; what they will make need not be there yet.
+
+    Raises:
+        ValueError: something is missing or does not fit.
+    """
+    eval_folder, deq_folder = folders
+    loading.check(experiment, workdir, eval_folder, earlier)
+    folder.results_folder(workdir, eval_folder, deq_folder)
+    variational = "variational" in experiment.settings.eval.dequantizations
+    if variational and not {"train_deq", "import"} & set(earlier):
+        check_dequantizer(experiment, workdir, deq_folder)
+    estimators(experiment), baseline_estimators(experiment)
+    quality.check(experiment, will_have_statistics="fid_stats" in earlier)
 
 
 def _tell(workdir: Path, eval_folder: str) -> None:
@@ -71,25 +125,20 @@ def _tell(workdir: Path, eval_folder: str) -> None:
 
 
 def evaluate_checkpoint(
-    settings: Settings,
-    dataset: Dataset,
-    params: Parameters,
-    step: int,
-    target: Path,
-    table: list[Estimator],
+    experiment: Experiment, checkpoint: Checkpoint, table: list[Estimator]
 ) -> None:
     """All rows of one checkpoint."""
-    host = parallel.host()
-    records = Records(target, host.index)
-    if parallel.is_first():
+    target, step = checkpoint.target, checkpoint.step
+    records = Records(target, devices.host().index)
+    if devices.is_first():
         _write_protocols(target, table)
     for estimator in table:
-        fill_rows(settings, dataset, params, step, estimator, records)
-    parallel.wait_for_all(f"rows of {step}")
-    if parallel.is_first():
-        bits.save(target, step, table)
-    if parallel.is_first() and dataset.levels is not None and table:
-        _save_extremes(settings, dataset, Records(target), step, table[0], target)
+        fill_rows(experiment, checkpoint, estimator, records)
+    devices.wait_for_all(f"rows of {step}")
+    if devices.is_first():
+        figures.save_parts(target, step, table)
+    if devices.is_first() and experiment.dataset.levels is not None and table:
+        _save_extremes(experiment, checkpoint, table[0])
 
 
 def _write_protocols(target: Path, table: list[Estimator]) -> None:
@@ -99,69 +148,59 @@ def _write_protocols(target: Path, table: list[Estimator]) -> None:
     folder.write_json(path, known | {e.protocol: e.details for e in table})
 
 
-def _save_extremes(
-    settings: Settings, dataset: Dataset, records: Records, step: int, estimator: Estimator,
-    target: Path,
-) -> None:  # fmt: skip
+def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator) -> None:
     """extremes_<step>.png: the examples that are likeliest and least likely per dimension."""
-    rows = records.select(
-        estimator=estimator.name, protocol=estimator.protocol, step=step,
-        split=settings.eval.dataset,
-    )  # fmt: skip
-    means = {index: summarize(group).mean for index, group in report.by(rows, "index").items()}
+    dataset, split = experiment.dataset, experiment.settings.eval.dataset
+    rows = Records(checkpoint.target).select(**checkpoint.key_of(estimator))
+    means = {index: summarize(group).mean for index, group in by(rows, "index").items()}
     order = sorted(means, key=means.get)
     if len(order) < 2 * EXTREMES:
         return
     chosen = [*order[:EXTREMES], *order[-EXTREMES:]]
-    images = dataset.examples(settings.eval.dataset, np.asarray(chosen))
+    images = dataset.examples(split, np.asarray(chosen))
     names = [f"{means[index]:.2f}" for index in chosen]
     title = f"{estimator.name}, {estimator.unit}, likeliest and least likely examples"
-    path = target / f"extremes_{step}.png"
+    path = checkpoint.target / f"extremes_{checkpoint.step}.png"
     plotting.save_named_images(path, images, dataset.levels, names, title)
 
 
 def fill_rows(
-    settings: Settings,
-    dataset: Dataset,
-    params: Parameters,
-    step: int,
-    estimator: Estimator,
-    records: Records,
+    experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator, records: Records
 ) -> None:
     """Compute the rows that are missing, batch by batch, each batch saved as it comes."""
-    config, commit = settings.eval, folder.git_commit()
-    identity = {
-        "estimator": estimator.name,
-        "protocol": estimator.protocol,
-        "step": step,
-        "split": config.dataset,
-    }
+    config, commit = experiment.settings.eval, folder.git_commit()
+    shared = checkpoint.key_of(estimator)
     timed = _timed(estimator.function)
 
     @functools.cache
     def parameters() -> Any:  # asked for where a row is missing
-        return params if estimator.fit is None else parallel.replicate(estimator.fit())
+        return checkpoint.params if estimator.fit is None else devices.replicate(estimator.fit())
 
-    number = _number(settings, dataset)
-    total = -(-config.num_repeats * number // parallel.host().count)  # of the one with most
+    mine = _of_this_process(config.batch_size, _number(experiment))
 
     def there() -> list[Row]:
-        rows = records.select(**identity)
-        return [r for r in rows if r["index"] < number and r["repeat"] < config.num_repeats]
+        rows = records.select(**shared)
+        return [r for r in rows if r["index"] in mine and r["repeat"] < config.num_repeats]
 
-    progress = Progress(len(there()), total, "image")
+    batches = functools.partial(
+        evaluation_batches,
+        experiment,
+        batch_size=config.batch_size,
+        num_examples=config.num_examples,
+    )
+    progress = Progress(len(there()), config.num_repeats * len(mine), "example")
     for repeat in range(config.num_repeats):
-        key = jax.random.fold_in(build.keys(settings)[estimator.key], repeat)
-        for batch in evaluation_batches(settings, dataset):
+        key = jax.random.fold_in(experiment.keys[estimator.key], repeat)
+        for batch in batches():
             ids = batch["index"][batch["mask"]]
-            rows = [identity | {"index": int(index), "repeat": repeat} for index in ids]
+            rows = [shared | {"index": int(index), "repeat": repeat} for index in ids]
             if not records.missing(rows):
                 continue
             seconds, results = timed(parameters(), key, batch)
             check_converged(estimator, rows, results.pop("converged"))
-            shared = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
+            more = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
             records.append(
-                row | {name: values[i].tolist() for name, values in results.items()} | shared
+                row | {name: values[i].tolist() for name, values in results.items()} | more
                 for i, row in enumerate(rows)
             )
             found = there()
@@ -171,15 +210,16 @@ def fill_rows(
 
 def _timed(function: Callable) -> Callable[..., tuple[float, dict[str, np.ndarray]]]:
     """(seconds without compilation, results of the real examples) of a batch."""
-    mapped = parallel.map_over_devices(function, in_axes=(None, None, 0), out_axes=0)
+    mapped = devices.map_over_devices(function, in_axes=(None, None, 0), out_axes=0)
     compiled = []
 
     def call(params: Any, key: jax.Array, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-        split = parallel.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
+        split = devices.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
         if not compiled:
+            logger.info("compiling the estimator")
             compiled.append(mapped.lower(params, key, split).compile())
         started = time.monotonic()
-        results = parallel.join(mapped(params, key, split))
+        results = devices.join(mapped(params, key, split))
         seconds = time.monotonic() - started
         return seconds, {name: values[batch["mask"]] for name, values in results.items()}
 
@@ -197,21 +237,31 @@ def check_converged(estimator: Estimator, rows: list[Row], converged: np.ndarray
         )
 
 
-def _number(settings: Settings, dataset: Dataset) -> int:
+def _number(experiment: Experiment) -> int:
     """How many examples of the split are evaluated."""
-    size = dataset.size(settings.eval.dataset) or 0
-    return min(size, settings.eval.num_examples or size)
+    config = experiment.settings.eval
+    size = experiment.dataset.size(config.dataset) or 0
+    return min(size, config.num_examples or size)
 
 
-def evaluation_batches(settings: Settings, dataset: Dataset) -> Iterator[Batch]:
-    """The split in order, cut to `eval.num_examples`."""
-    config = settings.eval
-    batches = dataset.eval_batches(
-        config.dataset, batch_size=config.batch_size, host=parallel.host()
+def _of_this_process(batch_size: int, number: int) -> set[int]:
+    """Which of the first `number` examples this process computes."""
+    ids = np.arange(number)
+    part = devices.host().part(batch_size)
+    place = ids % batch_size
+    return set(ids[(place >= part.start) & (place < part.stop)].tolist())
+
+
+def evaluation_batches(
+    experiment: Experiment, *, batch_size: int, num_examples: int
+) -> Iterator[Batch]:
+    """The split `eval.dataset` in order, cut to its first examples; all of them for 0."""
+    batches = experiment.dataset.eval_batches(
+        experiment.settings.eval.dataset, batch_size=batch_size, host=devices.host()
     )
     for batch in batches:
-        if config.num_examples:
-            batch = batch | {"mask": batch["mask"] & (batch["index"] < config.num_examples)}
+        if num_examples:
+            batch = batch | {"mask": batch["mask"] & (batch["index"] < num_examples)}
         if not batch["mask"].any():
             return
         yield batch

@@ -1,6 +1,15 @@
-"""Figures of toy runs: density of the ODE, trajectories of the λ-family, scores on a line."""
+"""Figures of toy runs: density of the ODE, trajectories, scores. Of bounds: where bits are spent.
 
+    value = decoder + Σ_j bins_j + prior,   bins_j the integral between two values of log(σ/α)
+    cumulative_0 = decoder,   cumulative_j = cumulative_{j−1} + bins_j,   at last + prior
+
+Mean ± standard error over examples, the repeats of an example averaged first. `bits_<step>.json`
+depends on the rows only, in whatever order they were computed; `bits_<step>.png` shows it.
+"""
+
+import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import json_files
 import plotting
 from diagnostics import ode_score
 from likelihood import Divergence, ode_log_likelihood
-from operators import fold_in_each, gaussian
-from run_lib import build, parallel
-from run_lib.settings import Settings
+from operators import fold_in_each, standard_normal
+from records import Records, Row, by, example_means, key_of, summarize
+from run_lib import comparison, devices, folder, identities
+from run_lib.estimators import Estimator
+from run_lib.experiment import Experiment
 from sampling import ReverseSDE
-from streams import Dataset
 
 STEPS = 1000
 STOPS = (820, 840, 860, 880, 900, 920, 940, 960, 980, 1000)  # as in the published figure
@@ -23,48 +34,51 @@ LINE_STOPS = tuple(range(0, STEPS + 1, 10))
 POINTS = 4000
 CELLS = 120  # of a density in the plane, each way
 SCORE_TIMES = (0.2, 0.35, 0.5)
+Parts = dict[str, Any]  # of the rows of one estimator, protocol and split at one step
+HISTOGRAM = "histogram"  # the baseline that the figure shows
 
 
-def save_toy(
-    settings: Settings, dataset: Dataset, params: Any, samples: np.ndarray, workdir: Path
-) -> None:
+def save_toy(experiment: Experiment, params: Any, samples: np.ndarray, workdir: Path) -> None:
     """density.png, trajectories.png and, on a line, score.png, in the run folder."""
-    if dataset.shape == (1,):
-        _save_on_a_line(settings, dataset, params, samples, workdir)
-    elif dataset.shape == (2,):
-        _save_in_the_plane(settings, dataset, params, samples, workdir)
+    shape = experiment.dataset.shape
+    if shape == (1,):
+        _save_on_a_line(experiment, params, samples, workdir)
+    elif shape == (2,):
+        _save_in_the_plane(experiment, params, samples, workdir)
 
 
-def _density(settings: Settings, params: Any, points: np.ndarray) -> np.ndarray:
+def _density(experiment: Experiment, params: Any, points: np.ndarray) -> np.ndarray:
     """exp(log p) of the probability-flow ODE with exact trace at points [n, d]."""
-    model, tools = build.score_model(settings), build.likelihood_tools(settings)
+    settings, model = experiment.settings, experiment.model
     size = settings.eval.batch_size
 
     def log_p(params: Any, x: jax.Array) -> jax.Array:  # NaN, a hole in the figure, where unsolved
         keys = fold_in_each(jax.random.key(0), jnp.arange(x.shape[0]))  # the exact trace needs none
         found = ode_log_likelihood(
             model.score(params), model.sde, x, keys, t_min=settings.training.smallest_time,
-            solver=tools.solver, divergence=Divergence("exact"),
+            solver=experiment.solver, divergence=Divergence("exact"),
         )  # fmt: skip
         return jnp.where(found.converged, found.log_p, jnp.nan)
 
-    mapped = parallel.map_over_devices(log_p, in_axes=(None, 0), out_axes=0)
+    mapped = devices.map_over_devices(log_p, in_axes=(None, 0), out_axes=0)
     padded = np.resize(points, (math.ceil(len(points) / size) * size, *points.shape[1:]))
     batches = np.split(padded.astype(np.float32), len(padded) // size)
-    found = [parallel.join(mapped(params, parallel.split(batch))) for batch in batches]
+    found = [devices.join(mapped(params, devices.split(batch))) for batch in batches]
     return np.exp(np.concatenate(found)[: len(points)])
 
 
-def _data_density(settings: Settings, dataset: Dataset, points: np.ndarray) -> np.ndarray:
+def _data_density(experiment: Experiment, points: np.ndarray) -> np.ndarray:
     """The exact density at t_min, where the ODE ends."""
-    x = jnp.asarray(points, jnp.float32)
+    x, settings = jnp.asarray(points, jnp.float32), experiment.settings
     t = jnp.full(x.shape[:1], settings.training.smallest_time)
-    return np.exp(np.asarray(jax.jit(dataset.law.log_prob, static_argnums=2)(x, t, settings.sde)))
+    return np.exp(
+        np.asarray(jax.jit(experiment.dataset.law.log_prob, static_argnums=2)(x, t, settings.sde))
+    )
 
 
-def _trajectories(settings: Settings, params: Any, shape: tuple, stops: tuple) -> dict:
+def _trajectories(experiment: Experiment, params: Any, shape: tuple, stops: tuple) -> dict:
     """Points [len(stops), n, d] of every λ of `eval.trajectory_lmbds`."""
-    model, key = build.score_model(settings), build.keys(settings)["trajectories"]
+    settings, model, key = experiment.settings, experiment.model, experiment.keys["trajectories"]
     keys, rows = fold_in_each(key, jnp.arange(POINTS)), {}
     for lmbd in settings.eval.trajectory_lmbds:
         sampler = ReverseSDE(STEPS, settings.training.smallest_time, lmbd, False)
@@ -78,41 +92,42 @@ def _trajectories(settings: Settings, params: Any, shape: tuple, stops: tuple) -
 
 
 def _save_in_the_plane(
-    settings: Settings, dataset: Dataset, params: Any, samples: np.ndarray, workdir: Path
+    experiment: Experiment, params: Any, samples: np.ndarray, workdir: Path
 ) -> None:
     radius = 1.2 * float(np.quantile(np.abs(samples), 0.999))
     cells = (2 * np.arange(CELLS) + 1) / CELLS - 1.0
     grid = radius * np.stack(np.meshgrid(cells, cells, indexing="ij"), axis=-1).reshape(-1, 2)
-    images = {"ODE": _density(settings, params, grid).reshape(CELLS, CELLS)}
-    if dataset.law is not None:
-        images["data"] = _data_density(settings, dataset, grid).reshape(CELLS, CELLS)
+    images = {"ODE": _density(experiment, params, grid).reshape(CELLS, CELLS)}
+    if experiment.dataset.law is not None:
+        images["data"] = _data_density(experiment, grid).reshape(CELLS, CELLS)
     plotting.save_density_images(workdir / "density.png", images, radius)
-    rows = _trajectories(settings, params, dataset.shape, STOPS)
+    rows = _trajectories(experiment, params, experiment.dataset.shape, STOPS)
     plotting.save_trajectories(workdir / "trajectories.png", rows, [f"step {k}" for k in STOPS])
 
 
 def _save_on_a_line(
-    settings: Settings, dataset: Dataset, params: Any, samples: np.ndarray, workdir: Path
+    experiment: Experiment, params: Any, samples: np.ndarray, workdir: Path
 ) -> None:
     low, high = np.quantile(samples, [0.001, 0.999])
     x = np.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), 500)
-    curves = {"ODE": (x, _density(settings, params, x[:, None]))}
-    if dataset.law is not None:
-        curves["data"] = (x, _data_density(settings, dataset, x[:, None]))
+    curves = {"ODE": (x, _density(experiment, params, x[:, None]))}
+    if experiment.dataset.law is not None:
+        curves["data"] = (x, _data_density(experiment, x[:, None]))
     plotting.save_density_on_a_line(workdir / "density.png", samples[:, 0], curves)
-    _save_paths(settings, dataset, params, workdir)
-    _save_scores(settings, dataset, params, x, workdir)
+    _save_paths(experiment, params, workdir)
+    _save_scores(experiment, params, x, workdir)
 
 
-def _save_paths(settings: Settings, dataset: Dataset, params: Any, workdir: Path) -> None:
+def _save_paths(experiment: Experiment, params: Any, workdir: Path) -> None:
+    settings = experiment.settings
     t_min, sde = settings.training.smallest_time, settings.sde
     times = np.linspace(sde.T, t_min, len(LINE_STOPS))
-    batch = next(dataset.eval_batches("test", batch_size=POINTS))
+    batch = next(experiment.dataset.eval_batches("test", batch_size=POINTS))
     x0 = jnp.asarray(batch["image"][batch["mask"]])
-    keys = fold_in_each(build.keys(settings)["forward"], jnp.arange(len(x0)))
-    z = gaussian(keys, x0)
+    keys = fold_in_each(experiment.keys["forward"], jnp.arange(len(x0)))
+    z = standard_normal(keys, x0)
     forward = [sde.perturb(x0, jnp.full((len(x0),), t, x0.dtype), z)[:, 0] for t in times]
-    rows = _trajectories(settings, params, dataset.shape, LINE_STOPS)
+    rows = _trajectories(experiment, params, experiment.dataset.shape, LINE_STOPS)
     panels = {"data": np.asarray(jnp.stack(forward))} | {
         name: path[..., 0] for name, path in rows.items()
     }
@@ -120,22 +135,126 @@ def _save_paths(settings: Settings, dataset: Dataset, params: Any, workdir: Path
     plotting.save_paths_on_a_line(workdir / "trajectories.png", panels, times[::-1])
 
 
-def _save_scores(
-    settings: Settings, dataset: Dataset, params: Any, x: np.ndarray, workdir: Path
-) -> None:
-    model, solver = build.score_model(settings), build.likelihood_tools(settings).solver
+def _save_scores(experiment: Experiment, params: Any, x: np.ndarray, workdir: Path) -> None:
+    model, law = experiment.model, experiment.dataset.law
     points, panels = jnp.asarray(x[:, None], jnp.float32), {}
 
     @jax.jit
     def scores(params: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = ode_score(model.score(params), model.sde, points, t, solver)
+        own = ode_score(model.score(params), model.sde, points, t, experiment.solver)
         own_score = jnp.where(own.converged[:, None], own.score, jnp.nan)
         return model.score(params)(points, jnp.full((len(x),), t)), own_score
 
     for t in SCORE_TIMES:
         times = jnp.full((len(x),), t, jnp.float32)
         curves = dict(zip(("model", "of its ODE"), scores(params, jnp.asarray(t)), strict=True))
-        if dataset.law is not None:
-            curves["data"] = dataset.law.score(points, times, model.sde)
+        if law is not None:
+            curves["data"] = law.score(points, times, model.sde)
         panels[f"score at t = {t:g}"] = {n: np.asarray(c)[:, 0] for n, c in curves.items()}
     plotting.save_score_on_a_line(workdir / "score.png", x, panels)
+
+
+# Where the bits of a bound are spent.
+
+
+def save_parts(target: Path, step: int, table: list[Estimator]) -> None:
+    """bits_<step>.json and bits_<step>.png of a folder of rows; none without rows of a bound.
+
+    Edges are those of the estimators; of other protocols, those that the file already has.
+    """
+    path = target / f"bits_{step}.json"
+    before = {(parts["estimator"], parts["protocol"]): parts["edges"] for parts in _parts_in(path)}
+    edges = before | {(e.name, e.protocol): list(e.edges) for e in table if e.edges}
+    rows = identities.reported(target, Records(target).select(step=step))
+    if found := all_parts(rows, edges):
+        folder.write_json(path, found)
+        plotting.save_bits(path.with_suffix(".png"), list(map(_drawn, found)))
+
+
+def _parts_in(path: Path) -> list[Parts]:
+    return json_files.read(path) if path.exists() else []
+
+
+def all_parts(rows: list[Row], edges: dict[tuple[str, str], list[float]]) -> list[Parts]:
+    """The parts of every estimator, protocol and split whose edges are known, in order of names.
+
+    Args:
+        rows: of one step; those without bins, or with another number of them, do not count.
+        edges: log(σ/α) at the ends of the bins, by (estimator, protocol).
+    """
+    groups = by(sorted(rows, key=key_of), "estimator", "protocol", "split")
+    found = []
+    for estimator, protocol, split in sorted(groups):
+        ends = edges.get((estimator, protocol), [])
+        group = groups[estimator, protocol, split]
+        binned = [row for row in group if 0 < len(row.get("bins", ())) == len(ends) - 1]
+        if binned:
+            histogram = _histogram(binned, rows)
+            found.append(_parts(binned) | {"edges": ends, HISTOGRAM: histogram})
+    return found
+
+
+def _parts(rows: list[Row]) -> Parts:
+    first, value = rows[0], summarize(rows)
+    terms = [[row["decoder"], *row["bins"], row["prior"]] for row in rows]
+    sums = [list(itertools.accumulate(row)) for row in terms]
+    mean, error = _summaries(rows, terms)
+    names = ("estimator", "protocol", "split", "step", "unit")
+    return {name: first[name] for name in names} | {
+        "n": value.examples,
+        "repeats": value.repeats,
+        "decoder": _named(mean[0], error[0]),
+        "bins": _named(mean[1:-1], error[1:-1]),
+        "prior": _named(mean[-1], error[-1]),
+        "cumulative": _named(*_summaries(rows, sums)),
+    }
+
+
+def _named(mean: float | list[float], error: float | list[float]) -> dict[str, Any]:
+    return {"mean": mean, "standard_error": error}
+
+
+def _summaries(rows: list[Row], values: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Means and standard errors over examples, of n values for each row."""
+    found = [
+        summarize([row | {"value": v} for row, v in zip(rows, column, strict=True)])
+        for column in zip(*values, strict=True)
+    ]
+    return [s.mean for s in found], [s.standard_error for s in found]
+
+
+def _histogram(rows: list[Row], others: Iterable[Row]) -> float | None:
+    """The mean of the independent histogram over the examples of a bound; None without it.
+
+    The best one where there are several; none beside the bound of noised data, which is no bound
+    of the same thing.
+    """
+    first, examples = rows[0], {row["index"] for row in rows}
+    if first["estimator"] not in comparison.MODELS:
+        return None
+    alike = [
+        row
+        for row in others
+        if row["estimator"] == HISTOGRAM
+        and all(row[name] == first[name] for name in ("split", "unit"))
+        and row["index"] in examples
+    ]
+    groups = by(alike, "protocol").values()
+    whole = [group for group in groups if example_means(group).keys() == examples]
+    return min((summarize(group).mean for group in whole), default=None)
+
+
+def _drawn(parts: Parts) -> plotting.Bits:
+    """What the figure needs of the parts."""
+    start = "entropy at t_min" if parts["estimator"] == "bound at t_min" else "decoder"
+    pairs = {name: tuple(parts[name].values()) for name in ("decoder", "bins", "prior")}
+    return plotting.Bits(
+        title=f"{parts['estimator']}, step {parts['step']}, {parts['n']} {parts['split']} examples",
+        subtitle=parts["protocol"],
+        unit=parts["unit"],
+        edges=parts["edges"],
+        bins=pairs["bins"],
+        cumulative=tuple(parts["cumulative"].values()),
+        ends={start: pairs["decoder"], "prior": pairs["prior"]},
+        baseline=parts[HISTOGRAM],
+    )

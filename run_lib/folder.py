@@ -7,7 +7,6 @@ may change between runs. With several processes the first one writes.
 import errno
 import fcntl
 import importlib.metadata
-import itertools
 import json
 import logging
 import logging.handlers
@@ -15,22 +14,18 @@ import os
 import platform
 import socket
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
-
-from checkpoints import Checkpoints
-from run_lib import parallel
-from train_state import TrainState
+import json_files
+from checkpoints import whole_steps
+from run_lib import devices
 
 logger = logging.getLogger("fokker")
 LOG_BYTES = 10_000_000
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 # Sections and fields that fix what the parameters mean; the rest may change between runs.
 FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer", "deq")
@@ -75,9 +70,9 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
         ValueError: a field differs that would corrupt the run; names all of them.
     """
     path = workdir / "config.json"
-    if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+    if not path.exists() or not whole_steps(workdir):
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json_files.read(path)
     changed = differences(before, json.loads(json.dumps(config)))
     changed = {k: v for k, v in changed.items() if not {k, k.split(".")[0]} & set(ignore)}
     lines = [f"{name}: {old!r} in {path}, now {new!r}" for name, (old, new) in changed.items()]
@@ -99,27 +94,20 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
         logger.info("config field changed: %s", line)
 
 
-def same_examples(eval_folder: Path, config: dict[str, Any]) -> None:
-    """Rows are identified by the index of their example: refuse to mix data or seeds in a folder.
+def same_seed(eval_folder: Path, seed: int) -> None:
+    """The noise of an example depends on the seed: refuse to mix two of them in a folder.
 
     Raises:
-        ValueError: the folder has rows of other data or another seed; names the fields.
+        ValueError: the folder has rows of another seed.
     """
     path = eval_folder / "config.json"
     if not path.exists() or not (eval_folder / "rows.jsonl").exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    known = dict(flatten(before))
-    lines = [
-        f"{name}: {old!r} then, now {new!r}"
-        for name, (old, new) in differences(before, json.loads(json.dumps(config))).items()
-        if name in known and (name == "seed" or name.startswith("data."))
-    ]
-    if lines:
+    before = json_files.read(path).get("seed", seed)
+    if before != seed:
         raise ValueError(
-            f"{eval_folder} has rows of other data or noise:\n  "
-            + "\n  ".join(lines)
-            + "\nUse another --eval_folder."
+            f"{eval_folder} has rows of another seed: {before} then, now {seed}. Use another "
+            "--eval_folder, or the old seed"
         )
 
 
@@ -144,6 +132,21 @@ def plain_name(name: str, flag: str, taken: tuple[str, ...] = ()) -> str:
     return name
 
 
+def results_folder(workdir: Path, name: str, deq_folder: str = "") -> Path:
+    """The folder of results of that name.
+
+    Raises:
+        ValueError: it is a path, or has checkpoints, as the folder of a dequantiser.
+    """
+    path = workdir / plain_name(name, "--eval_folder")
+    if name == deq_folder or (path / "checkpoints").exists():
+        raise ValueError(
+            f"--eval_folder={name!r}: {path} is for the checkpoints of a dequantiser; need another "
+            "folder for results"
+        )
+    return path
+
+
 @contextmanager
 def alone(where: Path) -> Iterator[None]:
     """A block that only one run executes at a time in a folder; the lock goes with its process.
@@ -151,7 +154,7 @@ def alone(where: Path) -> Iterator[None]:
     Raises:
         ValueError: another process is at it; names it.
     """
-    if not parallel.is_first():
+    if not devices.is_first():
         yield
         return
     where.mkdir(parents=True, exist_ok=True)
@@ -176,37 +179,20 @@ def alone(where: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old or the new file, also after a power cut."""
-    if not parallel.is_first():
+    if not devices.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, [json.dumps(content, indent=2) + "\n"])
+
+
+def replace_file(path: Path, lines: Iterable[str]) -> None:
+    """Write a file that holds the old text or the new one, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def write_import(
-    workdir: Path, config: dict[str, Any], state: TrainState, snapshot_freq: int
-) -> None:
-    """A state from elsewhere as the only checkpoint of a run folder.
-
-    Raises:
-        ValueError: the folder has other checkpoints.
-    """
-    there = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
-    if there == [str(int(state.step))]:
-        logger.info("%s holds step %s already", workdir, there[0])
-        return
-    if there:
-        raise ValueError(f"{workdir / 'checkpoints'} is not empty: use another --workdir")
-    write_json(workdir / "config.json", config)
-    write_json(workdir / "versions.json", versions())
-    checkpoints = Checkpoints(workdir, keep_every=snapshot_freq)
-    checkpoints.save(state)
-    checkpoints.close()
-    logger.info("wrote %s", checkpoints.directory / str(int(state.step)))
 
 
 def versions() -> dict[str, str]:
@@ -215,11 +201,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "git_commit": git_commit(), **found}
 
 
-def git_commit() -> str:
-    """Commit of the code, with '+' if files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
+def git_commit(root: Path = ROOT) -> str:
+    """Commit of the code, with '+' if files differ from it.
+
+    It is 'unknown' outside git, and for a copy of the code inside another repository.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        own = Path(git("rev-parse", "--show-toplevel")).samefile(root)
+        return git("describe", "--always", "--dirty=+") if own else "unknown"
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -238,84 +232,3 @@ def log_to(workdir: Path) -> None:
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-
-
-class NoMetrics:
-    """Where another process writes them."""
-
-    def __init__(self, workdir: Path, first_step: int) -> None:
-        """As of those that are written."""
-
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class MetricsWriter(NoMetrics):
-    """Scalars by step, to metrics.jsonl and TensorBoard.
-
-    A resumed run starts at the step of its checkpoint: later lines of a killed run are dropped
-    first, so that metrics.jsonl holds each step once.
-    """
-
-    def __init__(self, workdir: Path, first_step: int) -> None:
-        path = workdir / "metrics.jsonl"
-        path.touch()
-        _cut_after(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        # Not SummaryWriter, whose thread ends, and then the training waits, when the disk is full.
-        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-        begin = SessionLog(status=SessionLog.START)  # TensorBoard forgets what it has from here on
-        self._events.write_event(
-            Event(wall_time=time.time(), step=first_step + 1, session_log=begin)
-        )
-
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one TensorBoard point per value."""
-        now = time.time()
-        row = {"step": step, "split": split, "time": now, **values}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            summary = scalar(f"{split}/{name}", value)
-            self._events.write_event(Event(wall_time=now, step=step, summary=summary))
-        self._events.flush()
-
-    def close(self) -> None:
-        """Flush and close both."""
-        self._file.close()
-        self._events.close()
-
-
-def _cut_after(path: Path, step: int) -> None:
-    """End the file, whose steps ascend, before the first line of a later one or a damaged one."""
-    end = 0
-    with path.open("rb+") as file:
-        for line in file:
-            row = _row(line)
-            if row is None:
-                logger.warning("%s: half-written from byte %d on, which is cut off", path, end)
-            if row is None or row["step"] > step:
-                break
-            end += len(line)
-        file.truncate(end)
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """Half a line, after a kill, and zeros, after a power cut, are none."""
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:  # JSON or UTF-8
-        return None
-
-
-def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of metrics.jsonl, one at a time, up to the first that was not wholly written."""
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        yield from itertools.takewhile(lambda row: row is not None, map(_row, file))

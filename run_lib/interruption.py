@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 
-from run_lib import parallel
+from run_lib import devices
 
 logger = logging.getLogger("fokker")
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
@@ -145,8 +145,8 @@ class Agreement:
 
     def __init__(self) -> None:
         self._votes: deque[jax.Array] = deque()
-        self._any = parallel.map_over_devices(
-            lambda vote: jax.lax.pmax(vote, parallel.AXIS_NAME), in_axes=(0,), out_axes=None
+        self._any = devices.map_over_devices(
+            lambda vote: jax.lax.pmax(vote, devices.AXIS_NAME), in_axes=(0,), out_axes=None
         )
 
     def __call__(self, vote: bool) -> bool:

@@ -2,16 +2,15 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import datasets
 from checkpoints import Checkpoints
-from run_lib import build, folder, parallel
-from run_lib.settings import Settings, require
+from checks import require
+from run_lib import devices, folder, identities
+from run_lib.experiment import Experiment
+from run_lib.settings import EvalConfig, Settings
 from streams import Dataset
 from train_state import TrainState
 
@@ -20,41 +19,70 @@ POLL_S = 5.0
 
 
 def checkpoints_of(
-    settings: Settings, workdir: Path, eval_folder: str
-) -> Iterator[tuple[int, Dataset, Any, Path]]:
-    """(step, data, moving average of the parameters, folder of results) of every checkpoint.
+    experiment: Experiment, workdir: Path, eval_folder: str
+) -> Iterator[tuple[int, Any, Path]]:
+    """(step, moving average of the parameters, folder of results) of every checkpoint.
 
     The folder is this process's alone until the last one is done.
 
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
-    folder.plain_name(eval_folder, "--eval_folder")
-    steps = checkpoint_steps(settings, workdir)
+    settings, target = experiment.settings, workdir / eval_folder
+    check(experiment, workdir, eval_folder)
+    steps = _wanted(settings)
     ignore = ("eval", "sampling", "optim", "deq", "data.num_train")
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
-    folder.same_examples(workdir / eval_folder, settings.resolved())
-    parallel.check_batch_size(settings.eval.batch_size, "eval.batch_size")
-    dataset = datasets.load(settings.data)
-    require(
-        settings.eval.dataset in dataset.splits,
-        "eval.dataset",
-        settings.eval.dataset,
-        f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)",
-    )
-    target = workdir / eval_folder
+    identities.claim(experiment, workdir)
+    folder.same_seed(target, settings.seed)
     with folder.alone(target):
         folder.write_json(target / "config.json", settings.resolved())
         for wanted in steps or [None]:
-            state = load_state(settings, dataset, workdir, wanted)
-            yield int(state.step), dataset, state.ema_params, target
+            state = load_state(experiment, workdir, wanted)
+            yield int(state.step), state.ema_params, target
 
 
-def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:
-    """Steps to evaluate, begin_ckpt..end_ckpt × snapshot_freq; none said: the latest.
+def check(
+    experiment: Experiment, workdir: Path, eval_folder: str, earlier: Collection[str] = ()
+) -> None:
+    """What an evaluation of checkpoints needs; modes before it may still make these.
 
-    Waits up to `eval.wait_s` seconds for those that training has yet to write.
+    Raises:
+        ValueError: the checkpoints are not there, the folder of results is another's, the data lack
+            the split, or the devices cannot share a batch.
     """
+    config = experiment.settings.eval
+    folder.results_folder(workdir, eval_folder)
+    if "train" in earlier:
+        _check_after_training(experiment.settings)
+    elif "import" not in earlier:
+        _wait_for_checkpoints(experiment.settings, workdir)
+    devices.check_batch_size(config.batch_size, "eval.batch_size")
+    _check_split(config, experiment.dataset)
+
+
+def _check_split(config: EvalConfig, dataset: Dataset) -> None:
+    """The split that is to be evaluated is there, and has as many examples as are asked for."""
+    allowed = f"one of {sorted(dataset.splits)} (data.num_validation makes a validation split)"
+    require(config.dataset in dataset.splits, "eval.dataset", config.dataset, allowed)
+    size, number = dataset.size(config.dataset), config.num_examples
+    allowed = f"0 (all) to {size}, the examples of the {config.dataset} split"
+    require(size is None or number <= size, "eval.num_examples", number, allowed)
+
+
+def _check_after_training(settings: Settings) -> None:
+    """Whether a training that comes first will leave the checkpoints that are asked for."""
+    training, config = settings.training, settings.eval
+    last = max(_wanted(settings), default=0)
+    allowed = (
+        f"at most {training.n_iters // training.snapshot_freq}, as training ends at step "
+        f"{training.n_iters} and keeps each {training.snapshot_freq}th"
+    )
+    require(last <= training.n_iters, "eval.end_ckpt", config.end_ckpt, allowed)
+
+
+def _wait_for_checkpoints(settings: Settings, workdir: Path) -> None:
+    """Wait up to `eval.wait_s` seconds for the checkpoints that training has yet to write."""
     deadline = time.monotonic() + settings.eval.wait_s
     while True:
         available = steps_in(workdir)
@@ -66,7 +94,6 @@ def checkpoint_steps(settings: Settings, workdir: Path) -> list[int]:
         time.sleep(min(POLL_S, left))
     if missing:
         raise ValueError(missing)
-    return _wanted(settings)
 
 
 def steps_in(workdir: Path) -> list[int]:
@@ -81,6 +108,7 @@ def steps_in(workdir: Path) -> list[int]:
 
 
 def _wanted(settings: Settings) -> list[int]:
+    """Steps to evaluate, begin_ckpt..end_ckpt × snapshot_freq; none said: the latest."""
     config = settings.eval
     every = settings.training.snapshot_freq
     return [k * every for k in range(max(config.begin_ckpt, 1), config.end_ckpt + 1)]
@@ -103,21 +131,16 @@ def _missing(settings: Settings, workdir: Path, available: list[int]) -> str:
     )
 
 
-def load_state(settings: Settings, dataset: Dataset, workdir: Path, step: int | None) -> TrainState:
+def load_state(experiment: Experiment, workdir: Path, step: int | None) -> TrainState:
     """The score network at a checkpoint; None: at the latest that can be read."""
-    model = build.score_model(settings)
-
-    def fresh() -> TrainState:
-        return build.train_state(settings, model.init(jax.random.key(0), dataset.shape))
-
     checkpoints = Checkpoints(workdir)
     try:
-        like = jax.eval_shape(fresh)
+        like = experiment.state_like()
         return checkpoints.read_latest(like) if step is None else checkpoints.restore(step, like)
     finally:
         checkpoints.close()
 
 
-def load_parameters(settings: Settings, dataset: Dataset, workdir: Path, step: int) -> Any:
+def load_parameters(experiment: Experiment, workdir: Path, step: int) -> Any:
     """The moving average of the score network's parameters at a checkpoint."""
-    return load_state(settings, dataset, workdir, step).ema_params
+    return load_state(experiment, workdir, step).ema_params

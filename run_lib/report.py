@@ -8,18 +8,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import json_files
 import plotting
-from records import Records, Row, Summary, summarize
-from run_lib import comparison, folder, quality
+from records import Records, Row, Summary, by, largest_share, summarize
+from run_lib import comparison, folder, identities, metrics, quality
 
 
 class Result(NamedTuple):
-    """One line of the table: all rows of one estimator, protocol, checkpoint and split."""
+    """One line of the table: all rows of one estimator, protocol, split and identity."""
 
     step: int
     split: str
     estimator: str
     protocol: str
+    identity: str
     unit: str
     value: Summary
     nfe: float
@@ -28,6 +30,7 @@ class Result(NamedTuple):
     commits: list[str]
     solver_error: float | None  # mean estimate; None where steps are adaptive
     worse_than: list[comparison.Defeat]
+    doubts: list[str]  # why the mean and its error may be wrong
 
     def _solver_error(self) -> str:
         return "" if self.solver_error is None else f" (solver {self.solver_error:.1g})"
@@ -49,7 +52,9 @@ class Result(NamedTuple):
             "git_commits": self.commits,
             "solver_error": self.solver_error,
             "protocol": self.protocol,
+            "identity": self.identity,
             "worse_than": [defeat.as_json() for defeat in self.worse_than],
+            "doubts": self.doubts,
         }
 
     def cells(self) -> list[str]:
@@ -71,40 +76,35 @@ class Result(NamedTuple):
 HEADER = ("step", "split", "estimator", "mean ± s.e.", "n", "repeats", "evaluations",
           "s/example", "protocol")  # fmt: skip
 PROTOCOLS = "protocols.json"
+GROUP = ("step", "split", "estimator", "protocol", "identity")  # of rows in one line
+HEAVY = 5.0  # examples that one draw is worth; 0.05 for VP and 64 times, 2 to 5 for one time
 
 
 def summaries(eval_folder: Path) -> list[Result]:
     """One result per group of rows in an evaluation folder; baselines after the models."""
-    groups = by(Records(eval_folder).rows.values(), "step", "split", "estimator", "protocol")
+    rows = identities.reported(eval_folder, Records(eval_folder).rows.values())
+    groups = by(rows, *GROUP)
     others = [groups[group] for group in sorted(groups, key=_place)]
     return [_result(rows, comparison.defeats(rows, others)) for rows in others]
 
 
-def _place(group: tuple[int, str, str, str]) -> tuple:
-    step, split, estimator, protocol = group
+def _place(group: tuple[int, str, str, str, str]) -> tuple:
+    step, split, estimator, protocol, identity = group
     names = list(comparison.BASELINES)
     baseline = names.index(estimator) if estimator in names else -1
-    return step, split, baseline, estimator, protocol
+    return step, split, baseline, estimator, protocol, identity
 
 
 def sentences(results: list[Result]) -> list[str]:
-    """What has to be said of models that lose to a baseline."""
-    return [defeat.sentence() for result in results for defeat in result.worse_than]
-
-
-def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
-    """Rows in groups of equal fields; the key is the value of one field, or a tuple of several."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        key = tuple(row[field] for field in fields)
-        groups.setdefault(key if len(fields) > 1 else key[0], []).append(row)
-    return groups
+    """What has to be said of bounds with heavy tails, and of models that lose to a baseline."""
+    doubts = [sentence for result in results for sentence in result.doubts]
+    return doubts + [defeat.sentence() for result in results for defeat in result.worse_than]
 
 
 def protocols(eval_folder: Path) -> dict[str, dict[str, Any]]:
     """The details of every protocol by its text."""
     path = eval_folder / PROTOCOLS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return json_files.read(path) if path.exists() else {}
 
 
 def write_summaries(eval_folder: Path, results: list[Result]) -> None:
@@ -122,7 +122,7 @@ def write_summaries(eval_folder: Path, results: list[Result]) -> None:
 
 
 def _result(rows: list[Row], worse_than: list[comparison.Defeat]) -> Result:
-    group = (rows[0][field] for field in ("step", "split", "estimator", "protocol"))
+    group = (rows[0][field] for field in GROUP)
     nfe = [row["nfe"] for row in rows]
     seconds = sum(row["seconds"] for row in rows) / len(rows)
     unit = rows[0]["unit"]
@@ -131,8 +131,34 @@ def _result(rows: list[Row], worse_than: list[comparison.Defeat]) -> Result:
     errors = [row["error"] for row in rows if "error" in row]
     solver_error = sum(errors) / len(errors) if errors else None
     return Result(
-        *group, unit, value, mean_nfe, max(nfe), seconds, commits, solver_error, worse_than
-    )
+        *group, unit, value, mean_nfe, max(nfe), seconds, commits, solver_error, worse_than,
+        doubts(rows),
+    )  # fmt: skip
+
+
+def doubts(rows: list[Row]) -> list[str]:
+    """Sentences on a bound whose draws are too few for its tails; none for other estimators.
+
+    A draw has the weight of its stratum. Where a stratum is wide, few draws, or none, fall where
+    the integrand is large: then few make the mean, or the mean lacks what none has seen.
+    """
+    first, value, share = rows[0], summarize(rows), largest_share(rows)
+    name = f"{first['estimator']} at step {first['step']} ({first['split']})"
+    remedy = "raise eval.num_times, or take a schedule that ends at less noise"
+    found = []
+    if share * len(rows) > HEAVY:
+        found.append(
+            f"{name}: one draw makes {share:.1%} of the estimate, as much as "
+            f"{share * len(rows):.0f} examples. Its tails are heavy, and the standard error may be "
+            f"too small: {remedy}"
+        )
+    of_integers = "largest" in first and first["unit"] == "bits/dim"
+    if of_integers and "t_min" not in first["estimator"] and value.mean < -2 * value.standard_error:
+        found.append(
+            f"{name}: {value.mean:.4f} {first['unit']} is below zero, which no bound on the "
+            f"negative log-probability of integers is. No draw fell where it is made: {remedy}"
+        )
+    return found
 
 
 def table_text(results: list[Result]) -> str:
@@ -166,7 +192,7 @@ def as_html(header: Sequence[str], rows: Iterable[list[str]]) -> str:
 def save_curves(workdir: Path) -> Path | None:
     """curves.png from metrics.jsonl; None where there are no metrics yet."""
     curves: dict[str, dict[str, plotting.Curve]] = {}
-    for row in folder.read_metrics(workdir):
+    for row in metrics.read_metrics(workdir):
         label = row["split"].replace("_", "-")
         for name in row.keys() - {"step", "split", "time"}:
             steps, values = curves.setdefault(name, {}).setdefault(label, (array("q"), array("d")))
@@ -183,6 +209,7 @@ def save_curves(workdir: Path) -> Path | None:
     return workdir / "curves.png"
 
 
+OF = "The figures are of these parameters, data and settings (digests)."
 BITS = "The figure shows how much each noise level adds to the bound."
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
 color:#222}table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3em
@@ -200,6 +227,7 @@ def write(workdir: Path) -> Path:
         for image in sorted(rows.parent.glob("extremes_*.png")):
             parts += [_image(image)]
         parts += _bits(rows.parent)
+        parts += _identities(rows.parent)
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
             "averaged first. ODE: change of variables along the probability-flow ODE, over the "
@@ -229,7 +257,7 @@ def write(workdir: Path) -> Path:
             parts += [f"<h2>{title}</h2>", _image(image)]
     for title, path in (("Config", "config.json"), ("Versions", "versions.json")):
         if (workdir / path).exists():
-            text = json.dumps(json.loads((workdir / path).read_text(encoding="utf-8")), indent=2)
+            text = json.dumps(json_files.read(workdir / path), indent=2)
             parts += [f"<h2>{title}</h2><pre>{html.escape(text)}</pre>"]
     page = workdir / "report.html"
     page.write_text(
@@ -246,6 +274,14 @@ def _bits(eval_folder: Path) -> list[str]:
     if not images:
         return []
     return ["<h3>Where the bits are spent</h3>", f"<p>{BITS}</p>", _image(images[max(images)])]
+
+
+def _identities(eval_folder: Path) -> list[str]:
+    """What the figures of a folder are of."""
+    figures = [f for f in (identities.current(eval_folder) or {}).values() if f.kind == "model"]
+    header = ("step", "split", "parameters", "data", "settings")
+    cells = [[str(getattr(figure, name)) for name in header] for figure in sorted(figures)]
+    return [f"<p>{OF}</p>", as_html(header, cells)] if cells else []
 
 
 def _image(path: Path) -> str:

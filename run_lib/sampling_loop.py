@@ -1,13 +1,14 @@
 """Any number of samples from a checkpoint, batch by batch over the devices, kept in shards.
 
-A shard `<first>-<last>.npz` holds samples first, …, last (`samples`, and `nfe`, the evaluations of
-the network). It is written as a whole, by the one host that drew it, and sample i depends on
-(key, i) only: an interrupted run draws the samples that no shard holds, in batches of any size.
+A shard `<first>-<last>.npz` holds samples first, …, last (`samples`; `nfe`, the evaluations of the
+network; `identity`, a digest of parameters and settings). It is written as a whole, by the one host
+that drew it, and sample i depends on (key, i) only: an interrupted run draws the samples that no
+shard holds, in batches of any size.
 """
 
 import dataclasses
-import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import json_files
 import npz_files
 from operators import fold_in_each
-from run_lib import build, folder, parallel
-from run_lib.settings import Settings
-from streams import Dataset
+from run_lib import devices, folder
+from run_lib.experiment import Experiment
 
 logger = logging.getLogger("fokker")
 Samples = tuple[np.ndarray, np.ndarray]  # uint8 images or real points; evaluations of each
@@ -34,24 +35,21 @@ class Generator:
     over the batch.
     """
 
-    settings: Settings
-    dataset: Dataset
+    experiment: Experiment
     key: jax.Array
     batch_size: int
 
     def __post_init__(self) -> None:
-        sampler = build.sampler(self.settings)
-        model = build.score_model(
-            self.settings, on_levels=self.settings.sampling.method == "pc"
-        )  # fmt: skip
+        sampler, model = self.experiment.sampler, self.experiment.sampled_model
+        shape = self.experiment.dataset.shape
 
         def generate(params: Any, key: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-            like = jnp.zeros((ids.shape[0], *self.dataset.shape), jnp.float32)
+            like = jnp.zeros((ids.shape[0], *shape), jnp.float32)
             samples = sampler(model.score(params), model.sde, fold_in_each(key, ids), like)
             return samples.x, samples.nfe
 
-        self._mapped = parallel.map_over_devices(generate, in_axes=(None, None, 0), out_axes=0)
-        self._encoding = build.encoding(self.settings, self.dataset)
+        self._mapped = devices.map_over_devices(generate, in_axes=(None, None, 0), out_axes=0)
+        self._encoding = self.experiment.encoding
 
     def __call__(self, params: Any, number: int) -> np.ndarray:
         """Samples 0, …, number − 1; raises as `batch` does."""
@@ -69,8 +67,8 @@ class Generator:
             FloatingPointError: a sample is not finite (the solver ran out of steps, or the network
                 is not usable yet); names the samples.
         """
-        split = parallel.split(ids.astype(np.int32))
-        x, nfe = (y[ids < end] for y in parallel.join(self._mapped(params, self.key, split)))
+        split = devices.split(ids.astype(np.int32))
+        x, nfe = (y[ids < end] for y in devices.join(self._mapped(params, self.key, split)))
         bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), int(np.prod(x.shape[1:])))).all(axis=1))
         if bad.size:
             raise FloatingPointError(
@@ -105,27 +103,27 @@ def shards(where: Path) -> list[Shard]:
     return sorted(shard for shard in found if npz_files.is_whole(shard.path))
 
 
-def sampling_protocol(settings: Settings) -> str:
+def sampling_protocol(experiment: Experiment) -> str:
     """What fixes the law of the samples, beside the network."""
-    fields = dataclasses.asdict(build.sampler(settings))
+    fields = dataclasses.asdict(experiment.sampler)
     fields |= fields.pop("solver", {})
-    words = [settings.sampling.method, fields.pop("name", "")]
+    words = [experiment.settings.sampling.method, fields.pop("name", "")]
     words += ["denoised" if fields.pop("noise_removal") else "not denoised"]
     fields.pop("axis_name", None)
     words += [f"{name} {value}" for name, value in fields.items()]
     return ", ".join(filter(None, words))
 
 
-def check_samples(settings: Settings, where: Path) -> None:
+def check_samples(experiment: Experiment, where: Path) -> None:
     """Refuse to add to samples of another sampler or seed.
 
     Raises:
         ValueError: the folder has such samples.
     """
-    path, now = where / "protocol.json", _identity(settings)
-    if not shards(where) or not path.exists():
+    then, now = _protocol_of(where), _protocol(experiment)
+    if not shards(where) or not then:
         return
-    then = json.loads(path.read_text(encoding="utf-8"))
+    then.pop("identity", None)
     if then != now:
         raise ValueError(
             f"{where} has samples of another sampler or seed, {then}; now {now}. Use another "
@@ -133,26 +131,54 @@ def check_samples(settings: Settings, where: Path) -> None:
         )
 
 
-def _identity(settings: Settings) -> dict[str, Any]:
-    return {"sampler": sampling_protocol(settings), "seed": settings.seed}
+def _protocol_of(where: Path) -> dict[str, Any]:
+    """protocol.json of a folder of samples."""
+    path = where / "protocol.json"
+    return json_files.read(path) if path.exists() else {}
 
 
-def draw(generate: Generator, params: Any, where: Path, number: int) -> None:
-    """Draw the samples among 0, …, number − 1 that no shard holds, each batch saved as it comes."""
-    check_samples(generate.settings, where)
-    host = parallel.host()
-    if parallel.is_first():
-        folder.write_json(where / "protocol.json", _identity(generate.settings))
-    missing = parallel.of_first_process(_missing(where, number))
+def _protocol(experiment: Experiment) -> dict[str, Any]:
+    return {"sampler": sampling_protocol(experiment), "seed": experiment.settings.seed}
+
+
+def _set_aside(where: Path, identity: str) -> None:
+    """Rename a folder that has samples of another network."""
+    before = _protocol_of(where).get("identity", "unknown")
+    if before == identity or not shards(where):
+        return
+    name = f"{where.name}-of-{before}"
+    number = sum(1 for _ in where.parent.glob(f"{name}*"))
+    target = where.with_name(f"{name}.{number}" if number else name)
+    os.replace(where, target)
+    logger.info("samples of other parameters, or an older version, are now in %s", target)
+
+
+def draw(generate: Generator, params: Any, where: Path, number: int, identity: str) -> None:
+    """Draw the samples among 0, …, number − 1 that no shard holds, each batch saved as it comes.
+
+    Args:
+        generate: draws them.
+        params: of the network.
+        where: the folder of the shards; one with samples of another identity is renamed.
+        number: of samples.
+        identity: of the figures of this network.
+    """
+    check_samples(generate.experiment, where)
+    host = devices.host()
+    if devices.is_first():
+        _set_aside(where, identity)
+        protocol = _protocol(generate.experiment) | {"identity": identity}
+        folder.write_json(where / "protocol.json", protocol)
+    missing = devices.of_first_process(_missing(where, number))
     size = whole_batch(generate.batch_size, number, jax.device_count())
     for first, end in _ranges(missing, size):
         ids = (first + np.arange(size))[host.part(size)]
         x, nfe = generate.batch(params, ids, end)
         if len(x):
             path = shard_path(where, ids[0], ids[0] + len(x) - 1)
-            npz_files.write(path, {"samples": x, "nfe": nfe})
+            npz_files.write(path, {"samples": x, "nfe": nfe, "identity": np.asarray(identity)})
         logger.info("samples %d to %d of %d are in %s", first, end - 1, number, where)
-    parallel.wait_for_all(f"samples {where}")
+    devices.wait_for_all(f"samples {where}")
 
 
 def _missing(where: Path, number: int) -> np.ndarray:
@@ -160,7 +186,7 @@ def _missing(where: Path, number: int) -> np.ndarray:
     missing = np.ones(number, bool)
     for shard in shards(where):
         missing[shard.first : shard.last + 1] = False
-    for path in where.glob("*-*.npz") if parallel.is_first() else ():
+    for path in where.glob("*-*.npz") if devices.is_first() else ():
         if not npz_files.is_whole(path):
             logger.info("%s is damaged and drawn again", path)
             path.unlink()
@@ -181,14 +207,17 @@ def read(where: Path, number: int, within: str = "") -> Iterator[dict[str, np.nd
     `within`: a folder beside the shards whose files of the same names are read instead.
 
     Raises:
-        ValueError: a file is damaged, or rows are missing.
+        ValueError: a file is damaged or of another network, or rows are missing.
     """
-    expected = 0
+    expected, identity = 0, _protocol_of(where).get("identity")
     for shard in shards(where):
         if shard.first != expected or shard.first >= number:
             break
         expected = shard.last + 1
-        arrays = npz_files.read(where / within / shard.path.name, ())
+        path = where / within / shard.path.name
+        arrays = npz_files.read(path, ("identity",))
+        if str(arrays.pop("identity")) != identity:
+            raise ValueError(f"{path} is not of {identity}, the samples of this folder: delete it")
         yield {key: y[: number - shard.first] for key, y in arrays.items()}
     if expected < number:
         raise ValueError(

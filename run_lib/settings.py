@@ -5,7 +5,6 @@ ModelConfig, and None means "the default of the class that has the field".
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 import elbo
 import models
 import sde_lib
+from checks import FieldError, in_section, nearest, of_type, one_of, positive, rate, require
 from datasets import DataConfig
 from dequantization import Pixels
 from models.flowpp import Flowpp
@@ -37,11 +37,11 @@ class ModelConfig:
     num_scales: int
 
     def __post_init__(self) -> None:
-        choose(models.MODELS, self.name, "model.name")
-        choose(PARAMETERIZATIONS | HEADS, self.parameterization, "model.parameterization")
-        choose(TIME_LABELS, self.time_label, "model.time_label")
-        require(0.0 <= self.ema_rate < 1.0, "model.ema_rate", self.ema_rate, "0 <= rate < 1")
-        require(self.num_scales >= 2, "model.num_scales", self.num_scales, "at least 2")
+        one_of("name", self.name, models.MODELS)
+        one_of("parameterization", self.parameterization, PARAMETERIZATIONS | HEADS)
+        one_of("time_label", self.time_label, TIME_LABELS)
+        rate("ema_rate", self.ema_rate)
+        require(self.num_scales >= 2, "num_scales", self.num_scales, "at least 2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +90,20 @@ class TrainingConfig:
     init_from: str
 
     def __post_init__(self) -> None:
-        choose(sde_lib.SDES, self.sde.lower(), "training.sde")
+        one_of("sde", self.sde.lower(), sde_lib.SDES)
         other = self.importance_smallest_time
-        require(other >= 0.0, "training.importance_smallest_time", other, "0 or more")
-        positive = ("n_iters", "batch_size", "n_jitted_steps", "log_freq", "eval_freq",
-                    "snapshot_freq_for_preemption", "snapshot_freq")  # fmt: skip
-        for field in positive:
+        require(other >= 0.0, "importance_smallest_time", other, "0 or more")
+        names = ("n_iters", "batch_size", "n_jitted_steps", "log_freq", "eval_freq",
+                 "snapshot_freq_for_preemption", "snapshot_freq")  # fmt: skip
+        positive(**{name: getattr(self, name) for name in names})
+        for field in (name for name in names if name.endswith(("_freq", "_preemption"))):
             value = getattr(self, field)
-            require(value >= 1, f"training.{field}", value, "at least 1")
-            if field.endswith(("_freq", "_preemption")):
-                allowed = f"a multiple of training.n_jitted_steps={self.n_jitted_steps}"
-                require(value % self.n_jitted_steps == 0, f"training.{field}", value, allowed)
+            allowed = f"a multiple of training.n_jitted_steps={self.n_jitted_steps}"
+            require(value % self.n_jitted_steps == 0, field, value, allowed)
         size = self.microbatch or self.batch_size
         allowed = f"a divisor of training.batch_size={self.batch_size}, or 0 for all of it"
-        require(size >= 1 and self.batch_size % size == 0, "training.microbatch", size, allowed)
-        require(self.profile_steps >= 0, "training.profile_steps", self.profile_steps, "0 or more")
+        require(size >= 1 and self.batch_size % size == 0, "microbatch", size, allowed)
+        require(self.profile_steps >= 0, "profile_steps", self.profile_steps, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +122,9 @@ class DeqConfig:
     init_from: str
 
     def __post_init__(self) -> None:
-        for field in ("n_iters", "num_times"):
-            require(getattr(self, field) >= 1, f"deq.{field}", getattr(self, field), "at least 1")
-        require(0.0 <= self.ema_rate < 1.0, "deq.ema_rate", self.ema_rate, "0 <= rate < 1")
-        try:
-            self.flow  # noqa: B018
-        except ValueError as error:
-            raise ValueError(f"deq.{error}") from None
+        positive(n_iters=self.n_iters, num_times=self.num_times)
+        rate("ema_rate", self.ema_rate)
+        self.flow  # noqa: B018  its fields are checked
 
     @property
     def flow(self) -> Flowpp:
@@ -197,28 +192,24 @@ class EvalConfig:
     curve_examples: int
 
     def __post_init__(self) -> None:
-        choose({"train": 0, "validation": 0, "test": 0}, self.dataset, "eval.dataset")
-        choose(elbo.ESTIMATORS, self.elbo_estimator, "eval.elbo_estimator")
-        choose({"auto": 0, "data": 0, "noised": 0}, self.ode_start, "eval.ode_start")
+        one_of("dataset", self.dataset, ("train", "validation", "test"))
+        one_of("elbo_estimator", self.elbo_estimator, elbo.ESTIMATORS)
+        one_of("ode_start", self.ode_start, ("auto", "data", "noised"))
         for kind in self.dequantizations:
-            choose(dict.fromkeys(DEQUANTIZATIONS), kind, "eval.dequantization")
+            one_of("dequantization", kind, DEQUANTIZATIONS)
         both = self.dequantizer and self.dequantization not in ("uniform", "variational")
         allowed = "'variational', which eval.dequantizer=True stands for, or leave that False"
-        require(not both, "eval.dequantization", self.dequantization, allowed)
-        require(self.tn_tau > 0.0, "eval.tn_tau", self.tn_tau, "more than 0")
-        positive = ("batch_size", "num_repeats", "num_samples", "num_times", "curve_times",
-                    "curve_examples", "num_importance")  # fmt: skip
-        for field in positive:
-            value = getattr(self, field)
-            require(value >= 1, f"eval.{field}", value, "at least 1")
+        require(not both, "dequantization", self.dequantization, allowed)
+        require(self.tn_tau > 0.0, "tn_tau", self.tn_tau, "more than 0")
+        names = ("batch_size", "num_repeats", "num_samples", "num_times", "curve_times",
+                 "curve_examples", "num_importance")  # fmt: skip
+        positive(**{name: getattr(self, name) for name in names})
         for field in ("begin_ckpt", "end_ckpt", "num_examples", "wait_s"):
-            value = getattr(self, field)
-            require(value >= 0, f"eval.{field}", value, "0 or more")
+            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         for lmbd in self.trajectory_lmbds:
-            require(lmbd <= 1.0, "eval.trajectory_lmbds", lmbd, "λ <= 1")
-        order = self.begin_ckpt <= self.end_ckpt
+            require(lmbd <= 1.0, "trajectory_lmbds", lmbd, "λ <= 1")
         allowed = f"at least eval.begin_ckpt={self.begin_ckpt}"
-        require(order, "eval.end_ckpt", self.end_ckpt, allowed)
+        require(self.begin_ckpt <= self.end_ckpt, "end_ckpt", self.end_ckpt, allowed)
 
     @property
     def dequantizations(self) -> list[str]:
@@ -228,9 +219,13 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A whole config: one dataclass per section, the SDE and the network."""
+    """A whole config: one dataclass per section, the SDE and the network.
+
+    `training.smallest_time` is the one in force, `smallest_time` what the config says.
+    """
 
     seed: int
+    smallest_time: float
     data: DataConfig
     model: ModelConfig
     network: Any  # a flax Module
@@ -247,24 +242,25 @@ class Settings:
         """Resolve a config.
 
         Raises:
-            ValueError: a field is unknown, unused, missing or has a value that is not allowed.
+            FieldError: a field is unknown, unused, missing or has a value that is not allowed.
         """
-        sections = dict(config)
-        sections.pop("name", None)
-        known = ("seed", "data", "model", "training", "optim", "deq", "sampling", "eval")
-        for name in sections:
-            choose(dict.fromkeys(known), name, "config section")
+        sections = _sections(config)
         training = section(TrainingConfig, sections["training"], "training")
+        given = training.smallest_time
         proposed = training.importance_weighting or training.time_law in SAMPLED_BY_WEIGHT
         if proposed and training.importance_smallest_time:
             t_min = training.importance_smallest_time
             training = dataclasses.replace(training, smallest_time=t_min)
         data = section(DataConfig, sections["data"], "data")
+        label = dict(sections["model"]).get("time_label")
+        allowed = "another with training.continuous=True, where model.num_scales may change"
+        require(label != "level" or not training.continuous, "model.time_label", label, allowed)
         model, network, head, sde = _model(sections["model"], training.sde.lower(), data)
         if hasattr(network, "centered"):
             network = network.clone(centered=data.centered or data.logit)
         return cls(
             seed=sections["seed"],
+            smallest_time=given,
             data=data,
             model=model,
             network=network,
@@ -285,12 +281,26 @@ class Settings:
             "seed": self.seed,
             "data": dataclasses.asdict(self.data),
             "model": model,
-            "training": dataclasses.asdict(self.training),
+            "training": dataclasses.asdict(self.training) | {"smallest_time": self.smallest_time},
             "optim": dataclasses.asdict(self.optim),
             "deq": dataclasses.asdict(self.deq),
             "sampling": dataclasses.asdict(self.sampling),
             "eval": dataclasses.asdict(self.eval),
         }
+
+
+def _sections(config: ConfigDict) -> dict[str, Any]:
+    """The sections of a config by name, none of them unknown or missing; and the seed."""
+    sections = dict(config)
+    sections.pop("name", None)
+    known = ("seed", "data", "model", "training", "optim", "deq", "sampling", "eval")
+    for name in sections:
+        one_of("config section", name, known)
+    missing = sorted(set(known) - sections.keys())
+    require(not missing, "config", sorted(sections), f"the sections {missing}, too")
+    seed = sections["seed"]
+    require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "0 <= seed < 2**32")
+    return sections
 
 
 def _model(
@@ -308,15 +318,15 @@ def _model(
     known = own.union(*fields.values())
     for name in given.keys() - known:
         used = " nor by ".join(f"{part} (fields {sorted(there)})" for part, there in fields.items())
-        raise ValueError(
-            f"model.{name}={given[name]!r} is used neither by {used}{_nearest(name, known)}"
-        )
+        used += nearest(name, known)
+        raise FieldError(f"model.{name}", given[name], f"used neither by {used}")
     made = [
         functools.partial(cls, **{k: v for k, v in given.items() if k in _field_names(cls)})
         for cls in parts.values()
     ]
-    head = _head(model, made[1], data) if model.parameterization in HEADS else None
-    return model, _network(model, made[0](), head), head, made[-1]()
+    with in_section("model"):
+        head = _head(model, made[1], data) if model.parameterization in HEADS else None
+        return model, _network(model, made[0](), head), head, made[-1]()
 
 
 def _head(model: ModelConfig, make: Callable[..., Head], data: DataConfig) -> Head:
@@ -356,33 +366,19 @@ def _fields(instance: Any) -> dict[str, Any]:
 
 
 def section(cls: type[T], values: Mapping[str, Any], name: str) -> T:
-    """`cls(**values)`; a field that is unknown or missing is named, with the nearest known one."""
+    """`cls(**values)`, each value of the type of its field.
+
+    Raises:
+        FieldError: a field is unknown, missing, of another type or not allowed; names it with its
+            section, and the nearest known one.
+    """
     values = dict(values)
-    known = {f.name for f in dataclasses.fields(cls)}
-    for field in values:
-        if field not in known:
-            raise ValueError(f"{name}.{field} is not a field of the config{_nearest(field, known)}")
-    missing = sorted(known - values.keys())
-    if missing:
-        raise ValueError(f"the config lacks {', '.join(f'{name}.{f}' for f in missing)}")
-    return cls(**values)
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def choose(table: Mapping[str, T], name: str, field: str) -> T:
-    """Entry `name` of a table of names; an unknown name lists the known ones."""
-    if name not in table:
-        raise ValueError(
-            f"{field}={name!r}: allowed {sorted(table)}{_nearest(str(name), set(table))}"
-        )
-    return table[name]
-
-
-def require(condition: bool, field: str, value: Any, allowed: str) -> None:
-    """Raise a ValueError that names field, value and what is allowed unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{field}={value!r}: need {allowed}")
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    with in_section(name):
+        for field, value in values.items():
+            if field not in kinds:
+                raise FieldError(field, value, f"not a field of the config{nearest(field, kinds)}")
+            of_type(field, value, kinds[field])
+        missing = sorted(kinds.keys() - values.keys())
+        require(not missing, f"the section {name}", sorted(values), f"the fields {missing}, too")
+        return cls(**values)

@@ -2,28 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import train_state
 from checkpoints import Checkpoints
-from run_lib import build, folder, interruption, memory, parallel
-from run_lib.profiling import Profile
-from run_lib.settings import Settings
-from streams import Batch, Dataset, ahead
+from run_lib import devices, interruption
+from run_lib.experiment import Experiment
+from run_lib.metrics import MetricsWriter, NoMetrics, PendingMetrics, Profile, Progress, as_text
+from streams import Batch, ahead
 from train_state import TrainState
 
 logger = logging.getLogger("fokker")
-MAX_WAITING = 2  # dispatches beside the one that runs: a stop waits for all of them
-NumpyMetrics = dict[str, np.ndarray]
 PyTree = Any
 
 
@@ -39,24 +35,19 @@ class Task:
     loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     frozen: tuple[PyTree, ...]  # what the loss needs beside its parameters
     held_out: Callable[[PyTree], dict[str, float]]  # of the moving average
-    snapshot: Callable[[PyTree, int], None]  # (moving average, step)
+    snapshot: Callable[[PyTree, int], None] | None  # (moving average, step)
 
 
 class Trainer:
     """One run of a task: its state, and what happens at which step."""
 
     def __init__(
-        self,
-        settings: Settings,
-        dataset: Dataset,
-        task: Task,
-        state: TrainState,
-        checkpoints: Checkpoints,
+        self, experiment: Experiment, task: Task, state: TrainState, checkpoints: Checkpoints
     ) -> None:
-        self.settings, self.dataset, self.task = settings, dataset, task
-        self.key, self.checkpoints = parallel.replicate(build.keys(settings)["train"]), checkpoints
-        self.state, self.step = parallel.replicate(state), int(state.step)
-        self.step_fn = self._mapped_step(settings.training.microbatch)
+        self.settings, self.dataset, self.task = experiment.settings, experiment.dataset, task
+        self.key, self.checkpoints = devices.replicate(experiment.keys["train"]), checkpoints
+        self.state, self.step = devices.replicate(state), int(state.step)
+        self.step_fn = self._mapped_step(self.settings.training.microbatch)
         self.metrics = PendingMetrics()
         num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         logger.info(
@@ -73,11 +64,11 @@ class Trainer:
             task.loss_fn,
             settings.optim.chain(task.n_iters),
             task.ema_rate,
-            build.AXIS_NAME,
+            devices.AXIS_NAME,
             num_microbatches=batch_size // (microbatch or batch_size),
         )
         dispatch = train_state.single_step if task.n_jitted_steps == 1 else train_state.many_steps
-        return parallel.map_over_devices(
+        return devices.map_over_devices(
             dispatch(step_fn),
             in_axes=(None, None, 1, *(None for _ in task.frozen)),
             out_axes=None,
@@ -99,15 +90,15 @@ class Trainer:
             progress = stack.enter_context(
                 contextlib.closing(Progress(self.step, self.task.n_iters, "step"))
             )
-            make = folder.MetricsWriter if parallel.is_first() else folder.NoMetrics
+            make = MetricsWriter if devices.is_first() else NoMetrics
             writer = stack.enter_context(contextlib.closing(make(workdir, self.step)))
-            traced = self.settings.training.profile_steps if parallel.is_first() else 0
+            traced = self.settings.training.profile_steps if devices.is_first() else 0
             profile = stack.enter_context(contextlib.closing(Profile(workdir / "profile", traced)))
             stack.callback(stop.steps_are_over)
             for first, batches in self.batches():
                 arguments = (self.state, self.key, batches, *self.task.frozen)
                 if not started:
-                    self.check_memory(arguments)
+                    self.compile_steps(arguments, progress)
                 started = True
                 self.state, metrics = self.step_fn(*arguments)
                 self.step = first + len(batches["mask"])
@@ -120,29 +111,47 @@ class Trainer:
                     self.save()
                     break
 
+    def compile_steps(self, arguments: tuple[Any, ...], progress: Progress) -> None:
+        """Compile all that will be dispatched, also what only the last steps need."""
+        state, key, batches, *frozen = arguments
+        with progress.compiling("the training step"):
+            for count in self._counts():
+                alike = jax.tree.map(functools.partial(_with_steps, count), batches)
+                self.check_memory((state, key, alike, *frozen))
+        devices.wait_for_all("compiled")  # the first step is a collective of devices
+
     def check_memory(self, arguments: tuple[Any, ...]) -> None:
         """Compile the step, say what it needs, and refuse what the devices do not have."""
 
         def compiled(step_fn: Callable[..., Any]) -> Any:
             return step_fn.lower(*arguments).compile()
 
-        need, limit = memory.needed(compiled(self.step_fn)), memory.available()
+        need, limit = devices.needed(compiled(self.step_fn)), devices.available()
         if need is None or limit is None:
             return
-        text = f"a step takes {need.total / memory.GIB:.2f} GiB of the {limit / memory.GIB:.2f} GiB"
+        text = (
+            f"a step takes {need.total / devices.GIB:.2f} GiB of the {limit / devices.GIB:.2f} GiB"
+        )
         if need.total <= limit:
             logger.info("%s of each device", text)
             return
-        training, devices = self.settings.training, jax.device_count()
+        training, count = self.settings.training, jax.device_count()
         size = training.batch_size
-        advice = memory.microbatch_that_fits(
+        advice = devices.microbatch_that_fits(
             need,
             training.microbatch or size,
-            [n for n in range(devices, size, devices) if size % n == 0],
+            [n for n in range(count, size, count) if size % n == 0],
             lambda n: compiled(self._mapped_step(n)),
             limit,
         )
-        raise ValueError(f"{text} of a device: {advice}. What saves memory: {memory.LEVERS}")
+        raise ValueError(f"{text} of a device: {advice}. What saves memory: {devices.LEVERS}")
+
+    def _counts(self) -> list[int]:
+        """Numbers of steps of a dispatch, as `_groups` makes them, largest first."""
+        whole, left = self.task.n_jitted_steps, self.task.n_iters - self.step
+        first = min(whole - self.step % whole, left)
+        rest = left - first
+        return sorted({first, min(whole, rest), rest % whole} - {0}, reverse=True)
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(first step, batches [n, D, B/D, ...] on their way to the devices)."""
@@ -155,20 +164,20 @@ class Trainer:
             batch_size=training.batch_size,
             seed=self.settings.seed,
             first_step=self.step,
-            host=parallel.host(),
+            host=devices.host(),
         )
         noise_id = np.arange(training.batch_size, dtype=np.int32)
-        noise_id = noise_id[parallel.host().part(training.batch_size)]
+        noise_id = noise_id[devices.host().part(training.batch_size)]
         first = self.step
         while first < self.task.n_iters:
             to_multiple = self.task.n_jitted_steps - first % self.task.n_jitted_steps
             count = min(to_multiple, self.task.n_iters - first)
             group = [next(stream) | {"noise_id": noise_id} for _ in range(count)]
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)
-            yield first, parallel.put(stacked, axis=1)
+            yield first, devices.put(stacked, axis=1)
             first += count
 
-    def events(self, writer: folder.MetricsWriter, progress: "Progress") -> None:
+    def events(self, writer: MetricsWriter, progress: Progress) -> None:
         """Whatever is due at this step."""
         training, last = self.settings.training, self.step == self.task.n_iters
 
@@ -180,18 +189,27 @@ class Trainer:
             writer.write(self.step, "train", means)
             progress.update(self.step, means)
         if due(training.eval_freq):
-            values = self.task.held_out(self.state.ema_params)
+            with progress.compiling("the held-out loss"):
+                values = self.task.held_out(self.state.ema_params)
             writer.write(self.step, "held_out", values)
-            progress.message(f"step {self.step}: held-out {_text(values)}")
+            progress.message(f"step {self.step}: held-out {as_text(values)}")
         if due(training.snapshot_freq_for_preemption) or due(training.snapshot_freq):
             self.save()
-        if due(training.snapshot_freq):
-            self.task.snapshot(self.state.ema_params, self.step)
+        if self.task.snapshot is not None and due(training.snapshot_freq):
+            with progress.compiling("the sampler of snapshots"):
+                self.task.snapshot(self.state.ema_params, self.step)
 
     def save(self) -> None:
         """Checkpoint, but never a state that follows a value that was not finite."""
         self.metrics.check()
-        self.checkpoints.save(parallel.to_global(self.state))
+        self.checkpoints.save(devices.to_global(self.state))
+
+
+def _with_steps(count: int, leaf: jax.Array) -> jax.Array:
+    """So many steps on the devices of `leaf`: with several processes pmap asks for values."""
+    if len(leaf) == count:
+        return leaf
+    return jax.device_put(np.zeros((count, *leaf.shape[1:]), leaf.dtype), leaf.sharding)
 
 
 class HeldOut:
@@ -200,11 +218,10 @@ class HeldOut:
     def __init__(
         self,
         per_example: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
-        settings: Settings,
-        dataset: Dataset,
+        experiment: Experiment,
         frozen: tuple[PyTree, ...],
     ) -> None:
-        self.key, self.frozen = build.keys(settings)["held_out"], frozen
+        self.key, self.frozen = experiment.keys["held_out"], frozen
         in_axes = (None, None, 0, *(None for _ in frozen))
 
         def means(params: PyTree, key: jax.Array, batch: Batch, *frozen: PyTree) -> PyTree:
@@ -212,104 +229,16 @@ class HeldOut:
             sums = jax.tree.map(
                 lambda v: jnp.sum(jnp.where(batch["mask"], v, 0.0)), {"loss": values, **parts}
             )
-            sums, count = jax.lax.psum((sums, jnp.sum(batch["mask"])), build.AXIS_NAME)
+            sums, count = jax.lax.psum((sums, jnp.sum(batch["mask"])), devices.AXIS_NAME)
             return jax.tree.map(lambda total: total / count, sums)
 
-        self._means = parallel.map_over_devices(means, in_axes=in_axes, out_axes=None)
-        batch_size = settings.training.batch_size
-        batches = dataset.eval_batches(
-            dataset.held_out, batch_size=batch_size, host=parallel.host()
-        )
-        noise_id = np.arange(batch_size, dtype=np.int32)[parallel.host().part(batch_size)]
-        self._batch = parallel.put(next(batches) | {"noise_id": noise_id})
+        self._means = devices.map_over_devices(means, in_axes=in_axes, out_axes=None)
+        dataset, batch_size = experiment.dataset, experiment.settings.training.batch_size
+        batches = dataset.eval_batches(dataset.held_out, batch_size=batch_size, host=devices.host())
+        noise_id = np.arange(batch_size, dtype=np.int32)[devices.host().part(batch_size)]
+        self._batch = devices.put(next(batches) | {"noise_id": noise_id})
 
     def __call__(self, params: PyTree) -> dict[str, float]:
         """Means over the examples of all processes."""
         found = self._means(params, self.key, self._batch, *self.frozen)
         return {name: float(value) for name, value in found.items()}
-
-
-class PendingMetrics:
-    """Metrics still on the device; fetched and checked at the next log or checkpoint."""
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[int, Any]] = []
-        self._fetched: list[NumpyMetrics] = []
-
-    def add(self, first_step: int, metrics: Any) -> None:
-        """Metrics [n] of steps first_step, first_step + 1, ...; waits for those of long ago."""
-        self._pending.append((first_step, metrics))
-        if len(self._pending) > MAX_WAITING:
-            jax.block_until_ready(self._pending[-1 - MAX_WAITING][1])
-
-    def check(self) -> None:
-        """Fetch all that is pending.
-
-        Raises:
-            FloatingPointError: one of them is not finite; names the step and the metric.
-        """
-        for first_step, metrics in self._pending:
-            fetched = jax.device_get(metrics)
-            for name, values in fetched.items():
-                bad = np.flatnonzero(~np.isfinite(values))
-                if bad.size:
-                    raise FloatingPointError(
-                        f"{name} = {values[bad[0]]} at step {first_step + bad[0]} (steps "
-                        f"{self._pending[0][0]} to {first_step + len(values) - 1} were in flight); "
-                        "training stops, the last checkpoint is from before it. Lower optim.lr, "
-                        "lengthen optim.warmup or lower optim.grad_clip"
-                    )
-            self._fetched.append(fetched)
-        self._pending.clear()
-
-    def flush(self) -> dict[str, float]:
-        """Means since the last flush."""
-        self.check()
-        names = self._fetched[0]
-        means = {
-            name: float(np.mean(np.concatenate([f[name] for f in self._fetched]))) for name in names
-        }
-        self._fetched.clear()
-        return means
-
-
-def _text(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-class Progress:
-    """A bar with rate and time left on a terminal, plain lines otherwise."""
-
-    def __init__(self, first: int, last: int, unit: str) -> None:
-        self.step, self.last, self.unit = first, last, unit
-        shown = sys.stderr.isatty() and parallel.is_first()
-        self.bar = tqdm(total=last, initial=first, unit=unit) if shown else None
-        self.spoken = time.monotonic()
-
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """Show the step, its rate and the time left; without a terminal at most every 10 s."""
-        if self.bar is not None:
-            self.bar.set_postfix(values, refresh=False)
-            self.bar.update(step - self.bar.n)
-            return
-        now = time.monotonic()
-        if now - self.spoken < 10.0 and step < self.last:
-            return
-        rate = (step - self.step) / (now - self.spoken)  # of the steps since the last line
-        left = (self.last - step) / rate
-        self.step, self.spoken = step, now
-        logger.info(
-            "%s %d/%d, %s, %.1f %ss/s, %.0f s left",
-            self.unit, step, self.last, _text(values), rate, self.unit, left,
-        )  # fmt: skip
-
-    def message(self, text: str) -> None:
-        """A line of its own."""
-        if self.bar is not None:
-            self.bar.clear()
-        logger.info(text)
-
-    def close(self) -> None:
-        """Leave the terminal tidy."""
-        if self.bar is not None:
-            self.bar.close()

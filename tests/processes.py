@@ -11,13 +11,23 @@ STARTED: list[subprocess.Popen] = []
 
 
 def start(
-    arguments: list[str], *, devices: int = 1, environment: dict[str, str] | None = None, **kwargs
+    arguments: list[str],
+    *,
+    devices: int = 1,
+    environment: dict[str, str] | None = None,
+    first_of_all: str = "",
+    **kwargs,
 ) -> subprocess.Popen:
-    """One process of `main.py` on so many CPU devices."""
-    variables = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | (environment or {})
+    """One process of `main.py` on so many CPU devices; Python may be executed before."""
+    variables = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    program = [str(ROOT / "main.py")]
+    if first_of_all:
+        run = "import main; main.app.run(main.main, flags_parser=main.parse)"
+        program = ["-c", f"{first_of_all}\n{run}"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *arguments],
-        env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,
+        [sys.executable, *program, *arguments],
+        env=variables | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, **kwargs,
     )  # fmt: skip
     STARTED.append(process)
     return process
@@ -35,13 +45,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_together(arguments: list[str], *, number: int = 2, devices: int = 2) -> list:
+def start_together(
+    arguments: list[str], *, number: int = 2, devices: int = 2, first_of_all: str = ""
+) -> list[subprocess.Popen]:
     """Processes that find each other over the loopback interface."""
     address = f"--coordinator=127.0.0.1:{free_port()}"
     return [
         start(
             [*arguments, address, f"--num_processes={number}", f"--process_id={rank}"],
             devices=devices,
+            first_of_all=first_of_all,
         )
         for rank in range(number)
     ]

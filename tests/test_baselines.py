@@ -12,7 +12,6 @@ import pytest
 import scipy.stats
 
 import baselines
-import datasets
 import marginals
 import run_lib
 from dequantization import Pixels
@@ -20,9 +19,9 @@ from experiments import compare
 from operators import fold_in_each
 from records import Records
 from run_lib import baseline_estimators as wiring
-from run_lib import build, report
+from run_lib import report
 from run_lib.estimators import draw_keys
-from run_lib.settings import Settings
+from run_lib.experiment import PRIOR_BATCH, Experiment
 from streams import Finite
 from tests import tiny
 
@@ -45,9 +44,8 @@ def fit(code: Pixels, k: np.ndarray, *, full: bool = True) -> baselines.Gaussian
     return baselines.fit_pixels(marginals.moments([means[k]], full=full), noise, k.shape[1:])
 
 
-def table(settings: Settings) -> dict[str, wiring.Estimator]:
-    dataset = datasets.load(settings.data)
-    return {e.name: e for e in wiring.baseline_estimators(settings, dataset)}
+def table(experiment: Experiment) -> dict[str, wiring.Estimator]:
+    return {e.name: e for e in wiring.baseline_estimators(experiment)}
 
 
 def config(dataset: str = "digits", **changes: object):
@@ -57,12 +55,12 @@ def config(dataset: str = "digits", **changes: object):
     return c
 
 
-def values(settings: Settings, estimator: wiring.Estimator) -> np.ndarray:
+def values(experiment: Experiment, estimator: wiring.Estimator) -> np.ndarray:
     """Of all test examples."""
-    dataset = datasets.load(settings.data)
+    dataset = experiment.dataset
     ids = np.arange(dataset.size("test"))
     batch = {"image": jnp.asarray(dataset.examples("test", ids)), "noise_id": jnp.asarray(ids)}
-    key = build.keys(settings)["eval"]
+    key = experiment.keys["eval"]
     fitted = jax.tree.map(jnp.asarray, estimator.fit())
     return np.asarray(estimator.function(fitted, key, batch)["value"])
 
@@ -74,18 +72,18 @@ def values(settings: Settings, estimator: wiring.Estimator) -> np.ndarray:
 def test_histogram_and_uniform_of_the_digits_are_their_definitions():
     c = config()
     c.data.num_test = 0
-    settings = Settings.from_config(c)
-    found, data = table(settings), datasets.load(settings.data)
+    experiment = Experiment.from_config(c)
+    found, data = table(experiment), experiment.dataset
     train, test = (data.examples(s, np.arange(data.size(s))) for s in ("train", "test"))
     number = np.stack([(train == k).sum(axis=0) for k in range(17)], axis=-1)  # [8, 8, 1, 17]
     pooled = (number.sum(axis=(0, 1, 2)) + 1.0) / (train.size + 17)
     pi = (number + 5.0 * pooled) / (len(train) + 5.0)
     chosen = np.take_along_axis(pi[None], test[..., None].astype(int), axis=-1)
     expected = -np.log2(chosen).mean(axis=(1, 2, 3, 4))
-    got = values(settings, found["histogram"])
+    got = values(experiment, found["histogram"])
     np.testing.assert_allclose(got, expected, rtol=1e-12)
     assert round(got.mean(), 4) == 2.4041
-    np.testing.assert_allclose(values(settings, found["uniform"]), math.log2(17), rtol=1e-14)
+    np.testing.assert_allclose(values(experiment, found["uniform"]), math.log2(17), rtol=1e-14)
     assert found["histogram"].details == {
         "of": "every position", "smoothing": 5.0, "fitted on": 1438,
     }  # fmt: skip
@@ -218,12 +216,12 @@ def test_no_covariance_is_singular_and_float32_will_do(code):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("trained")
-    run_lib.train(Settings.from_config(config()), workdir)
+    run_lib.train(Experiment.from_config(config()), workdir)
     return workdir
 
 
 def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeypatch):
-    settings = Settings.from_config(config(num_repeats=2, begin_ckpt=1, end_ckpt=2))
+    experiment = Experiment.from_config(config(num_repeats=2, begin_ckpt=1, end_ckpt=2))
     reads, ordered = [], Finite.ordered_batch
 
     def counted(self, step, **options):
@@ -231,8 +229,8 @@ def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeyp
         return ordered(self, step, **options)
 
     monkeypatch.setattr(Finite, "ordered_batch", counted)
-    run_lib.evaluate(settings, trained, "a")
-    passes = math.ceil(1438 / build.PRIOR_BATCH)
+    run_lib.evaluate(experiment, trained, "a")
+    passes = math.ceil(1438 / PRIOR_BATCH)
     assert reads.count(1438) == 2 * passes  # histogram, Gaussian; once for both checkpoints
     rows = Records(trained / "a").rows
     names = ["ODE", "bound", "uniform", "histogram", "Gaussian"]
@@ -247,12 +245,12 @@ def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeyp
     by_key = {
         (r["estimator"], r["step"], r["repeat"], r["index"]): r["value"] for r in rows.values()
     }
-    data = datasets.load(settings.data)
+    data = experiment.dataset
     k, train = data.examples("test", np.arange(24)), data.examples("train", np.arange(1438))
     fitted = fit(Pixels(17), train)
-    plain = values(settings, table(settings)["histogram"])
+    plain = values(experiment, table(experiment)["histogram"])
     for step, repeat in itertools.product((10, 20), (0, 1)):
-        key = jax.random.fold_in(build.keys(settings)["eval"], repeat)
+        key = jax.random.fold_in(experiment.keys["eval"], repeat)
         draw = Pixels(17).draw(jnp.asarray(k), draw_keys(fold_in_each(key, jnp.arange(24)), 0))
         log_weight = baselines.log_gaussian(fitted, draw.x) - draw.log_q
         bits = {
@@ -263,12 +261,12 @@ def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeyp
             got = [by_key[name, step, repeat, index] for index in range(24)]
             np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=name)
     reads.clear()
-    run_lib.evaluate(settings, trained, "a")
+    run_lib.evaluate(experiment, trained, "a")
     assert reads.count(1438) == 0
     path = trained / "a" / "rows.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(x for x in lines if '"histogram"' not in x or '"index": 3,' not in x))
-    run_lib.evaluate(settings, trained, "a")
+    run_lib.evaluate(experiment, trained, "a")
     assert reads.count(1438) == passes
     assert Records(trained / "a").rows.keys() == rows.keys()
     again = Records(trained / "a").rows
@@ -277,7 +275,7 @@ def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeyp
 
 def test_a_bad_model_is_told_so_everywhere(trained, caplog):
     caplog.set_level("WARNING", logger="fokker")
-    run_lib.evaluate(Settings.from_config(config(bound=False)), trained, "b")
+    run_lib.evaluate(Experiment.from_config(config(bound=False)), trained, "b")
     ode, uniform, *_ = json.loads((trained / "b" / "summary.json").read_text())
     names = [defeat["baseline"] for defeat in ode["worse_than"]]
     assert names == ["uniform", "histogram", "Gaussian"]
@@ -296,23 +294,25 @@ def test_a_bad_model_is_told_so_everywhere(trained, caplog):
 
 
 def test_no_baseline_without_a_likelihood_or_where_it_is_not_asked_for(trained):
-    assert not table(Settings.from_config(config(enable_bpd=False, bound=False, enable_loss=True)))
-    assert not table(Settings.from_config(config(baselines=False)))
-    assert table(Settings.from_config(config(enable_bpd=False)))
-    run_lib.evaluate(Settings.from_config(config(baselines=False, bound=False)), trained, "c")
+    assert not table(
+        Experiment.from_config(config(enable_bpd=False, bound=False, enable_loss=True))
+    )
+    assert not table(Experiment.from_config(config(baselines=False)))
+    assert table(Experiment.from_config(config(enable_bpd=False)))
+    run_lib.evaluate(Experiment.from_config(config(baselines=False, bound=False)), trained, "c")
     assert {row["estimator"] for row in Records(trained / "c").rows.values()} == {"ODE"}
 
 
 def test_logit_data_have_a_gaussian_too():
     c = config()
     c.data.update(centered=False, logit=True, num_test=200)  # all 359: 2.4304 ± 0.0100 bits/dim
-    settings = Settings.from_config(c)
-    train = datasets.load(settings.data).examples("train", np.arange(1438))
+    experiment = Experiment.from_config(c)
+    train = experiment.dataset.examples("train", np.arange(1438))
     expected = fit(Pixels(17, centered=False, logit=True), train)
-    got = table(settings)["Gaussian"].fit()
+    got = table(experiment)["Gaussian"].fit()
     np.testing.assert_allclose(got.mean, expected.mean, rtol=1e-10)
     np.testing.assert_allclose(got.whitening, expected.whitening, rtol=0, atol=1e-8)
-    bits = values(settings, table(settings)["Gaussian"])
+    bits = values(experiment, table(experiment)["Gaussian"])
     assert abs(bits.mean() - 2.43) < 4 * bits.std() / math.sqrt(len(bits))
 
 
@@ -320,21 +320,18 @@ def test_logit_data_have_a_gaussian_too():
 def test_real_values_have_two_gaussians_of_finite_or_endless_data(num_train):
     c = config("gaussian")  # N(0, [[1, 0.6], [0.6, 1]])
     c.data.update(num_train=num_train, num_test=2000)
-    settings = Settings.from_config(c)
-    found = table(settings)
+    experiment = Experiment.from_config(c)
+    found = table(experiment)
     assert list(found) == ["diagonal Gaussian", "Gaussian"]
     assert {e.unit for e in found.values()} == {"nats"}
     assert found["Gaussian"].details["fitted on"] == (num_train or 20_000)
-    diagonal, full = (values(settings, found[n]) for n in ("diagonal Gaussian", "Gaussian"))
+    diagonal, full = (values(experiment, found[n]) for n in ("diagonal Gaussian", "Gaussian"))
     entropy = 1.0 + math.log(2 * math.pi) + 0.5 * math.log(1 - 0.6**2)
     excess = 1.5 / (num_train or 20_000)  # n (d + d(d + 1)/2)/2 parameters
     assert abs(full.mean() - entropy) < 4 * full.std() / math.sqrt(2000) + 4 * excess
     gain, expected = diagonal - full, -0.5 * math.log(1 - 0.6**2)
     assert abs(gain.mean() - expected) < 4 * gain.std() / math.sqrt(2000) + 4 * excess
-    examples = [
-        np.concatenate(list(build.training_examples(datasets.load(settings.data))))
-        for _ in range(2)
-    ]
+    examples = [np.concatenate(list(experiment.training_examples())) for _ in range(2)]
     np.testing.assert_array_equal(*examples)
     assert len(examples[0]) == (num_train or 20_000)
     assert len(np.unique(examples[0], axis=0)) == len(examples[0])
@@ -346,7 +343,8 @@ def test_real_values_have_two_gaussians_of_finite_or_endless_data(num_train):
 def row(estimator: str, index: int, value: float, **changes: object) -> dict:
     return {
         "estimator": estimator, "protocol": "p", "step": 1, "split": "test", "index": index,
-        "repeat": 0, "value": value, "unit": "bits/dim", "nfe": 1, "seconds": 0.0,
+        "repeat": 0, "identity": "0a1b", "value": value, "unit": "bits/dim", "nfe": 1,
+        "seconds": 0.0,
     } | changes  # fmt: skip
 
 

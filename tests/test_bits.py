@@ -15,9 +15,9 @@ import plotting
 import run_lib
 from records import Records
 from restarted import noise_to_signal
-from run_lib import bits, report
+from run_lib import figures, report
 from run_lib.estimators import BINS
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
@@ -40,16 +40,16 @@ def config_of(kind: str) -> ConfigDict:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """(config, run folder with both checkpoints evaluated in `eval`, two repeats)."""
     config, workdir = config_of(request.param), tmp_path_factory.mktemp(request.param)
-    run_lib.train(Settings.from_config(config), workdir)
+    run_lib.train(Experiment.from_config(config), workdir)
     config.eval.update(num_repeats=2, begin_ckpt=1, end_ckpt=2)
-    run_lib.evaluate(Settings.from_config(config), workdir, "eval")
+    run_lib.evaluate(Experiment.from_config(config), workdir, "eval")
     return config, workdir
 
 
 def evaluate(config: ConfigDict, workdir: Path, eval_folder: str, **changes: object) -> Path:
     config = copy.deepcopy(config)
     config.eval.update(changes)
-    run_lib.evaluate(Settings.from_config(config), workdir, eval_folder)
+    run_lib.evaluate(Experiment.from_config(config), workdir, eval_folder)
     return workdir / eval_folder
 
 
@@ -128,7 +128,7 @@ def test_means_errors_and_sums_are_those_of_the_rows(run: tuple) -> None:
 
 def test_edges_go_from_the_noise_at_t_min_to_that_at_the_end(run: tuple) -> None:
     config, workdir = run
-    sde = Settings.from_config(config).sde
+    sde = Experiment.from_config(config).settings.sde
     ends = 0.5 * np.log(noise_to_signal(sde, jnp.asarray([1e-5, 1.0])))
     for parts in read(workdir / "eval"):
         edges = parts["edges"]
@@ -172,7 +172,7 @@ def test_report_shows_the_figure_of_the_latest_step(run: tuple) -> None:
 
 def test_without_a_bound_there_is_neither_file_nor_heading(tmp_path: Path) -> None:
     config = config_of("nats")
-    run_lib.train(Settings.from_config(config), tmp_path)
+    run_lib.train(Experiment.from_config(config), tmp_path)
     target = evaluate(config, tmp_path, "eval", bound=False, enable_loss=True)
     assert Records(target).rows
     assert not list(target.glob("bits*"))
@@ -190,27 +190,40 @@ def row(index: int, repeat: int = 0, **fields: object) -> dict:
     return found | fields
 
 
+def test_a_bound_of_few_draws_for_its_tails_is_doubted() -> None:
+    """With beta_max = 1e4 a stratum spans 20 units of log(σ/α); the integrand, one or two."""
+    one = {"nfe": 1, "seconds": 0.0, "largest": 0.5}
+    rows = [row(k, value=2.0 + 0.01 * k, **one) for k in range(40)]
+    assert report.doubts(rows) == []
+    (heavy,) = report.doubts([*rows[1:], row(40, value=62.0, **one | {"largest": 60.0})])
+    assert "one draw makes 40.6% of the estimate, as much as 16 examples" in heavy
+    (missed,) = report.doubts([row(k, value=-4.5 + 0.01 * k, **one) for k in range(40)])
+    assert "-4.3050 bits/dim is below zero" in missed
+    others = [{k: v for k, v in r.items() if k != "largest"} | {"value": -1.0} for r in rows]
+    assert report.doubts(others) == []
+
+
 EDGES = {("bound", "p"): [-1.0, 0.0, 2.0]}
 
 
 def test_rows_without_bins_or_with_others_do_not_count() -> None:
     old = {k: v for k, v in row(2).items() if k not in ("bins", "decoder", "prior")}
     rows = [row(0), row(0, 1), row(1), old, row(3, bins=[1.0, 1.0, 3.0])]
-    (parts,) = bits.all_parts(rows, EDGES)
+    (parts,) = figures.all_parts(rows, EDGES)
     assert (parts["n"], parts["repeats"]) == (2, 1)
     assert parts["bins"]["mean"] == [2.0, 3.75]  # of 3.5 and 4
     assert parts["bins"]["standard_error"] == [0.0, 0.25]
     assert parts["cumulative"]["mean"] == [4.0, 6.0, 9.75, 10.75]
     assert parts["cumulative"]["standard_error"] == [0.0, 0.0, 0.25, 0.25]
-    assert bits.all_parts([old], EDGES) == []
-    assert bits.all_parts(rows, {}) == []
+    assert figures.all_parts([old], EDGES) == []
+    assert figures.all_parts(rows, {}) == []
 
 
 def test_protocols_and_splits_do_not_mix_and_the_histogram_has_the_same_examples() -> None:
     rows = [row(0), row(1), row(0, protocol="q"), row(0, split="train")]
     rows += [row(i, estimator="histogram", value=float(i), bins=[]) for i in range(3)]
     edges = EDGES | {("bound", "q"): [0.0, 1.0, 2.0]}
-    found = bits.all_parts(rows, edges)
+    found = figures.all_parts(rows, edges)
     assert [(p["protocol"], p["split"], p["n"], p["histogram"]) for p in found] == [
         ("p", "test", 2, 0.5), ("p", "train", 1, None), ("q", "test", 1, 0.0),
     ]  # fmt: skip
@@ -221,8 +234,8 @@ def test_figure_draws_cost_per_unit_and_sum(tmp_path: Path, monkeypatch) -> None
     """Bins over widths and the cumulative values, as they are on the axes."""
     kept = []
     monkeypatch.setattr(plotting.plt, "close", kept.append)
-    (parts,) = bits.all_parts([row(0), row(1)], EDGES)
-    plotting.save_bits(tmp_path / "b.png", [bits._drawn(parts)])
+    (parts,) = figures.all_parts([row(0), row(1)], EDGES)
+    plotting.save_bits(tmp_path / "b.png", [figures._drawn(parts)])
     monkeypatch.undo()
     left, right = kept[0].axes
     outline = next(p for p in left.patches if p.get_fill() is False)

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, what is kept, what is refused."""
 
+import shutil
 from typing import Any
 
 import flax.struct
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import train_state
-from checkpoints import Checkpoints, DamagedError, MisfitError
+from checkpoints import Checkpoints, DamagedError, MisfitError, whole_steps
 from train_state import OptimizerConfig, TrainState
 
 OPTIMIZER = OptimizerConfig("Adam", 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, 1.0, "cosine").chain(100)
@@ -84,7 +85,32 @@ def test_opening_deletes_nothing(tmp_path):
 def test_what_was_kept_stays_whatever_the_period_is_now(tmp_path):
     kept = saved_steps(tmp_path, range(0, 60, 5), keep_every=10)
     assert kept == [0, 10, 20, 30, 40, 50, 55]
-    assert saved_steps(tmp_path, [60, 65], keep_every=1000) == [0, 10, 20, 30, 40, 60, 65]
+    assert saved_steps(tmp_path, [60, 65], keep_every=1000) == [0, 10, 20, 30, 40, 50, 60, 65]
+
+
+def test_what_a_kill_has_left_is_deleted_when_training_starts_again(tmp_path):
+    """Once between the commit of a checkpoint and the end of the deletion of an older one."""
+    folder, aside = tmp_path / "checkpoints", tmp_path / "aside"
+    saved_steps(tmp_path, [0, 5, 10, 15], keep_every=10)
+    shutil.copytree(folder / "15", aside / "15")
+    shutil.copytree(folder / "10", aside / "25")
+    (aside / "25" / "_CHECKPOINT_METADATA").unlink()  # half-deleted
+    (aside / "40.orbax-checkpoint-tmp").mkdir()  # half-written
+    saved_steps(tmp_path, [20, 25, 30, 35], keep_every=10)
+    shutil.copytree(aside, folder, dirs_exist_ok=True)
+    assert whole_steps(tmp_path) == [0, 10, 15, 20, 25, 30, 35]
+    assert saved_steps(tmp_path, []) == [0, 10, 15, 20, 25, 30, 35]  # as evaluation opens it
+    Checkpoints(tmp_path, keep_every=1000).close()
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "10", "20", "30", "35"]
+
+
+def test_checkpoints_of_older_code_stay(tmp_path):
+    saved_steps(tmp_path, [0, 5, 10], keep_every=10)
+    path = tmp_path / "checkpoints"
+    shutil.copytree(path / "5", path / "3")
+    (path / "3" / "_CHECKPOINT_METADATA").write_text("{}")
+    Checkpoints(tmp_path, keep_every=10).close()
+    assert whole_steps(tmp_path) == [0, 3, 5, 10]
 
 
 def test_saving_a_step_again_changes_nothing(tmp_path):

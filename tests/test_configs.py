@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import main
 import train_state
 from configs import base
 from datasets import DataConfig
 from losses import mean_loss
-from run_lib import build
+from run_lib import devices, modes
+from run_lib.experiment import Experiment
 from run_lib.settings import Settings
 from streams import Dataset, Finite
 
@@ -79,7 +79,7 @@ def test_its_command_parses(name):
     for command in commands:
         flags = dict(part.removeprefix("--").split("=", 1) for part in shlex.split(command))
         assert Path(flags["config"]) == Path("configs") / f"{name}.py"
-        assert set(flags["mode"].split(",")) <= main.MODES.keys()
+        assert set(flags["mode"].split(",")) <= modes.MODES.keys()
         known = base.get_config()
         for flag in flags.keys() - {"config", "workdir", "mode"}:
             section, field = flag.removeprefix("config.").split(".")
@@ -147,17 +147,18 @@ def test_values_are_the_published_ones(name):
 @every_config
 def test_its_sampler_can_be_built(name):
     settings = Settings.from_config(get_config(name))
-    sampler = build.sampler(settings)
-    model = build.score_model(settings, on_levels=settings.sampling.method == "pc")
+    experiment = Experiment(settings)
+    sampler, model = experiment.sampler, experiment.sampled_model
     if hasattr(sampler, "_check_chain"):
         sampler._check_chain(model.sde)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
 def test_networks_have_the_published_number_of_parameters(name, count):
     settings = Settings.from_config(get_config(name))
     size, channels = settings.data.image_size, settings.data.num_channels
-    model = build.score_model(settings)
+    model = Experiment(settings).model
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), (size, size, channels)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
@@ -201,10 +202,11 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
     del key
     settings = tiny_settings(name)
     dataset = tiny_data(settings)
-    loss_fn = mean_loss(build.per_example_loss(settings, dataset, train=True))
+    experiment = Experiment(settings, dataset)
+    loss_fn = mean_loss(experiment.per_example_loss(train=True))
     optimizer = settings.optim.chain(1)
-    step = train_state.train_step(loss_fn, optimizer, settings.model.ema_rate, build.AXIS_NAME)
-    model, rng = build.score_model(settings), np.random.default_rng(0)
+    step = train_state.train_step(loss_fn, optimizer, settings.model.ema_rate, devices.AXIS_NAME)
+    model, rng = experiment.model, np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
     params = jax.tree.map(lambda leaf: np.float32(0.1 * rng.standard_normal(leaf.shape)), shapes)
     adaptive = settings.training.time_law == "adaptive"
@@ -215,8 +217,11 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
         "mask": np.ones(4, bool),
     }
     one_device = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
-    mapped = jax.vmap(step, (None, None, 0), axis_name=build.AXIS_NAME)
-    family = (name.split("/")[0], settings.model.name, settings.training.objective)
+    mapped = jax.vmap(step, (None, None, 0), axis_name=devices.AXIS_NAME)
+    training = settings.training
+    family = (settings.model.name, training.sde, training.objective)
+    if training.alpha:  # its derivatives of convolutions compile for half a minute
+        family = ("residual", training.sde, training.objective)
     if FAMILIES.setdefault(family, name) != name:  # another of them runs; here types and shapes
         _, metrics = jax.eval_shape(mapped, state, jax.random.key(1), one_device)
         return {metric: 1.0 for metric, value in metrics.items() if value.shape == (1,)}
@@ -224,9 +229,10 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
     return {metric: float(value[0]) for metric, value in metrics.items()}
 
 
+@pytest.mark.slow
 @every_config
 def test_trains_at_tiny_size(name):
-    """One step can be built, and is finite for a config of every code and network."""
+    """One step can be built, and is finite for a config of every network and SDE."""
     settings = tiny_settings(name)
     resolved = settings.resolved()
     training = {k: v for k, v in resolved["training"].items() if "freq" not in k}

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 import run_lib
 from experiments import compare
-from run_lib import folder
+from run_lib import metrics
 from run_lib.diagnosis_loop import ratio_of_means, totals
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from tests import tiny
 
 
@@ -25,14 +25,14 @@ def small(dataset: str) -> ConfigDict:
 
 
 def run(config: ConfigDict, workdir: Path, *modes: str) -> None:
-    settings = Settings.from_config(config)
+    experiment = Experiment.from_config(config)
     for mode in modes:
         if mode == "train":
-            run_lib.train(settings, workdir)
+            run_lib.train(experiment, workdir)
         if mode == "eval":
-            run_lib.evaluate(settings, workdir, "eval")
+            run_lib.evaluate(experiment, workdir, "eval")
         if mode == "diagnose":
-            run_lib.diagnose(settings, workdir, "eval")
+            run_lib.diagnose(experiment, workdir, "eval")
 
 
 def rows_of(workdir: Path) -> tuple[dict, dict]:
@@ -128,7 +128,7 @@ def test_training_with_the_regulariser_reports_it(tmp_path: Path) -> None:
     config.training.update(alpha=0.1, fp_wgt_type="dimensionless", fp_every=2, fp_fraction=0.5)
     config.training.update(score_matching_order=2, high_order_fraction=0.25)
     run(config, tmp_path, "train")
-    row = next(folder.read_metrics(tmp_path))
+    row = next(metrics.read_metrics(tmp_path))
     assert min(row[name] for name in ("dsm", "frobenius", "trace", "fp")) > 0
 
 
@@ -158,8 +158,7 @@ from tests.test_diagnosis import small
 
 
 def get_config():
-    config = small("mog1d")
-    config.training.score_matching_order = {order}
+    config = small("moons")
     config.training.derivative_estimator = "exact"
     config.eval.enable_sampling = False
     return config
@@ -167,29 +166,29 @@ def get_config():
 
 
 def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for order in (1, 2):
-        (tmp_path / f"order{order}.py").write_text(CONFIG.format(order=order))
-    files = [str(tmp_path / f"order{order}.py") for order in (1, 2)]
-    out = tmp_path / "out"
-    arguments = ["compare", *files, f"--workdir={out}", "--seeds=2", "--modes=train,eval"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--set", "data.num_test=30"])
+    (tmp_path / "small.py").write_text(CONFIG)
+    file, out = str(tmp_path / "small.py"), tmp_path / "out"
+    first_name, second_name = (f"score_matching_order={order}" for order in (1, 2))
+    arguments = ["compare", file, f"--workdir={out}", "--seeds=2", "--modes=train,eval"]
+    arguments += ["--vary", "training.score_matching_order=1,2"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--set", "data.num_test=12"])
     compare.main()
     first = (out / "compare.txt").read_text()
-    log = (out / "order1/seed_1/log.txt").read_text()
+    log = (out / first_name / "seed_1/log.txt").read_text()
     compare.main()  # nothing is left to do
     assert (out / "compare.txt").read_text() == first
-    assert "step 5/5" not in (out / "order1/seed_1/log.txt").read_text()[len(log) :]
+    assert "step 5/5" not in (out / first_name / "seed_1/log.txt").read_text()[len(log) :]
     rows = [json.loads(line) for line in (out / "compare.jsonl").open()]
     nll = {(r["config"], r["seed"]): r["value"] for r in rows if r["quantity"] == "ODE"}
-    assert nll.keys() == {(f"order{k}", seed) for k in (1, 2) for seed in (1, 2)}
+    assert nll.keys() == {(name, seed) for name in (first_name, second_name) for seed in (1, 2)}
     assert len(set(nll.values())) == 4
-    line = next(x for x in first.splitlines() if x.startswith("ODE") and " order2 " in x)
-    gaps = np.asarray([nll["order2", s] - nll["order1", s] for s in (1, 2)])
+    line = next(x for x in first.splitlines() if x.startswith("ODE ") and f" {second_name} " in x)
+    gaps = np.asarray([nll[second_name, s] - nll[first_name, s] for s in (1, 2)])
     expected = f"{gaps.mean():.4f} ± {gaps.std(ddof=1) / math.sqrt(2):.4f}"
     assert line.endswith(expected)
     assert (out / "compare.png").stat().st_size > 1000
-    assert json.loads((out / "order1/seed_2/config.json").read_text())["seed"] == 2
-    changed = [*arguments, "--set", "data.num_test=30", "--set", "training.stratified=True"]
+    assert json.loads((out / first_name / "seed_2/config.json").read_text())["seed"] == 2
+    changed = [*arguments, "--set", "data.num_test=12", "--set", "training.stratified=True"]
     monkeypatch.setattr("sys.argv", changed)
     with pytest.raises(SystemExit):  # a complete run keeps the training that it had
         compare.main()
@@ -204,7 +203,9 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["configs/toy/mog1d_ve_order1.py", "--modes=trian"], "did you mean train"),
         (["configs/toy/mog1d_ve_order1.py", "--set", "seed=3"], "the seeds are those of --seeds"),
         (["configs/toy/mog1d_ve_order1.py", "--seeds=0"], "--seeds=0: need at least 1"),
-        (["configs/digits/vp.py", "configs/mnist/vp.py"], "different file names"),
+        (["configs/digits/vp.py", "configs/mnist/vp.py"], "variants of different names"),
+        (["configs/digits/vp.py", "--vary", "seed"], "need section.field=value,value"),
+        (["configs/digits/vp.py", "--vary", "model.parameterization=cell"], "'cell'"),
     ],
 )
 def test_mistakes_in_a_comparison_end_in_one_line(

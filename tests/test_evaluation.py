@@ -110,6 +110,17 @@ def test_inception_score_of_certain_and_evenly_spread_classes_is_their_number():
     np.testing.assert_allclose(evaluation.inception_score(logits), [7.0, 0.0], atol=1e-9)
 
 
+def test_inception_score_of_logits_that_differ_by_thousands_is_finite():
+    """e^{−800} is zero in float64, and log 0 · 0 is not a number."""
+    logits = np.where(np.arange(7) == np.arange(70)[:, None] % 5, 0.0, -np.arange(7) * 1e3 - 800.0)
+    np.testing.assert_allclose(evaluation.inception_score(logits), [5.0, 0.0], atol=1e-9)
+
+
+def test_inception_score_of_more_splits_than_images_is_refused():
+    with pytest.raises(ValueError, match="of 10 splits: 9 images"):
+        evaluation.inception_score_of_splits(normal(9, 4))
+
+
 def test_error_of_the_inception_score_is_the_spread_over_samples():
     found = [evaluation.inception_score(2 * normal(300, 5, seed=k)) for k in range(200)]
     spread = np.std([m.value for m in found])

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import run_lib
-from checkpoints import Checkpoints
-from run_lib import folder, training
-from run_lib.settings import Settings
+from checkpoints import Checkpoints, whole_steps
+from run_lib import folder, metrics, training
+from run_lib.experiment import Experiment
 from tests import tiny
 from tests.processes import ROOT, finish, start, start_together
 from tests.test_devices import wait_for_step
@@ -29,28 +29,20 @@ pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 CONFIG = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 ENDLESS = ["--mode=train", "--config.training.n_iters=1000000"]
 STOPPED = 75
-LAST = 400
+LAST, KILLS = 120, 6
 
 
-def settings(**changes) -> Settings:
+def experiment(**changes) -> Experiment:
     config = tiny.config()
     config.training.update(snapshot_freq=1000, **changes)
-    return Settings.from_config(config)
+    return Experiment.from_config(config)
 
 
-def state_of(workdir: Path, step: int, s: Settings):
+def state_of(workdir: Path, step: int, s: Experiment):
     checkpoints = Checkpoints(workdir)
-    like = jax.eval_shape(lambda: training.fresh_state(s, (8, 8, 1)))
+    like = s.state_like()
     try:
         return checkpoints.restore(step, like)
-    finally:
-        checkpoints.close()
-
-
-def steps_of(workdir: Path) -> list[int]:
-    checkpoints = Checkpoints(workdir)
-    try:
-        return checkpoints.steps()
     finally:
         checkpoints.close()
 
@@ -67,33 +59,33 @@ def killed_training(workdir: str, checkpoints: int, seconds: float) -> None:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
     Checkpoints.save = then_the_end
-    run_lib.train(settings(n_iters=LAST), Path(workdir))
+    run_lib.train(experiment(n_iters=LAST), Path(workdir))
 
 
-@pytest.mark.slow
-def test_twenty_kills_change_no_bit_and_no_line(tmp_path: Path) -> None:
-    run_lib.train(settings(n_iters=LAST), tmp_path / "whole")
+def test_kills_change_no_bit_and_no_line_and_leave_nothing(tmp_path: Path) -> None:
+    run_lib.train(experiment(n_iters=LAST), tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest", "run_lib", "sklearn.datasets"])
     rng, begun = np.random.default_rng(1), []
-    for _ in range(20):
+    for _ in range(KILLS):
         arguments = [str(tmp_path / "killed"), int(rng.integers(1, 4)), rng.uniform(1e-4, 0.05)]
         process = context.Process(target=killed_training, args=arguments)
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGALRM  # as final as −9, but never too late
-        begun.append(max(steps_of(tmp_path / "killed"), default=0))
+        begun.append(max(whole_steps(tmp_path / "killed"), default=0))
     assert begun == sorted(begun)
     assert 0 < begun[-1] < LAST
-    assert len(set(begun)) > 10
-    run_lib.train(settings(n_iters=LAST), tmp_path / "killed")
-    states = [state_of(tmp_path / name, LAST, settings()) for name in ("whole", "killed")]
+    assert len(set(begun)) > KILLS // 2
+    run_lib.train(experiment(n_iters=LAST), tmp_path / "killed")
+    states = [state_of(tmp_path / name, LAST, experiment()) for name in ("whole", "killed")]
     jax.tree.map(np.testing.assert_array_equal, *states)
     lines = [
-        [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics(run)]
+        [{k: v for k, v in row.items() if k != "time"} for row in metrics.read_metrics(run)]
         for run in (tmp_path / "whole", tmp_path / "killed")
     ]
     assert lines[0] == lines[1]
+    assert whole_steps(tmp_path / "killed") == whole_steps(tmp_path / "whole")
     assert [r["step"] for r in lines[0] if r["split"] == "train"] == list(range(5, LAST + 1, 5))
 
 
@@ -112,12 +104,12 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(tmp_path: Path, number: 
     assert "without saving" not in said  # which would come after 25 s
     assert f"{signal.Signals(number).name}: saving after the step under way" in said
     assert "stopped and saved; the same command continues" in said
-    (step,) = steps_of(tmp_path)
+    (step,) = whole_steps(tmp_path)
     assert step >= 15
     config = tiny.config()
     config.training.n_iters = step
-    run_lib.train(Settings.from_config(config), tmp_path / "whole")
-    s = Settings.from_config(config)
+    run_lib.train(Experiment.from_config(config), tmp_path / "whole")
+    s = Experiment.from_config(config)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         state_of(tmp_path, step, s),
@@ -191,11 +183,14 @@ def test_all_processes_stop_at_the_same_step(tmp_path: Path) -> None:
     said = finish(processes, code=STOPPED)
     assert all("stopped and saved" in text for text in said)
     assert "another process" not in "".join(said)
-    state_of(tmp_path, steps_of(tmp_path)[-1], settings())
+    state_of(tmp_path, whole_steps(tmp_path)[-1], experiment())
 
 
 def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
-    processes = start_together([CONFIG, f"--workdir={tmp_path}", *ENDLESS])
+    """After a silence of 20 s in the place of 60."""
+    impatient = "from run_lib import devices; devices.SILENCE_S = 20"
+    arguments = [CONFIG, f"--workdir={tmp_path}", *ENDLESS]
+    processes = start_together(arguments, first_of_all=impatient)
     wait_for_step(tmp_path, 10)
     processes[1].kill()
     said, _ = processes[0].communicate(timeout=120)
@@ -204,8 +199,7 @@ def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
         assert "another process of this run is gone" in said
     processes[1].communicate()
     # What it left behind is a run folder like any other.
-    last = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*") if p.name.isdigit())
-    state_of(tmp_path, last, settings())
+    state_of(tmp_path, whole_steps(tmp_path)[-1], experiment())
 
 
 def damage(path: Path) -> None:
@@ -217,20 +211,20 @@ def damage(path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO", logger="fokker")
-    run_lib.train(settings(n_iters=20), tmp_path)
+    run_lib.train(experiment(n_iters=20), tmp_path)
     shutil.copytree(tmp_path, tmp_path / "whole")
     damage(tmp_path / "checkpoints" / "20")
-    run_lib.evaluate(settings(), tmp_path, "eval")  # the one before; it changes nothing
+    run_lib.evaluate(experiment(), tmp_path, "eval")  # the one before; it changes nothing
     assert "20 cannot be read" in caplog.text
     steps = {json.loads(line)["step"] for line in (tmp_path / "eval/rows.jsonl").open()}
     assert steps == {15}
-    assert steps_of(tmp_path) == [15, 20]
+    assert whole_steps(tmp_path) == [15, 20]
     caplog.clear()
-    run_lib.train(settings(n_iters=20), tmp_path)
+    run_lib.train(experiment(n_iters=20), tmp_path)
     assert re.search(r"20 cannot be read.*The one before it is used", caplog.text)
     assert "from step 15 to 20" in caplog.text
     assert (tmp_path / "checkpoints-damaged" / "20").is_dir()
-    s = settings()
+    s = experiment()
     jax.tree.map(
         np.testing.assert_array_equal,
         state_of(tmp_path, 20, s),
@@ -239,12 +233,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog) ->
 
 
 def test_if_no_checkpoint_can_be_read_nothing_is_moved(tmp_path: Path) -> None:
-    run_lib.train(settings(n_iters=10), tmp_path)
-    for path in (tmp_path / "checkpoints").glob("[0-9]*"):
-        damage(path)
+    run_lib.train(experiment(n_iters=10), tmp_path)
+    for step in whole_steps(tmp_path):
+        damage(tmp_path / "checkpoints" / str(step))
     with pytest.raises(ValueError, match=r"no checkpoint of .* can be read"):
-        run_lib.train(settings(n_iters=20), tmp_path)
-    assert steps_of(tmp_path) == [5, 10]
+        run_lib.train(experiment(n_iters=20), tmp_path)
+    assert whole_steps(tmp_path) == [5, 10]
     assert not (tmp_path / "checkpoints-damaged").exists()
 
 
@@ -255,31 +249,51 @@ def small_files(limit: int) -> None:
 
 
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
-    arguments = [CONFIG, f"--workdir={tmp_path}", "--mode=train"]
-    finish([start(arguments)])
-    before = steps_of(tmp_path)
-    more = [*arguments, "--config.training.n_iters=40", "--compilation_cache_dir="]
-    process = start(more, preexec_fn=lambda: small_files(40_000))
+    run_lib.train(experiment(), tmp_path)
+    before = whole_steps(tmp_path)
+    more = ["--config.training.n_iters=40", "--compilation_cache_dir="]
+    arguments = [CONFIG, f"--workdir={tmp_path}", "--mode=train", *more]
+    process = start(arguments, preexec_fn=lambda: small_files(40_000))
     (said,) = finish([process], code=2)
     assert re.search(
         r"^error: a checkpoint could not be written to .*; the same command", said, re.M
     )
-    assert steps_of(tmp_path)[-1] >= before[-1]
-    for step in steps_of(tmp_path):
-        state_of(tmp_path, step, settings())
-    finish([start([*arguments, "--config.training.n_iters=40"])])
-    assert steps_of(tmp_path)[-1] == 40
+    assert whole_steps(tmp_path)[-1] >= before[-1]
+    for step in whole_steps(tmp_path):
+        state_of(tmp_path, step, experiment())
+    run_lib.train(experiment(n_iters=40), tmp_path)
+    assert whole_steps(tmp_path)[-1] == 40
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch) -> None:
-    run_lib.train(settings(n_iters=10), tmp_path)
+    run_lib.train(experiment(n_iters=10), tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=900_000))
     with pytest.raises(OSError, match=r"0\.9 MB are free, 1\.2 MB are asked for.*\[5, 10\]"):
-        run_lib.train(settings(n_iters=20), tmp_path)
+        run_lib.train(experiment(n_iters=20), tmp_path)
     monkeypatch.undo()
-    assert steps_of(tmp_path) == [5, 10]
+    assert whole_steps(tmp_path) == [5, 10]
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_an_import_that_was_killed_is_done_again(tmp_path: Path) -> None:
+    """What was half written is no checkpoint, for whatever asks for one."""
+    s = experiment()
+    state = s.train_state(s.initial_parameters())
+    folder.write_json(tmp_path / "config.json", experiment(sde="subvpsde").settings.resolved())
+    (tmp_path / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)
+    folder.reconcile(tmp_path, s.settings.resolved())
+    for _ in range(2):
+        training.write_import(tmp_path, s.settings.resolved(), state, snapshot_freq=10)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path, 0, s), state)
+    other = jax.tree.map(lambda leaf: leaf + 0 * leaf.sum() + (leaf.ndim > 1), state)
+    with pytest.raises(ValueError, match=r"checkpoints/0 holds other numbers: use another"):
+        training.write_import(tmp_path, s.settings.resolved(), other, snapshot_freq=10)
+    with pytest.raises(ValueError, match="is not empty: use another --workdir"):
+        training.write_import(
+            tmp_path, s.settings.resolved(), state.replace(step=state.step + 1), 10
+        )
 
 
 def test_a_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:
@@ -287,12 +301,12 @@ def test_a_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:
         (said,) = finish([start([CONFIG, f"--workdir={tmp_path}", "--mode=train"])], code=2)
     assert f"{tmp_path} is in use by process {os.getpid()} on " in said
     assert not (tmp_path / "checkpoints").exists()
-    run_lib.train(settings(n_iters=5), tmp_path)
+    run_lib.train(experiment(n_iters=5), tmp_path)
     with folder.alone(tmp_path):  # evaluation and training may run side by side
-        run_lib.evaluate(settings(), tmp_path, "eval")
+        run_lib.evaluate(experiment(), tmp_path, "eval")
     with folder.alone(tmp_path / "eval"), pytest.raises(ValueError, match="is in use by process"):
-        run_lib.evaluate(settings(), tmp_path, "eval")
-    run_lib.evaluate(settings(), tmp_path, "eval")
+        run_lib.evaluate(experiment(), tmp_path, "eval")
+    run_lib.evaluate(experiment(), tmp_path, "eval")
 
 
 def test_clock_locale_and_a_read_only_data_folder_do_not_matter(tmp_path: Path) -> None:

@@ -13,14 +13,13 @@ import scipy.special
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-import datasets
 import flow_importer
 import run_lib
 import train_state
 from dequantization import FlowDequantizer, Pixels
 from models.flowpp import Flowpp
 from run_lib.dequantizer_training import load_dequantizer
-from run_lib.settings import Settings
+from run_lib.experiment import Experiment
 from tests import tiny
 
 SHAPE = (6, 6, 3)
@@ -282,10 +281,10 @@ def test_import_mode_writes_a_dequantiser_that_evaluation_finds(tmp_path: Path) 
     config.data.update(path=str(tmp_path / "data.npz"), num_channels=3, levels=256, num_test=0)
     config.deq.update(filters=8, components=3, blocks=2)
     config.deq.init_from = str(written(state, tmp_path))
-    settings, run = Settings.from_config(config), tmp_path / "run"
-    run_lib.import_given(settings, run, "deq")
-    run_lib.import_given(settings, run, "deq")  # again: there is nothing left to do
+    experiment, run = Experiment.from_config(config), tmp_path / "run"
+    run_lib.import_given(experiment, run, "deq")
+    run_lib.import_given(experiment, run, "deq")  # again: there is nothing left to do
     assert not (run / "checkpoints").exists()
-    params, name = load_dequantizer(settings, datasets.load(settings.data), run, "deq")
+    params, name = load_dequantizer(experiment, run, "deq")
     assert name.startswith("deq step 300001 ")
     np.testing.assert_array_equal(params["mixing_1"]["weight_0"], leaves["ema"]["Pointwise_1/W0"])

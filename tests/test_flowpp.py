@@ -180,8 +180,8 @@ def test_an_image_depends_on_no_other() -> None:
     ("fields", "message"),
     [
         ({"processor": "medium"}, "processor.*medium.*deep.*shallow"),
-        ({"heads": 5}, "heads is 5.*divide"),
-        ({"couplings": 0}, r"couplings.*positive"),
+        ({"heads": 5}, "heads=5: need a divisor"),
+        ({"couplings": 0}, r"couplings=0: need an integer of at least 1"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict, message: str) -> None:

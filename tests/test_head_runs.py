@@ -8,12 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-import datasets
 import run_lib
 from configs import base
-from run_lib import build
+from run_lib.experiment import Experiment
 from run_lib.loading import load_parameters
-from run_lib.settings import Settings
 from tests.tiny import config
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
@@ -34,7 +32,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         ({"data.centered": False, "data.logit": True}, "data.logit with .*'cells'"),
         ({"data.dataset": "moons"}, "model.parameterization='cells': need 'mixture' or 'whitened'"),
         ({"model.rank": 1}, "model.rank=1: need at least 2"),
-        ({"model.components": 4}, "model.components=4 is used neither by"),
+        ({"model.components": 4}, "model.components=4: used neither by"),
         ({"model.parameterization": "cell"}, "model.parameterization='cell': allowed .*cells"),
         ({"eval.elbo": True}, "eval.elbo=True with model.parameterization='cells'"),
         ({"model.parameterization": "mixture", "model.floor": 0.0}, "model.floor=0.0: need more"),
@@ -50,7 +48,7 @@ def test_heads_that_do_not_fit_are_refused_by_name(
         section, field = name.split(".")
         c[section][field] = value
     with pytest.raises(ValueError, match=message):
-        run_lib.train(Settings.from_config(c), tmp_path)
+        run_lib.train(Experiment.from_config(c), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -69,10 +67,10 @@ def test_a_run_with_a_head_trains_evaluates_samples_and_is_diagnosed(
     c.training.update(importance_weighting=False, time_law="adaptive", smallest_time=1e-3)
     c.eval.update(num_examples=12, dequantization="tn" if kind == "atoms" else "uniform")
     c.eval.update(curve_times=3, curve_examples=8)
-    settings = Settings.from_config(c)
-    run_lib.train(settings, tmp_path)
-    run_lib.evaluate(settings, tmp_path, "eval")
-    run_lib.diagnose(settings, tmp_path, "eval")
+    experiment = Experiment.from_config(c)
+    run_lib.train(experiment, tmp_path)
+    run_lib.evaluate(experiment, tmp_path, "eval")
+    run_lib.diagnose(experiment, tmp_path, "eval")
     rows = [
         json.loads(line) for line in (tmp_path / "eval" / "rows.jsonl").read_text().splitlines()
     ]
@@ -83,9 +81,8 @@ def test_a_run_with_a_head_trains_evaluates_samples_and_is_diagnosed(
     assert all(("decoder" in protocol) == (kind in ("cells", "mixture")) for protocol in starts)
     terms = {"dsm", "frobenius", "third", "fp"} if kind in ("cells", "mixture") else {"dsm"}
     assert terms <= lines(tmp_path / "metrics.jsonl")[0].keys()
-    dataset = datasets.load(settings.data)
-    prior = load_parameters(settings, dataset, tmp_path, 10)["prior"]
-    expected = build.with_prior(settings, dataset, {"network": {}})["prior"]
+    prior = load_parameters(experiment, tmp_path, 10)["prior"]
+    expected = experiment.with_prior({"network": {}})["prior"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), prior, expected)
 
 
@@ -94,4 +91,4 @@ def test_a_network_without_several_outputs_is_refused() -> None:
     c.model.update(name="ncsnv2_64", parameterization="cells")
     message = r"model.name='ncsnv2_64': need one of .*unet.* for .*cells"
     with pytest.raises(ValueError, match=message):
-        Settings.from_config(c)
+        Experiment.from_config(c)

@@ -292,7 +292,7 @@ def test_gaussian_minima(d):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": 4}, r"score_matching_order=4: allowed \[1, 2, 3\]"),
+        ({"order": 4}, r"score_matching_order=4: need 1, 2 or 3"),
         ({"order": 3, "third_order_form": "jet"}, "third_order_form='jet'"),
         ({"order": 2, "trace_weight": -1.0}, "trace_weight=-1.0"),
         ({"order": 2, "frobenius_weight": -0.5}, "training.frobenius_weight=-0.5: need 0 or more"),

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import importers
 import torch_files
 import train_state
+from high_order import first_order_residual
 from likelihood import Divergence, gaussian_decoder, ode_log_likelihood
 from losses import likelihood_weight
 from models import DDPM, NCSNpp
@@ -28,7 +29,6 @@ from operators import (
 )
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, ScoreModel
 from sde_lib import VESDE, VPSDE, SubVPSDE
-from terms import first_order_residual
 from time_sampling import Importance
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -391,6 +391,28 @@ def test_a_torch_file_truncated_anywhere_is_refused(tmp_path):
         (tmp_path / "cut.pth").write_bytes(data[:cut])
         with pytest.raises(ValueError, match="is no PyTorch checkpoint that can be read"):
             torch_files.read(tmp_path / "cut.pth")
+
+
+@needs_fixtures
+@pytest.mark.parametrize("kind", ["unbegun", "model", "weights"])
+def test_a_torch_file_without_moments_or_of_weights_alone_is_enough(monkeypatch, caplog, kind):
+    """An optimizer that has taken no step has an empty state; weights may be saved alone."""
+    path = FIXTURES / "torch_ddpmpp_vp" / "checkpoint_6.pth"
+    state = torch_files.read(path)
+    alone = {"model": state["model"]}
+    unbegun = state | {"optimizer": {"state": {}, "param_groups": []}}
+    given = {"unbegun": unbegun, "model": alone, "weights": state["model"]}[kind]
+    monkeypatch.setattr(torch_files, "read", lambda path: given)
+    model = score_model("torch_ddpmpp_vp")
+    found = load(path, model)
+    monkeypatch.undo()
+    whole = load(path, model)
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    same(found.params, whole.params)
+    same(found.ema_params, whole.ema_params if kind == "unbegun" else whole.params)
+    assert int(found.step) == (int(whole.step) if kind == "unbegun" else 0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.opt_state))
+    assert f"{path} has no " in caplog.text
 
 
 @needs_fixtures

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import losses
 from dequantization import Pixels, Reals
+from high_order import first_order_residual
 from losses import (
     FLOOR,
     LIKELIHOOD_LAWS,
@@ -26,7 +27,7 @@ from losses import (
 from operators import squared_norm
 from parameterization import TIME_LABELS, ScoreModel, score_from_noise, unit_time_label
 from sde_lib import SDE, VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
-from terms import Terms, first_order_residual
+from terms import Terms
 from time_sampling import Binned, Debias, Importance, Uniform, Velocity
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dsm_orders.npz"
@@ -308,9 +309,18 @@ def test_published_switches_give_the_documented_laws():
 @pytest.mark.parametrize(
     ("switches", "message"),
     [
-        ({"importance_weighting": True}, "importance_weighting=True needs .*likelihood_weighting"),
-        ({"debias": True, "likelihood_weighting": True}, "debias=True already weights"),
-        ({"debias": True, "importance_weighting": True}, "debias=True already weights"),
+        (
+            {"importance_weighting": True},
+            "importance_weighting=True: need False, or .*likelihood_weighting",
+        ),
+        (
+            {"debias": True, "likelihood_weighting": True},
+            "debias=True: need False.*already weights",
+        ),
+        (
+            {"debias": True, "importance_weighting": True},
+            "debias=True: need False.*already weights",
+        ),
     ],
 )
 def test_switches_without_effect_are_refused(switches, message):
@@ -342,15 +352,15 @@ def test_names_give_the_documented_laws():
 @pytest.mark.parametrize(
     ("name", "switches", "message"),
     [
-        ("adaptiv", {"likelihood_weighting": True}, r"law='adaptiv': allowed '', \['adaptive'"),
-        ("velocity", {}, "'velocity' proposes times .*likelihood_weighting=True"),
-        ("importance", {}, "'importance' proposes times for the likelihood weight"),
+        ("adaptiv", {"likelihood_weighting": True}, r"law='adaptiv': allowed \['', 'adaptive'"),
+        ("velocity", {}, "'velocity': need .*likelihood_weighting=True: it proposes times"),
+        ("importance", {}, "'importance': need .*it proposes times for the weight"),
         (
             "velocity", {"likelihood_weighting": True, "importance_weighting": True},
-            "'velocity' contradicts the switch that means 'importance': set .*importance_weighting",
+            "'velocity': need '' or 'importance', or .*importance_weighting=False",
         ),
-        ("uniform", {"debias": True}, "'uniform' contradicts the switch that means 'debias'"),
-        ("adaptive", {"levels": 10}, "continuous=False takes uniform levels .*time_law=''"),
+        ("uniform", {"debias": True}, "'uniform': need '' or 'debias'"),
+        ("adaptive", {"levels": 10}, "continuous=False: need True, or .*time_law=''"),
     ],
 )  # fmt: skip
 def test_names_that_contradict_are_refused(name, switches, message):
@@ -412,7 +422,9 @@ def test_every_law_has_the_gradient_of_the_importance_law(sde, monkeypatch):
     monkeypatch.setitem(
         losses.UNIFORMS, False, lambda key, ids, n, dtype: (ids.astype(dtype) + 0.5) / n
     )
-    monkeypatch.setattr(losses, "gaussian", lambda keys, like: jnp.broadcast_to(z, like.shape))
+    monkeypatch.setattr(
+        losses, "standard_normal", lambda keys, like: jnp.broadcast_to(z, like.shape)
+    )
     batch = gaussian_batch(n, 1.0) | {"image": jnp.broadcast_to(image, (n, 2))}
     rough = np.random.default_rng(0).random((2, NUM_BINS)) ** 2 + 0.01
     batch["time_law"] = jnp.asarray(rough)
@@ -450,7 +462,9 @@ def test_levels_are_uniform_on_the_grid_with_weight_one():
     expected = variance[np.round(index).astype(int)]
     np.testing.assert_allclose(chain.sigma(jnp.asarray(t)) ** 2, expected, rtol=1e-4)
     for mode in ("likelihood", "importance", "debias"):
-        with pytest.raises(ValueError, match=r"continuous=False takes uniform levels"):
+        with pytest.raises(
+            ValueError, match=r"continuous=False: need True, or .*discrete levels are uniform"
+        ):
             law(chain, mode, levels=number)
 
 

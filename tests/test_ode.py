@@ -151,7 +151,7 @@ def test_unknown_solver_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("field", ["rtol", "atol"])
 @pytest.mark.parametrize("value", [0.0, -1e-5, float("nan")])
 def test_tolerances_must_be_positive(field, value):
-    with pytest.raises(ValueError, match="need both > 0"):
+    with pytest.raises(ValueError, match=f"{field}={value}: need more than 0"):
         Solver(**{field: value})
 
 

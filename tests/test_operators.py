@@ -11,18 +11,18 @@ from operators import (
     expand,
     fold_in_all,
     fold_in_each,
-    gaussian,
     inner,
     rademacher,
     scale,
     squared_norm,
+    standard_normal,
     uniform,
     value_and_divergence,
     value_and_probed_divergence,
 )
 
 SHAPES = [(4,), (2, 3), (2, 2, 3)]
-DRAWS = {"gaussian": gaussian, "rademacher": rademacher, "uniform": uniform}
+DRAWS = {"gaussian": standard_normal, "rademacher": rademacher, "uniform": uniform}
 
 
 def batch(shape, number=5, seed=0):

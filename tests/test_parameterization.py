@@ -48,6 +48,7 @@ def test_labels(sde):
     alpha, sigma = np.asarray(sde.alpha(t)), np.asarray(sde.sigma(t))
     expected = {
         "time": 999.0 * np.asarray(t),
+        "level": 9.0 * np.asarray(t),
         "unit_time": np.asarray(t),
         "sigma": sigma,
         "log_snr": 10.0 * np.log(sigma / alpha),

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 import classifier
-import datasets
 import evaluation
 import run_lib
-from run_lib import build, quality, quality_loop, sampling_loop
+from run_lib import quality, sampling_loop
+from run_lib.experiment import Experiment
 from run_lib.sampling_loop import Generator
-from run_lib.settings import Settings
 from tests import tiny
 
 
@@ -31,16 +30,16 @@ def config(stats: Path, **changes):
 def trained(tmp_path_factory):
     """A run folder, and statistics beside the classifier that all tests share."""
     workdir = tmp_path_factory.mktemp("run")
-    run_lib.train(Settings.from_config(config(workdir / "stats.npz")), workdir)
+    run_lib.train(Experiment.from_config(config(workdir / "stats.npz")), workdir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "trained", partial(classifier.trained, num_steps=50))
-        run_lib.fid_stats(Settings.from_config(config(workdir / "stats.npz")))
+        run_lib.fid_stats(Experiment.from_config(config(workdir / "stats.npz")))
         yield workdir
 
 
 def evaluate(workdir, eval_folder, **changes):
-    settings = Settings.from_config(config(workdir / "stats.npz", **changes))
-    run_lib.evaluate(settings, workdir, eval_folder)
+    experiment = Experiment.from_config(config(workdir / "stats.npz", **changes))
+    run_lib.evaluate(experiment, workdir, eval_folder)
     return quality.read(workdir / eval_folder)
 
 
@@ -51,7 +50,7 @@ def all_samples(workdir, eval_folder, number=20):
 
 def test_statistics_hold_each_image_of_the_split_once(trained):
     found = evaluation.read_statistics(trained / "stats.npz")
-    dataset = datasets.load(Settings.from_config(config(trained / "x")).data)
+    dataset = Experiment.from_config(config(trained / "x")).dataset
     network = classifier.trained(dataset, trained)
     expected, _ = network(dataset.test.examples(np.arange(100)))
     np.testing.assert_allclose(found.pool_3, expected, rtol=1e-5, atol=1e-6)
@@ -62,7 +61,7 @@ def test_statistics_hold_each_image_of_the_split_once(trained):
 def test_metrics_are_those_of_the_samples_and_appear_in_the_report(trained):
     rows = {row["metric"]: row for row in evaluate(trained, "a")}
     assert rows.keys() == {f"{name} (digits classifier)" for name in ("FID", "KID", "IS")}
-    dataset = datasets.load(Settings.from_config(config(trained / "x")).data)
+    dataset = Experiment.from_config(config(trained / "x")).dataset
     network = classifier.trained(dataset, trained)
     features, logits = network(all_samples(trained, "a"))
     reference = evaluation.read_statistics(trained / "stats.npz").pool_3
@@ -151,7 +150,7 @@ def test_samples_of_another_sampler_are_not_mixed(trained):
     c = config(trained / "stats.npz")
     c.sampling.lmbd = 0.5
     with pytest.raises(ValueError, match=r"samples of another sampler .*lmbd 0\.0.*lmbd 0\.5"):
-        run_lib.evaluate(Settings.from_config(c), trained, "f")
+        run_lib.evaluate(Experiment.from_config(c), trained, "f")
 
 
 def no_work(monkeypatch):
@@ -192,36 +191,35 @@ def test_what_is_missing_is_said_before_any_work(trained, monkeypatch, tmp_path)
 def test_features_of_points_are_refused(tmp_path):
     c = tiny.config("swissroll")
     c.eval.update(features="classifier", enable_bpd=False, bound=False)
-    settings = Settings.from_config(c)
-    dataset = datasets.load(settings.data)
+    experiment = Experiment.from_config(c)
     with pytest.raises(ValueError, match=r"eval\.features='classifier': swissroll are points"):
-        quality_loop.scorer(settings, dataset, tmp_path, 1)
+        quality.scorer(experiment, tmp_path, 1)
     c.eval.features = ""
     with pytest.raises(ValueError, match=r"--mode=fid_stats needs --config\.eval\.features"):
-        run_lib.fid_stats(Settings.from_config(c))
+        run_lib.fid_stats(Experiment.from_config(c))
 
 
 def test_statistics_are_made_once_and_not_overwritten(trained, caplog):
     before = (trained / "stats.npz").stat().st_mtime_ns
-    run_lib.fid_stats(Settings.from_config(config(trained / "stats.npz")))
+    run_lib.fid_stats(Experiment.from_config(config(trained / "stats.npz")))
     with pytest.raises(ValueError, match=r"100 images of split 'test'; now 400 of 'train'"):
-        run_lib.fid_stats(Settings.from_config(config(trained / "stats.npz", dataset="train")))
+        run_lib.fid_stats(Experiment.from_config(config(trained / "stats.npz", dataset="train")))
     assert (trained / "stats.npz").stat().st_mtime_ns == before
 
 
 def test_hosts_share_the_samples_of_a_batch(trained, tmp_path, monkeypatch):
     """Two hosts, one after the other in one process: disjoint shards, the samples of one host."""
-    settings = Settings.from_config(config(trained / "stats.npz"))
-    dataset, key = datasets.load(settings.data), build.keys(settings)["samples"]
-    params = build.score_model(settings).init(key, dataset.shape)
-    generate = Generator(settings, dataset, key, 8)
-    sampling_loop.draw(generate, params, tmp_path / "one", 20)
+    experiment = Experiment.from_config(config(trained / "stats.npz"))
+    key = experiment.keys["samples"]
+    params = experiment.model.init(key, (8, 8, 1))
+    generate = Generator(experiment, key, 8)
+    sampling_loop.draw(generate, params, tmp_path / "one", 20, "0a1b")
     for index in (0, 1):
-        host = sampling_loop.parallel.host().__class__(index, 2)
-        monkeypatch.setattr(sampling_loop.parallel, "host", lambda host=host: host)
+        host = sampling_loop.devices.host().__class__(index, 2)
+        monkeypatch.setattr(sampling_loop.devices, "host", lambda host=host: host)
         everything = np.ones(20, bool)
         monkeypatch.setattr(sampling_loop, "_missing", lambda *_, all_=everything: all_)
-        sampling_loop.draw(generate, params, tmp_path / "two", 20)
+        sampling_loop.draw(generate, params, tmp_path / "two", 20, "0a1b")
     spans = [(s.first, s.last) for s in sampling_loop.shards(tmp_path / "two")]
     assert spans == [(0, 3), (4, 7), (8, 11), (12, 15), (16, 19)]
     one, two = (

@@ -10,14 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records import Records, key_of, summarize
+from records import Records, key_of, summarize, with_checksum
 
 VALUES = np.random.default_rng(0).standard_normal((5, 3))  # [examples, repeats]
 
 
 def row(index=0, repeat=0, value=1.0, **fields):
     identity = {"estimator": "ODE", "protocol": "rtol 1e-4, ½ batch", "step": 10, "split": "test"}
-    return identity | {"index": index, "repeat": repeat, "value": value} | fields
+    identity |= {"index": index, "repeat": repeat, "identity": "0a1b"}
+    return identity | {"value": value} | fields
+
+
+def line(row):
+    """As it is in a file."""
+    return json.dumps(with_checksum(row))
 
 
 def grid_of_rows(values=VALUES, **fields):
@@ -77,7 +83,7 @@ def test_rows_come_back_as_they_were_written(path):
     first.append(iter(rows[4:]))
     again = Records(path.parent)
     assert list(again.rows.values()) == list(first.rows.values()) == rows
-    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert path.read_text().splitlines() == [line(row) for row in rows]
 
 
 def test_missing_rows_are_those_that_were_not_written(path):
@@ -137,9 +143,9 @@ def test_rows_of_different_settings_never_mix(path, other):
 
 def test_every_field_of_the_key_identifies(path):
     changed = {"estimator": "bound", "protocol": "other", "step": 11, "split": "train",
-               "index": 1, "repeat": 1}  # fmt: skip
+               "index": 1, "repeat": 1, "identity": "0a1c"}  # fmt: skip
     keys = {key_of(row())} | {key_of(row() | {k: v}) for k, v in changed.items()}
-    assert len(keys) == 7
+    assert len(keys) == 8
 
 
 # A kill at any byte.
@@ -148,7 +154,7 @@ def test_every_field_of_the_key_identifies(path):
 def test_half_written_line_is_cut_and_the_next_append_is_readable(path):
     Records(path.parent).append([row(0), row(1)])
     whole = path.read_bytes()
-    path.write_bytes(whole + json.dumps(row(2)).encode()[:-5])
+    path.write_bytes(whole + line(row(2)).encode()[:-5])
     records = Records(path.parent)
     assert path.read_bytes() == whole
     assert records.missing([row(0), row(1), row(2)]) == [row(2)]
@@ -213,9 +219,29 @@ def test_each_process_appends_to_a_file_of_its_own_and_reads_all(path: Path) -> 
     assert Records(path.parent).missing([row(0), row(1), row(2)]) == [row(2)]
 
 
-def test_a_damaged_line_is_named(path: Path) -> None:
-    Records(path.parent).append([row(0)])
-    with path.open("a", encoding="utf-8") as file:
-        file.write("not a row\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is no row"):
-        Records(path.parent)
+DAMAGED = {
+    "no object": "[0]",
+    "no text": "\0\0\0",
+    "brackets": "[" * 100_000,
+    "key": line(row(1)).replace("index", "indox"),
+    "index": line(row(1)).replace(": 1,", ": 2,"),
+    "list for a text": line(row(1)).replace('"test"', '["test"]'),
+    "digit of the value": line(row(1)).replace("1.0", "1.5"),
+    "endless value": line(row(1)).replace("1.0", "1e999"),
+    "identity": line(row(1)).replace("0a1b", "0a1c"),
+    "digit of the checksum": line(row(1))[:-3] + "x" + line(row(1))[-2:],
+    "no checksum": json.dumps(row(1)),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_left_out_and_said_and_its_row_is_missing(path, caplog, damaged) -> None:
+    rows = [row(0), row(1), row(2)]
+    Records(path.parent).append(rows)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], damaged, lines[2], ""]))
+    records = Records(path.parent)
+    assert f"{path}: line 2 is damaged and is left out" in caplog.text
+    assert records.missing(rows) == [row(1)]
+    records.append(rows)
+    assert sorted(Records(path.parent).rows.values(), key=key_of) == rows

@@ -17,7 +17,7 @@ from operators import (
     PROBES,
     fold_in_all,
     fold_in_each,
-    gaussian,
+    standard_normal,
     value_hvp_and_directional,
 )
 from parameterization import HEADS, PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
@@ -179,7 +179,7 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_formulas(law):
 
     _, key_time, key_noise, _, key_probe = jax.random.split(rng, 5)
     t = law.sample(key_time, batch, 6, image.dtype)
-    z = gaussian(fold_in_each(key_noise, ids), image)
+    z = standard_normal(fold_in_each(key_noise, ids), image)
     x, sigma, d = sde.perturb(image, t, z), sde.sigma(t), 3
     keys = fold_in_each(key_probe, ids)
     v, w = (PROBES["rademacher"](fold_in_all(keys, i), x) for i in range(2))
@@ -376,20 +376,26 @@ def test_one_dropout_mask_inside_one_evaluation(form):
         (lambda: Terms(objective="elbo"), r"objective='elbo': allowed \['dsm', 'ism'\]"),
         (lambda: Terms(estimator="trace"), "derivative_estimator='trace'"),
         (lambda: Terms(num_probes=0), "num_probes=0"),
-        (lambda: Terms(estimator="exact", num_probes=2), "num_probes=2 with .*exact"),
+        (lambda: Terms(estimator="exact", num_probes=2), "num_probes=2: need .*exact"),
         (lambda: Terms(reduce_mean=False, high_order=HighOrder(2)), "reduce_mean=False"),
-        (lambda: Terms(high_order=HighOrder(2, fraction=0.4)), "high_order_fraction=0.4: allowed"),
-        (lambda: Terms(fokker_planck=FokkerPlanck(fraction=0.0)), "fp_fraction=0.0: allowed"),
+        (
+            lambda: Terms(high_order=HighOrder(2, fraction=0.4)),
+            "high_order_fraction=0.4: need 1, 1/2",
+        ),
+        (lambda: Terms(fokker_planck=FokkerPlanck(fraction=0.0)), "fp_fraction=0.0: need 1, 1/2"),
         (lambda: FokkerPlanck(weight="snr"), "fp_wgt_type='snr': allowed"),
         (lambda: FokkerPlanck(scalar_fp="yes"), "scalar_fp='yes': allowed"),
-        (lambda: FokkerPlanck(scalar_fp="True", alpha=0.1), "with training.beta=0: no term"),
-        (lambda: FokkerPlanck(scalar_fp="False", beta=0.1), "with training.alpha=0: no term"),
+        (lambda: FokkerPlanck(scalar_fp="True", alpha=0.1), "'True': need training.beta > 0"),
+        (lambda: FokkerPlanck(scalar_fp="False", beta=0.1), "'False': need training.alpha > 0"),
         (lambda: FokkerPlanck(form="jet"), "fp_form='jet': allowed"),
         (lambda: FokkerPlanck(m=-1.0), "training.m=-1.0: need a positive"),
         (lambda: FokkerPlanck(alpha=-0.1), "alpha=-0.1"),
         (lambda: FokkerPlanck(beta=-0.1), "beta=-0.1"),
         (lambda: FokkerPlanck(num_probes=3), r"fp_probes=3: allowed \[1, 2\]"),
-        (lambda: FokkerPlanck(num_probes=2, m=1.0), "fp_probes=2 with training.m=1.0"),
+        (
+            lambda: FokkerPlanck(num_probes=2, m=1.0),
+            "fp_probes=2: need 1, or training.m=2, not 1.0",
+        ),
         (lambda: FokkerPlanck(every=0), "fp_every=0"),
     ],
 )
@@ -399,5 +405,5 @@ def test_wrong_options_are_refused(make, message):
 
 
 def test_a_batch_that_a_fraction_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="has 12 examples; need a multiple of 5"):
+    with pytest.raises(ValueError, match="batch_size on each device=12: need a multiple of 5"):
         parts(high_order=HighOrder(2, fraction=1 / 5))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -13,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import datasets
 import run_lib
 from checkpoints import Checkpoints
 from likelihood import Divergence, ode_log_likelihood
 from losses import mean_loss
 from ode import Solver
-from run_lib import build, folder, interruption, memory, parallel, training
-from run_lib.settings import Settings
+from run_lib import devices, folder, interruption, metrics, trainer, training
+from run_lib.experiment import Experiment
 from run_lib.trainer import PendingMetrics, Trainer
 from tests import tiny
 from train_state import accumulated_gradient
@@ -32,12 +32,12 @@ def gradients(numbers, dtype, **changes):
     """Gradient and metrics of the same batch of 16 in so many microbatches."""
     config = tiny.config()
     config.training.update(changes)
-    settings = Settings.from_config(config)
-    dataset = datasets.load(settings.data)
-    loss = mean_loss(build.per_example_loss(settings, dataset, train=True))
+    experiment = Experiment.from_config(config)
+    dataset = experiment.dataset
+    loss = mean_loss(experiment.per_example_loss(train=True))
     batch = next(dataset.train_batches(batch_size=16, seed=0, first_step=0))
     batch |= {"noise_id": np.arange(16, dtype=np.int32), "step": np.int32(3)}
-    params = build.score_model(settings).init(jax.random.key(0), dataset.shape)
+    params = experiment.model.init(jax.random.key(0), dataset.shape)
     params = jax.tree.map(lambda leaf: (leaf + 0.01).astype(dtype), params)
     return [
         jax.jit(accumulated_gradient(loss, n))(params, jax.random.key(5), batch) for n in numbers
@@ -80,8 +80,8 @@ def test_microbatches_in_float64() -> None:
 def train(workdir: Path, **changes) -> list[dict]:
     config = tiny.config()
     config.training.update(changes)
-    run_lib.train(Settings.from_config(config), workdir)
-    return [r for r in folder.read_metrics(workdir) if r["split"] == "train"]
+    run_lib.train(Experiment.from_config(config), workdir)
+    return [r for r in metrics.read_metrics(workdir) if r["split"] == "train"]
 
 
 def test_a_run_in_microbatches_is_the_same_run(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_run_in_microbatches_is_the_same_run(tmp_path: Path) -> None:
         ({"profile_steps": -1}, r"training.profile_steps=-1: need 0 or more"),
         (
             {"microbatch": 4, "score_matching_order": 2, "high_order_fraction": 0.5},
-            "a device has 1 examples; need a multiple of 2 for a fraction",
+            "batch_size on each device=1: need a multiple of 2 for a fraction",
         ),
     ],
 )
@@ -116,18 +116,18 @@ def test_a_step_that_does_not_fit_says_what_would(tmp_path: Path, monkeypatch, c
     train(tmp_path, n_jitted_steps=1, n_iters=1)
     said = re.search(r"a step takes (\S+) GiB of the (\S+) GiB of each device", caplog.text)
     assert 0.0 <= float(said[1]) < float(said[2])
-    measured, needs = memory.needed, []
-    monkeypatch.setattr(memory, "needed", lambda program: needs.append(measured(program)))
+    measured, needs = devices.needed, []
+    monkeypatch.setattr(devices, "needed", lambda program: needs.append(measured(program)))
     train(tmp_path, n_jitted_steps=1, n_iters=2)  # XLA does not tell: nothing is refused
     (need,) = needs
     parameters = 4848 * 4
     assert need.kept > 4 * parameters  # the state: parameters, average, two moments
     assert need.temporary > parameters  # the gradient
-    monkeypatch.setattr(memory, "needed", measured)
-    monkeypatch.setattr(memory, "available", lambda: need.total - 1)
+    monkeypatch.setattr(devices, "needed", measured)
+    monkeypatch.setattr(devices, "available", lambda: need.total - 1)
     with pytest.raises(ValueError, match=r"a step takes .* of a device: training.microbatch"):
         train(tmp_path / "small", n_jitted_steps=1)
-    assert not list(folder.read_metrics(tmp_path / "small"))
+    assert not list(metrics.read_metrics(tmp_path / "small"))
 
 
 class Program:
@@ -160,25 +160,25 @@ def test_advice_is_of_programs_that_were_compiled(limit, advice, compiled) -> No
             raise ValueError("no whole number of examples")
         return Program(size)
 
-    need = memory.needed(Program(24))
+    need = devices.needed(Program(24))
     assert need == (110, 24_000)
-    found = memory.microbatch_that_fits(need, 24, [2, 4, 6, 8, 12], compile_with, limit)
+    found = devices.microbatch_that_fits(need, 24, [2, 4, 6, 8, 12], compile_with, limit)
     assert found.startswith(advice)
     assert tried == compiled
 
 
 def test_advice_gives_up_after_a_few_compilations() -> None:
     stubborn = lambda size: Program(24)  # noqa: E731
-    found = memory.microbatch_that_fits(
-        memory.needed(Program(24)), 24, [1, 2, 3, 4, 6, 8, 12], stubborn, 20_000
+    found = devices.microbatch_that_fits(
+        devices.needed(Program(24)), 24, [1, 2, 3, 4, 6, 8, 12], stubborn, 20_000
     )
     assert found == "training.microbatch alone does not help (tried [12, 8, 6])"
 
 
 def test_no_step_waits_for_a_transfer(tmp_path: Path) -> None:
     """State, key and batches are on the devices, as the compiled step wants them."""
-    settings = Settings.from_config(tiny.config())
-    trainer = training.score_trainer(settings, datasets.load(settings.data), tmp_path)
+    experiment = Experiment.from_config(tiny.config())
+    trainer = training.score_trainer(experiment, tmp_path)
     for number, (_, batches) in enumerate(trainer.batches()):
         if number:
             with jax.transfer_guard("disallow"):
@@ -192,8 +192,8 @@ def test_no_step_waits_for_a_transfer(tmp_path: Path) -> None:
 
 
 def test_the_state_is_donated(tmp_path: Path) -> None:
-    settings = Settings.from_config(tiny.config())
-    trainer = training.score_trainer(settings, datasets.load(settings.data), tmp_path)
+    experiment = Experiment.from_config(tiny.config())
+    trainer = training.score_trainer(experiment, tmp_path)
     before, (_, batches) = trainer.state, next(trainer.batches())
     trainer.step_fn(before, trainer.key, batches)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
@@ -211,8 +211,7 @@ def test_a_trace_is_written_and_changes_nothing(tmp_path: Path) -> None:
 def state(workdir: Path, step: int):
     checkpoints = Checkpoints(workdir)
     try:
-        like = training.fresh_state(Settings.from_config(tiny.config()), (8, 8, 1))
-        return checkpoints.restore(step, jax.eval_shape(lambda: like))
+        return checkpoints.restore(step, Experiment.from_config(tiny.config()).state_like())
     finally:
         checkpoints.close()
 
@@ -237,9 +236,9 @@ def test_changed_fields_take_effect_on_resume(tmp_path: Path) -> None:
         for name in ("config.json", "metrics.jsonl"):
             (run / name).write_bytes((tmp_path / name).read_bytes())
         (run / "checkpoints").symlink_to(tmp_path / "checkpoints")
-        settings = Settings.from_config(config)
-        folder.reconcile(run, settings.resolved())
-        trainer = training.score_trainer(settings, datasets.load(settings.data), run)
+        experiment = Experiment.from_config(config)
+        folder.reconcile(run, experiment.settings.resolved())
+        trainer = training.score_trainer(experiment, run)
         begun = jax.tree.map(np.asarray, trainer.state)
         _, batches = next(trainer.batches())
         assert batches["mask"].shape[0] == (1 if "n_jitted_steps" in changes else 5)
@@ -263,15 +262,15 @@ def test_the_step_of_a_run_takes_microbatches(tmp_path: Path, microbatch: int, s
     """Of the 4 examples that each of 4 devices has of a batch of 16."""
     config = tiny.config()
     config.training.microbatch = microbatch
-    settings = Settings.from_config(config)
-    usual, sizes = training.score_trainer(settings, datasets.load(settings.data), tmp_path), set()
+    experiment = Experiment.from_config(config)
+    usual, sizes = training.score_trainer(experiment, tmp_path), set()
 
     def seen(params, key, batch, *frozen):
         sizes.add(batch["image"].shape[0])
         return usual.task.loss_fn(params, key, batch, *frozen)
 
     task = dataclasses.replace(usual.task, loss_fn=seen)
-    trainer = Trainer(settings, usual.dataset, task, usual.state, usual.checkpoints)
+    trainer = Trainer(experiment, task, usual.state, usual.checkpoints)
     _, batches = next(trainer.batches())
     trainer.step_fn.lower(trainer.state, trainer.key, batches)
     assert sizes == {size}
@@ -307,7 +306,7 @@ def test_nothing_is_asked_without_a_main_program() -> None:
 
 
 def test_batches_are_split_before_they_are_asked_for() -> None:
-    batch = parallel.put({"x": np.arange(16.0).reshape(2, 8)}, axis=1)
+    batch = devices.put({"x": np.arange(16.0).reshape(2, 8)}, axis=1)
     assert batch["x"].shape == (2, 4, 2)
     assert len(batch["x"].sharding.device_set) == 4
 
@@ -316,7 +315,7 @@ def test_no_program_outlives_its_mode() -> None:
     """Not even by the caches that jax.clear_caches leaves alone."""
 
     def traced() -> int:
-        model = build.score_model(settings)
+        model = experiment.model
         score = model.score(model.init(jax.random.key(0), (8, 8, 1)))
         x, keys = jnp.zeros((2, 8, 8, 1)), jax.random.split(jax.random.key(1), 2)
         law = partial(
@@ -324,10 +323,10 @@ def test_no_program_outlives_its_mode() -> None:
             solver=Solver(), divergence=Divergence("rademacher"),
         )  # fmt: skip
         jax.eval_shape(lambda x: law(x, keys).log_p, x)
-        memory.release()
+        devices.release()
         return sum(isinstance(o, jax.extend.core.Jaxpr) for o in gc.get_objects())
 
-    settings = Settings.from_config(tiny.config())
+    experiment = Experiment.from_config(tiny.config())
     found = [traced() for _ in range(3)]
     assert found[2] == found[1]
 
@@ -351,11 +350,58 @@ def requests_and_hits() -> Iterator[list[str]]:
 
 def test_a_second_start_compiles_nothing(tmp_path: Path, requests_and_hits: list[str]) -> None:
     """Neither training nor evaluation: a program that calls back to Python would not be kept."""
-    settings = Settings.from_config(tiny.config())
+    experiment = Experiment.from_config(tiny.config())
     for name in ("first", "second"):
         jax.clear_caches()
         requests_and_hits.clear()
-        run_lib.train(settings, tmp_path / name)
-        run_lib.evaluate(settings, tmp_path / name, "eval")
+        run_lib.train(experiment, tmp_path / name)
+        run_lib.evaluate(experiment, tmp_path / name, "eval")
     assert requests_and_hits.count("asked") > 20
     assert requests_and_hits.count("found") == requests_and_hits.count("asked")
+
+
+def test_what_the_last_steps_need_is_compiled_and_checked_at_the_start(
+    tmp_path, monkeypatch, caplog, requests_and_hits
+) -> None:
+    """11 steps in dispatches of 5, 5 and 1."""
+    caplog.set_level("INFO", logger="fokker")
+    seen, events = {}, trainer.Trainer.events
+
+    def counted(self, *arguments) -> None:
+        events(self, *arguments)
+        seen[self.step] = len(requests_and_hits)
+
+    monkeypatch.setattr(trainer.Trainer, "events", counted)
+    train(tmp_path / "whole", n_iters=11, eval_freq=5, snapshot_freq=5)
+    assert list(seen) == [5, 10, 11]
+    assert seen[10] == seen[11]
+    assert len(re.findall("a step takes .* of each device", caplog.text)) == 2
+    assert caplog.text.count("compiling the training step") == 1
+    assert caplog.text.count("compiling the held-out loss") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "counts"),
+    [
+        (0, 20, [5]), (0, 21, [5, 1]), (3, 21, [5, 2, 1]), (3, 5, [2]), (6, 9, [3]), (0, 3, [3]),
+        (6, 12, [4, 2]),
+    ],
+)  # fmt: skip
+def test_the_dispatches_are_those_that_are_compiled(monkeypatch, first, last, counts) -> None:
+    found = object.__new__(trainer.Trainer)
+    found.step = first
+    found.task = trainer.Task("", last, 5, 0.9, None, (), None, None)
+    assert found._counts() == counts
+
+
+def test_compilation_is_not_counted_in_the_time_left(monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", logger="fokker")
+    clock = itertools.count(0.0, 20.0)  # 20 s from each look to the next
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    progress = metrics.Progress(0, 100, "step")
+    with progress.compiling("a step"):
+        next(clock)  # of 40 s
+    progress.update(40, {})
+    assert "compiling a step" in caplog.text
+    # From the start to here 80 s, of which 40 count.
+    assert "step 40/100, , 1.0 steps/s, 60 s left" in caplog.text

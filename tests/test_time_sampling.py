@@ -235,7 +235,7 @@ def test_any_masses_estimate_the_same_integral(law, masses):
 @pytest.mark.parametrize("kind", [Uniform, Importance, Debias, Velocity])
 @pytest.mark.parametrize("lowest", [-1e-5, 1.0, 2.0])
 def test_smallest_time_outside_the_interval_is_refused(kind, lowest):
-    with pytest.raises(ValueError, match=f"smallest time {lowest}"):
+    with pytest.raises(ValueError, match=f"training.smallest_time={lowest}: need"):
         kind(VPSDE(), lowest)
 
 

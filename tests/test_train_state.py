@@ -371,7 +371,7 @@ def test_the_moving_average_of_what_stays_stays():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "sgd"}, "optim.optimizer='sgd'.*adam"),
+        ({"optimizer": "sgd"}, "optim.optimizer='sgd'.*Adam"),
         ({"schedule": "linear"}, "optim.schedule='linear'.*constant.*cosine"),
         ({"lr": 0.0}, "optim.lr=0.0"),
         ({"lr": float("nan")}, "optim.lr=nan"),
