@@ -5,16 +5,16 @@ TensorFlow is imported for image files and records only, and never sees the GPU.
 
 import dataclasses
 import logging
-import os
 import pathlib
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
 
 import npz_files
 from checks import choose, path_of, require
+from image_arrays import as_classes, as_images
+from image_files import header, split_files
 from lazy_tensorflow import tensorflow
 from point_samplers import SAMPLERS
 from streams import Dataset, Finite, Fresh, Sampler, Shape
@@ -23,7 +23,6 @@ from toy_data import LAWS
 
 logger = logging.getLogger("fokker")
 MOST_POINTS = 10_000_000  # of a split of a toy set, which is held in memory
-LARGEST_CLASS = 65_535
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,67 +141,13 @@ def _only(split: Finite, chosen: np.ndarray) -> Finite:
     )
 
 
-def _check_array(key: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
-    """The uint8 images [n, H, W, C], checked; a missing channel axis is added.
-
-    Raises:
-        ValueError: they are of another type or shape; names the array and what converts it.
-    """
-    if array.dtype != np.uint8:
-        raise ValueError(f"{key} is {array.dtype}: need uint8, 0 to levels - 1; {_as_uint8(array)}")
-    if array.ndim not in (3, 4) or array.size == 0:
-        raise ValueError(f"{key} has shape {array.shape}: need [n, H, W(, C)], not empty")
-    array = array[..., None] if array.ndim == 3 else array
-    if advice := _as_colours(array.shape):
-        raise ValueError(f"{key} has shape {array.shape}: need 1 or 3 channels, last; {advice}")
-    _check_shape(key, array.shape[1:], config)
-    allowed = f"more than the largest value of {key}, {array.max()}"
+def _check_array(name: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
+    """The images [n, H, W, C], whose shape and levels are those of the config."""
+    array = as_images(name, array)
+    _check_shape(name, array.shape[1:], config)
+    allowed = f"more than the largest value of {name}, {array.max()}"
     require(config.levels > array.max(), "data.levels", config.levels, allowed)
     return array
-
-
-def _as_uint8(array: np.ndarray) -> str:
-    """How to make 8-bit images of values of another type."""
-    if array.dtype == bool:
-        return "convert it by x.astype(np.uint8), with data.levels=2"
-    if array.dtype.kind not in "iuf" or array.size == 0:
-        return "it holds no numbers"
-    if not np.isfinite(array).all():
-        return f"{np.sum(~np.isfinite(array))} of its values are NaN or infinite: remove them first"
-    low, high = array.min(), array.max()
-    if low < -1 or high > 255 or (low < 0 and high > 1):
-        return f"its values are {low} to {high}: scale them to 0 to 255 first"
-    if low < 0:
-        return f"its values are {low} to {high}: np.uint8(np.round(127.5 * (x + 1))) converts it"
-    if high <= 1 and array.dtype.kind == "f":
-        return f"its values are {low} to {high}: np.uint8(np.round(255 * x)) converts it"
-    return f"its values are {low} to {high}: np.uint8(np.round(x)) converts it"
-
-
-def _as_colours(shape: Shape) -> str:
-    """How to make 1 or 3 channels, the last axis, of images [n, H, W, C]; empty if they are."""
-    if shape[3] in (1, 3):
-        return ""
-    if shape[1] in (1, 3):
-        return "its channels come first: x.transpose(0, 2, 3, 1) moves them"
-    if shape[3] in (2, 4):
-        return f"the last of {shape[3]} is opacity (alpha): x[..., :-1] drops it"
-    return "images of other channels have no likelihood here"
-
-
-def _check_labels(key: str, labels: np.ndarray | None, size: int) -> np.ndarray | None:
-    """The classes of a split, int [n], checked."""
-    if labels is None:
-        return None
-    fits = labels.shape == (size,) and np.issubdtype(labels.dtype, np.integer)
-    if not fits or labels.min() < 0 or labels.max() > LARGEST_CLASS:
-        column = "; y.reshape(-1) makes it so" if labels.shape == (size, 1) else ""
-        values = f" from {labels.min()} to {labels.max()}" if fits else ""
-        raise ValueError(
-            f"{key} is {labels.dtype} {labels.shape}{values}: need integers from 0 to "
-            f"{LARGEST_CLASS}, [{size}], one for each image{column}"
-        )
-    return labels.astype(np.int32)
 
 
 Labels = tuple[np.ndarray | None, np.ndarray | None]  # of train and test
@@ -224,7 +169,7 @@ def _arrays(
     _check_values(config, int(max(train.max(), test.max())), shape)
     keys = (f"y_train of {source}", f"y_test of {source}")
     splits = [
-        Finite(len(x), x.__getitem__, labels=_check_labels(key, y, len(x)))
+        Finite(len(x), x.__getitem__, labels=as_classes(key, y, len(x)))
         for key, x, y in zip(keys, (train, test), labels, strict=True)
     ]
     return _image_set(config, shape, dict(zip(("train", "test"), splits, strict=True)), origin)
@@ -275,55 +220,6 @@ def _npz(config: DataConfig) -> Dataset:
     origin = Origin(f"arrays x_train and x_test of {path}", others)
     labels = found.get("y_train"), found.get("y_test")
     return _arrays(config, found["x_train"], found["x_test"], labels, origin)
-
-
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp")
-SPLITS = {
-    "train": "train", "val": "validation", "valid": "validation", "validation": "validation",
-    "test": "test",
-}  # fmt: skip
-
-
-def _below(folder: str | pathlib.Path) -> Iterator[os.DirEntry]:
-    """All that is below a folder and is no folder; links to folders are not followed."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _below(entry.path)
-            else:
-                yield entry
-
-
-def _no_image(entry: os.DirEntry) -> str:
-    """Why an entry of a folder is left out; empty for an image."""
-    if entry.name.startswith("."):
-        return "hidden"
-    suffix = pathlib.PurePath(entry.name).suffix.lower()
-    if suffix not in IMAGES:
-        return suffix or "without suffix"
-    return "" if entry.is_file() else f"{suffix}, no file"
-
-
-def _image_files(folder: pathlib.Path, left_out: Counter[str]) -> list[pathlib.Path]:
-    """Images below a folder, sorted by their path in it; counts what else is there by reason."""
-    reasons = [(_no_image(entry), entry.path) for entry in _below(folder)]
-    left_out.update(reason for reason, _ in reasons if reason)
-    paths = (pathlib.Path(path) for reason, path in reasons if not reason)
-    return sorted(paths, key=lambda p: p.relative_to(folder).as_posix())
-
-
-def _header(path: pathlib.Path) -> tuple[int, int, int]:
-    """(height, width, channels) of an image file, from its header."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "BMP")) as image:
-            mode, (width, height) = image.mode, image.size
-    except Exception as error:  # what PIL raises for damaged headers is not documented
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    if mode not in ("L", "RGB"):
-        raise ValueError(f"{path} has mode {mode}: convert it to 8-bit grey (L) or colour (RGB)")
-    return height, width, 1 if mode == "L" else 3
 
 
 Decode = Callable[["tf.Tensor"], "tf.Tensor"]  # (file name or record) → uint8 image
@@ -385,53 +281,15 @@ def _folder(config: DataConfig) -> Dataset:
     root = path_of("data.path", config.path)
     require(root.is_dir(), "data.path", config.path, "an existing folder")
     require(config.levels == 256, "data.levels", config.levels, "256 for image files")
-    splits, origin = _split_files(root, config)
+    splits, text, left_out = split_files(root)
     paths = [path for split in splits.values() for path in split]
-    shape = _header(paths[0])
+    shape = header(paths[0])
     for path in paths[1:]:
-        if (found := _header(path)) != shape:
+        if (found := header(path)) != shape:
             raise ValueError(f"{path} is {found}, but {paths[0]} is {shape}: need equal images")
     _check_shape(root, shape, config)
     found = {name: _files(files, shape) for name, files in splits.items()}
-    return _image_set(config, shape, found, origin)
-
-
-Files = dict[str, list[pathlib.Path]]  # by the name of the split
-
-
-def _split_files(root: pathlib.Path, config: DataConfig) -> tuple[Files, Origin]:
-    """The files of every split, and how they were split."""
-    folders = {p: SPLITS[p.name.lower()] for p in sorted(root.iterdir())
-               if p.name.lower() in SPLITS and p.is_dir()}  # fmt: skip
-    names, left_out = list(folders.values()), Counter()
-    fits = len(set(names)) == len(names) and (not names or "train" in names)
-    allowed = f"train/, and one each of val/ and test/ at most, not {[p.name for p in folders]}"
-    require(fits, "data.path", config.path, allowed)
-    if folders:
-        splits = {name: _image_files(folder, left_out) for folder, name in folders.items()}
-        text = ", ".join(f"{p.name}/ for {name}" for p, name in folders.items())
-        left_out.update(_outside(root, folders))
-    else:
-        splits, text = {"train": _image_files(root, left_out)}, "not split into train/ and test/"
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-        text += ", which is the test split here"
-    if "test" not in splits:
-        images = splits["train"]
-        splits = {"train": [p for i, p in enumerate(images) if i % 10 != 9], "test": images[9::10]}
-        text += ", every tenth image for the test"
-    empty = [name for name, files in splits.items() if not files]
-    allowed = f"png, jpg or bmp for train and test, not {[len(f) for f in splits.values()]}"
-    require(not empty, "data.path", config.path, allowed)
-    return splits, Origin(f"{root}, {text}", tuple(f"{n} {why}" for why, n in left_out.items()))
-
-
-def _outside(root: pathlib.Path, folders: Collection[pathlib.Path]) -> Counter[str]:
-    """How many files are in a folder that has splits, and in none of them."""
-    within = {str(folder) for folder in folders}
-    others = [entry.path for entry in os.scandir(root) if entry.path not in within]
-    number = sum(1 if not os.path.isdir(p) else len(list(_below(p))) for p in others)
-    return Counter({"outside the splits": number} if number else {})
+    return _image_set(config, shape, found, Origin(f"{root}, {text}", tuple(left_out)))
 
 
 def _builder(config: DataConfig, name: str) -> "tfds.core.DatasetBuilder":

@@ -150,7 +150,10 @@ def main(argv: list[str]) -> None:
     interruption.watch()
     try:
         _run(argv[1:])
-    except (ValueError, FloatingPointError, OSError) as error:
+    except OSError as error:
+        known = error.filename is not None and error.strerror
+        _fail(f"{error.filename}: {error.strerror}" if known else str(error), EXIT_USER_ERROR)
+    except (ValueError, FloatingPointError) as error:
         _fail(str(error), EXIT_USER_ERROR)
     except interruption.Interrupted as stop:
         logger.warning("%s", stop)

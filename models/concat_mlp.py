@@ -17,8 +17,8 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
-from checks import one_of, positive
 from models.layers import ACTIVATIONS
+from models.network import Network
 
 
 def uniform_init(fan_in: int) -> Initializer:
@@ -27,7 +27,7 @@ def uniform_init(fan_in: int) -> Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-class ConcatMLP(nn.Module):
+class ConcatMLP(Network):
     """Perceptron with `depth` hidden layers of width `hidden` and an affine output.
 
     Attributes:
@@ -42,12 +42,6 @@ class ConcatMLP(nn.Module):
     hidden: int = 128
     depth: int = 3
     activation: str = "swish"
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        positive(hidden=self.hidden, depth=self.depth)
-        one_of("activation", self.activation, ACTIVATIONS)
-        super().__post_init__()
 
     @nn.compact
     def __call__(

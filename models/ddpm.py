@@ -14,12 +14,13 @@ Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B; Song et
 https://arxiv.org/abs/2011.13456; Huang et al. 2021, https://arxiv.org/abs/2106.02808.
 """
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from checks import one_of, positive, rate, require
+from checks import require
 from models.layers import (
     ACTIVATIONS,
     DOWNSAMPLE_PADDING,
@@ -27,27 +28,27 @@ from models.layers import (
     DTYPES,
     INIT_MODES,
     NIN,
-    REMAT,
     AttnBlock,
     Downsample,
     GroupNorm,
     Image,
     Upsample,
-    check_levels,
+    check_sides,
     conv3x3,
     default_init,
     dropout,
     embed,
-    joined,
-    per_coordinate,
     rematerialized,
     sinusoidal_embedding,
 )
+from models.network import Network
+from models.walk import Given, Skips, WalkedUNet
 
 UP_ATTENTION = ("every", "last")
 PROJECTION_SCALE = {"fan_avg": 0.1, "fan_out": 1.0}  # of the 1×1 maps, as each form was published
 
 Embedding = Float[Array, "b e"]
+Trail = tuple[Image, Image | None]  # (features, pyramid)
 
 
 class ResnetBlockDDPM(nn.Module):
@@ -87,137 +88,131 @@ class ResnetBlockDDPM(nn.Module):
         return (x + h) * 0.5**0.5 if self.skip_rescale else x + h
 
 
-class DDPM(nn.Module):
-    """U-Net with residual blocks, attention at some resolutions, and the label's embedding.
+class PublishedUNet(WalkedUNet):
+    """The walk of Ho et al., of which `DDPM` and `NCSNpp` are forms.
+
+    What travels is (h, pyramid): the features, and the pyramid of NCSN++ at their size, which is
+    that of the input on the way down and that of the output on the way up.
 
     Attributes:
         nf: channels of the first level; the embedding of the label has nf, then 4 nf components.
         ch_mult: channels of level i are nf · ch_mult[i]; each level halves the size.
         num_res_blocks: residual blocks of a level on the way down (one more on the way up).
         attn_resolutions: heights of feature maps, in pixels, that have attention.
-        dropout: rate, in [0, 1).
         resamp_with_conv: resample with 3×3 convolutions, else mean and nearest neighbour.
         conditional: False ignores the label.
         nonlinearity: a name in `layers.ACTIVATIONS`.
-        num_groups: groups of every GroupNorm; divides the channels of every level.
-        up_attention: on the way up, attention after `every` block or after the `last` of a level.
-        downsample_padding: of the strided convolution, `same` (0, 1) or `symmetric` (1, 1).
-        init_mode: `fan_avg` or `fan_out`, see `layers.default_init`; `fan_avg` starts the 1×1 maps
-            with scale 0.1, `fan_out` with 1.
-        dropout_mode: drop every `element` on its own, or a whole `channel` of an image.
         centered: images are in [−1, 1]; otherwise the network maps x to 2x − 1.
-        dtype: of convolutions and products, `float32` (as the input) or `bfloat16`.
-        remat: what the reverse pass computes again, a name in `layers.REMAT`.
-        outputs: numbers K per coordinate that a head asks for.
-
-    Raises:
-        ValueError: a field, or the size of the image, has a value that is not allowed.
     """
 
     nf: int = 128
     ch_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
     resamp_with_conv: bool = True
     conditional: bool = True
     nonlinearity: str = "swish"
-    num_groups: int = 32
-    up_attention: str = "last"
-    downsample_padding: str = "same"
-    init_mode: str = "fan_avg"
-    dropout_mode: str = "element"
     centered: bool = True
-    dtype: str = "float32"
-    remat: str = "none"
-    outputs: int = 1
 
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        positive(num_res_blocks=self.num_res_blocks, num_groups=self.num_groups)
-        check_levels(self.nf, self.ch_mult)
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("remat", self.remat, REMAT)
-        one_of("nonlinearity", self.nonlinearity, ACTIVATIONS)
-        one_of("up_attention", self.up_attention, UP_ATTENTION)
-        one_of("downsample_padding", self.downsample_padding, DOWNSAMPLE_PADDING)
-        one_of("init_mode", self.init_mode, INIT_MODES)
-        one_of("dropout_mode", self.dropout_mode, DROPOUT_SHARED_AXES)
-        rate("dropout", self.dropout)
-        for channels in (self.nf, *(self.nf * mult for mult in self.ch_mult)):
-            fits = channels % self.num_groups == 0  # the skips' channels are sums of these
-            allowed = f"a divisor of {channels} channels, from nf and ch_mult"
-            require(fits, "num_groups", self.num_groups, allowed)
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Image,
-        label: Float[Array, " b"],
-        train: bool = False,
-        features: Float[Array, "b h w c f"] | None = None,
-    ) -> Array:
-        """Map x: [B, H, W, C] and label: [B] to the same shape, or [B, H, W, C, K] for a head.
-
-        `features` are more numbers per coordinate, as input; dropout only if `train`.
-
-        Raises:
-            ValueError: x is not a batch of images, or H or W is not divisible by 2^(levels − 1).
-        """
-        check_levels(self.nf, self.ch_mult, x.shape)
-        temb = self._embed(label, x.dtype) if self.conditional else None
-        image = x if self.centered else 2.0 * x - 1.0
-        h, skips = self._down(joined(image, features), temb, train)
-        h = self._res(h.shape[-1])(h, temb, train)
-        h = self._attn()(h)
-        h = self._res(h.shape[-1])(h, temb, train)
-        h = self._up(h, skips, temb, train)
-        h = ACTIVATIONS[self.nonlinearity](GroupNorm(self.num_groups)(h))
-        out = conv3x3(x.shape[-1] * self.outputs, scale=0.0, init_mode=self.init_mode)(h)
-        return per_coordinate(out, self.outputs).astype(x.dtype)
+    # Each of these is a field of one of the two forms; the other form has this value.
+    num_groups: ClassVar[int | None] = None
+    up_attention: ClassVar[str] = "last"
+    init_mode: ClassVar[str] = "fan_avg"
+    dropout_mode: ClassVar[str] = "element"
+    init_scale: ClassVar[float] = 0.0
+    skip_rescale: ClassVar[bool] = False
 
     @nn.nowrap
-    def _embed(self, label: Float[Array, " b"], dtype: DTypeLike) -> Embedding:
-        embedding = sinusoidal_embedding(label, self.nf).astype(dtype)
-        act = ACTIVATIONS[self.nonlinearity]
+    def levels(self) -> int:
+        """The number of levels."""
+        return len(self.ch_mult)
+
+    @nn.nowrap
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse images that cannot be halved by all levels but the last."""
+        check_sides(shape, 2 ** (self.levels() - 1), "ch_mult", self.ch_mult)
+
+    @nn.nowrap
+    def scaled(self, x: Image) -> Image:
+        """Bring the image into [−1, 1]."""
+        return x if self.centered else 2.0 * x - 1.0
+
+    @nn.nowrap
+    def condition(
+        self,
+        label: Float[Array, " b"],
+        x: Image,
+        features: Float[Array, "b h w c f"] | None,
+        train: bool,
+    ) -> Embedding | None:
+        """Embed the label: W_2 act(W_1 embedding(label) + b_1) + b_2, shape [B, 4 nf]."""
+        if not self.conditional:
+            return None
+        embedding, act = self.embedding(label).astype(x.dtype), ACTIVATIONS[self.nonlinearity]
         return embed(embedding, self.nf, act, self.init_mode, self.dtype)
 
     @nn.nowrap
-    def _down(self, x: Image, temb: Embedding | None, train: bool) -> tuple[Image, list[Image]]:
-        """The way down; the skips are the first convolution, every block, every Downsample."""
-        h = conv3x3(self.nf, init_mode=self.init_mode, dtype=self.dtype)(x)
-        skips = [h]
-        for level, mult in enumerate(self.ch_mult):
-            for _ in range(self.num_res_blocks):
-                h = self._res(self.nf * mult)(h, temb, train)
-                h = self._attn()(h) if self._attends(h) else h
-                skips.append(h)
-            if level != len(self.ch_mult) - 1:
-                h = Downsample(
-                    self.resamp_with_conv,
-                    self.downsample_padding,
-                    self.init_mode,
-                    dtype=self.dtype,
-                )(h)
-                skips.append(h)
-        return h, skips
+    def embedding(self, label: Float[Array, " b"]) -> Embedding:
+        """The sinusoidal embedding of the label, shape [B, nf]."""
+        return sinusoidal_embedding(label, self.nf)
 
     @nn.nowrap
-    def _up(self, h: Image, skips: list[Image], temb: Embedding | None, train: bool) -> Image:
-        """The way up; every block reads the skip of the same size that was stored last."""
-        for level, mult in reversed(list(enumerate(self.ch_mult))):
-            for block in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = self._res(self.nf * mult)(h, temb, train)
-                here = self.up_attention == "every" or block == self.num_res_blocks
-                h = self._attn()(h) if here and self._attends(h) else h
-            if level != 0:
-                h = Upsample(self.resamp_with_conv, self.init_mode, dtype=self.dtype)(h)
-        return h
+    def stem(self, seen: Image) -> Trail:
+        """The first convolution, and the image as its pyramid."""
+        return conv3x3(self.nf, init_mode=self.init_mode, dtype=self.dtype)(seen), seen
 
     @nn.nowrap
-    def _res(self, features: int) -> ResnetBlockDDPM:
+    def halve(self, trail: Trail, level: int, given: Given) -> Trail:
+        """Halve the features and leave the pyramid as it is."""
+        return self.resampled(trail[0], "down", given), trail[1]
+
+    @nn.nowrap
+    def down(self, trail: Trail, level: int, skips: Skips, given: Given) -> Trail:
+        """Apply the blocks; the skips are what enters the level and the output of every block."""
+        h, pyramid = trail
+        skips.append(h)
+        for _ in range(self.num_res_blocks):
+            h = self.attended(self.block(h, self.nf * self.ch_mult[level], given))
+            skips.append(h)
+        return h, pyramid
+
+    @nn.nowrap
+    def middle(self, trail: Trail, given: Given) -> Trail:
+        """Apply a block, attention and a block; the pyramid of the output is still missing."""
+        features = trail[0].shape[-1]
+        h = self.attention()(self.block(trail[0], features, given))
+        return self.block(h, features, given), None
+
+    @nn.nowrap
+    def up(self, trail: Trail, level: int, skips: Skips, given: Given) -> Trail:
+        """Apply one block to every skip, the last first, joined with the features."""
+        h, pyramid = trail
+        for number in range(self.num_res_blocks + 1):
+            h = jnp.concatenate([h, skips.pop()], axis=-1)
+            h = self.block(h, self.nf * self.ch_mult[level], given)
+            if self.up_attention == "every" or number == self.num_res_blocks:
+                h = self.attended(h)
+        return h, pyramid
+
+    @nn.nowrap
+    def double(self, trail: Trail, level: int, given: Given) -> Trail:
+        """Double the features and leave the pyramid as it is."""
+        return self.resampled(trail[0], "up", given), trail[1]
+
+    @nn.nowrap
+    def image(self, trail: Trail, given: Given) -> Image:
+        """Make the output, an image of K times the channels of x, from the features."""
+        return self.to_image(trail[0], given.channels, self.init_scale)
+
+    @nn.nowrap
+    def to_image(self, h: Image, channels: int, scale: float) -> Image:
+        """Map the features to an image: conv3×3(act(GroupNorm(h)))."""
+        h = ACTIVATIONS[self.nonlinearity](GroupNorm(self.num_groups)(h))
+        return conv3x3(channels, scale=scale, init_mode=self.init_mode)(h)
+
+    @nn.nowrap
+    def block(self, h: Image, features: int, given: Given) -> Image:
+        """Apply one residual block to the features."""
         return rematerialized(ResnetBlockDDPM, self.remat)(
             features,
             nonlinearity=self.nonlinearity,
@@ -225,15 +220,71 @@ class DDPM(nn.Module):
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,
             init_mode=self.init_mode,
+            init_scale=self.init_scale,
+            skip_rescale=self.skip_rescale,
             dtype=self.dtype,
-        )
+        )(h, given.cond, given.train)
 
     @nn.nowrap
-    def _attn(self) -> AttnBlock:
+    def attention(self) -> AttnBlock:
+        """Make a block of attention."""
         return rematerialized(AttnBlock, self.remat)(
-            self.num_groups, PROJECTION_SCALE[self.init_mode], self.init_mode, dtype=self.dtype
+            self.num_groups,
+            PROJECTION_SCALE[self.init_mode],
+            self.init_mode,
+            self.init_scale,
+            self.skip_rescale,
+            self.dtype,
         )
 
     @nn.nowrap
-    def _attends(self, h: Image) -> bool:
-        return h.shape[1] in self.attn_resolutions
+    def attended(self, h: Image) -> Image:
+        """h after attention, at the sizes that have it."""
+        return self.attention()(h) if h.shape[1] in self.attn_resolutions else h
+
+
+class DDPM(PublishedUNet):
+    """U-Net with residual blocks, attention at some resolutions, and the label's embedding.
+
+    Attributes:
+        num_groups: groups of every GroupNorm; divides the channels of every level.
+        up_attention: on the way up, attention after `every` block or after the `last` of a level.
+        downsample_padding: of the strided convolution, `same` (0, 1) or `symmetric` (1, 1).
+        init_mode: `fan_avg` or `fan_out`, see `layers.default_init`; `fan_avg` starts the 1×1 maps
+            with scale 0.1, `fan_out` with 1.
+        dropout_mode: drop every `element` on its own, or a whole `channel` of an image.
+
+    The other fields are those of `PublishedUNet` and of `WalkedUNet`.
+
+    Raises:
+        ValueError: a field, or the size of the image, has a value that is not allowed.
+    """
+
+    num_groups: int = 32
+    up_attention: str = "last"
+    downsample_padding: str = "same"
+    init_mode: str = "fan_avg"
+    dropout_mode: str = "element"
+
+    OPTIONS: ClassVar = Network.OPTIONS | {
+        "up_attention": UP_ATTENTION,
+        "downsample_padding": DOWNSAMPLE_PADDING,
+        "init_mode": INIT_MODES,
+        "dropout_mode": DROPOUT_SHARED_AXES,
+    }
+
+    def __post_init__(self) -> None:
+        """Check the fields, and that GroupNorm can divide the channels of every level."""
+        super().__post_init__()
+        for channels in (self.nf, *(self.nf * mult for mult in self.ch_mult)):
+            fits = channels % self.num_groups == 0  # the skips' channels are sums of these
+            allowed = f"a divisor of {channels} channels, from nf and ch_mult"
+            require(fits, "num_groups", self.num_groups, allowed)
+
+    @nn.nowrap
+    def resampled(self, h: Image, way: str, given: Given) -> Image:
+        """h at half ("down") or twice ("up") the size."""
+        if way == "up":
+            return Upsample(self.resamp_with_conv, self.init_mode, dtype=self.dtype)(h)
+        padding = self.downsample_padding
+        return Downsample(self.resamp_with_conv, padding, self.init_mode, dtype=self.dtype)(h)

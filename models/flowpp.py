@@ -33,12 +33,12 @@ BISECTIONS = 60
 
 
 def split_columns(x: Image) -> Halves:
-    """Even and odd columns."""
+    """Split an image into its even and its odd columns."""
     return x[:, :, 0::2], x[:, :, 1::2]
 
 
 def merge_columns(halves: Halves) -> Image:
-    """Inverse of `split_columns`."""
+    """Undo `split_columns`: put the even and the odd columns in turn."""
     b, h, w, c = halves[0].shape
     return jnp.stack(halves, axis=3).reshape(b, h, 2 * w, c)
 
@@ -49,12 +49,12 @@ def sum_all(x: Float[Array, "b *d"]) -> Float[Array, " b"]:
 
 
 def channels(values: Float[Array, " c"]) -> Float[Array, "1 1 1 c"]:
-    """One number per channel, to go with an image or a kernel."""
+    """Shape one number per channel so that it goes with an image or a kernel."""
     return values[None, None, None]
 
 
 def concat_elu(x: Image) -> Image:
-    """elu([x, −x])."""
+    """Apply elu to [x, −x], which has twice the channels of x."""
     return nn.elu(jnp.concatenate([x, -x], axis=-1))
 
 
@@ -334,7 +334,7 @@ class Flowpp(nn.Module):
     processor: str = "shallow"
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Check the fields, and that the heads divide the channels they share."""
         positive(filters=self.filters, components=self.components, blocks=self.blocks)
         positive(heads=self.heads, couplings=self.couplings)
         one_of("processor", self.processor, PROCESSORS)

@@ -22,7 +22,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from checks import positive, require
+from checks import require
 
 Activation = Callable[[jax.Array], jax.Array]
 Image = Float[Array, "b h w c"]
@@ -35,22 +35,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": nn.swish,
 }
 INIT_MODES = ("fan_avg", "fan_out")
-# Of convolutions and products; parameters, statistics and the output of a network stay as they are.
+# The type of convolutions and products; parameters, statistics and the output keep their type.
 DTYPES: dict[str, DTypeLike | None] = {"float32": None, "bfloat16": jnp.bfloat16}
 DOWNSAMPLE_PADDING = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
 DROPOUT_SHARED_AXES = {"element": (), "channel": (1, 2)}
-
-
-def check_levels(nf: int, ch_mult: tuple[int, ...], shape: tuple[int, ...] | None = None) -> None:
-    """Refuse levels that are no U-Net, or images [B, H, W, C] that cannot be halved that often.
-
-    Raises:
-        FieldError: ch_mult is empty or not positive; H or W is not divisible by 2^(levels − 1).
-    """
-    require(len(ch_mult) > 0, "ch_mult", ch_mult, "one factor per level")
-    positive(nf=nf, **{f"ch_mult[{i}]": mult for i, mult in enumerate(ch_mult)})
-    if shape is not None:
-        check_sides(shape, 2 ** (len(ch_mult) - 1), "ch_mult", ch_mult)
 
 
 def check_sides(shape: tuple[int, ...], divisor: int, field: str, value: object) -> None:
@@ -69,9 +57,9 @@ def _convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "conv_general_dilated"
 
 
-# Of XLA, for programs that run once, as `init`: optimising them takes longer than they do.
+# Options of XLA for a program that runs once, such as `init`: to optimise it would take longer.
 QUICK = {"xla_backend_optimization_level": 0}
-# What the reverse pass computes again of every block: nothing, all, all but its convolutions.
+# The reverse pass computes nothing again, or every block, or every block but its convolutions.
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from checks import one_of, positive, rate, require
 from models.layers import (
     ACTIVATIONS,
     default_init,
@@ -26,6 +25,7 @@ from models.layers import (
     sinusoidal_embedding,
     standardize,
 )
+from models.network import Network
 
 
 class ResidualBlock(nn.Module):
@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
         return h + nn.Dense(width, kernel_init=default_init(0.0))(u)
 
 
-class MLP(nn.Module):
+class MLP(Network):
     """Residual perceptron with `depth` blocks of width `hidden`, modulated by the label.
 
     Attributes:
@@ -69,14 +69,6 @@ class MLP(nn.Module):
     dropout: float = 0.0
     activation: str = "swish"
     outputs: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        positive(hidden=self.hidden, depth=self.depth)
-        require(self.embed_dim >= 4, "embed_dim", self.embed_dim, "at least 4")
-        rate("dropout", self.dropout)
-        one_of("activation", self.activation, ACTIVATIONS)
-        super().__post_init__()
 
     @nn.compact
     def __call__(

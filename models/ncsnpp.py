@@ -15,49 +15,44 @@ Reference: Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix H.
 """
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from checks import one_of, positive, rate
-from models.ddpm import Embedding, ResnetBlockDDPM
-from models.fir import (
-    FIRDownsample,
-    FIRUpsample,
-    check_taps,
-    fir_downsample,
-    fir_upsample,
-)
+from models.ddpm import Embedding, PublishedUNet, Trail
+from models.fir import FIRDownsample, FIRUpsample, check_taps, fir_downsample, fir_upsample
 from models.layers import (
     ACTIVATIONS,
     DTYPES,
-    REMAT,
-    AttnBlock,
     Downsample,
     GroupNorm,
     Image,
     Upsample,
-    check_levels,
     conv3x3,
     default_init,
     dropout,
-    embed,
-    joined,
     mean_downsample,
     nearest_upsample,
-    per_coordinate,
     rematerialized,
-    sinusoidal_embedding,
 )
+from models.network import Network
+from models.walk import Given, Skips
 
 RESBLOCK_TYPES = ("ddpm", "biggan")
 PROGRESSIVE = ("none", "output_skip", "residual")
 PROGRESSIVE_INPUT = ("none", "input_skip", "residual")
 PROGRESSIVE_COMBINE = ("sum", "cat")
 EMBEDDING_TYPES = ("positional", "fourier")
+
+
+def resampled(x: Image, way: str, taps: tuple[float, ...] | None) -> Image:
+    """x at half ("down") or twice ("up") the size; without taps, means of 2×2 or nearest."""
+    if taps is None:
+        return {"down": mean_downsample, "up": nearest_upsample}[way](x)
+    return {"down": fir_downsample, "up": fir_upsample}[way](x, taps)
 
 
 class GaussianFourierProjection(nn.Module):
@@ -131,25 +126,16 @@ class ResnetBlockBigGAN(nn.Module):
             )(x)  # fmt: skip
         return (x + h) * 0.5**0.5 if self.skip_rescale else x + h
 
+    @nn.nowrap
     def _resampled(self, x: Image) -> Image:
-        if self.resample == "down":
-            return mean_downsample(x) if self.taps is None else fir_downsample(x, self.taps)
-        if self.resample == "up":
-            return nearest_upsample(x) if self.taps is None else fir_upsample(x, self.taps)
-        return x
+        return resampled(x, self.resample, self.taps) if self.resample else x
 
 
-class NCSNpp(nn.Module):
-    """U-Net with every published option.
+class NCSNpp(PublishedUNet):
+    """U-Net with every published option; GroupNorm has min(C/4, 32) groups.
 
     Attributes:
-        nf: channels of the first level; the embedding of the label has 4 nf components.
-        ch_mult: channels of level i are nf · ch_mult[i]; each level halves the size.
-        num_res_blocks: residual blocks of a level on the way down (one more on the way up).
-        attn_resolutions: heights of feature maps, in pixels, that have attention.
-        dropout: rate, in [0, 1).
-        resamp_with_conv: with `ddpm` blocks, resample with 3×3 convolutions.
-        conditional: False ignores the label.
+        resamp_with_conv: as in `PublishedUNet`, with `ddpm` blocks only.
         fir: resample through the filter `fir_kernel`.
         fir_kernel: its taps.
         skip_rescale: residual sums are divided by √2.
@@ -162,25 +148,14 @@ class NCSNpp(nn.Module):
         fourier_scale: standard deviation of the Fourier frequencies.
         trainable_embedding: train them.
         init_scale: of the last convolution of every block and of the output; 0: near zero.
-        nonlinearity: a name in `layers.ACTIVATIONS`.
-        centered: images are in [−1, 1]; otherwise the network maps x to 2x − 1.
-        dtype: of convolutions and products, `float32` (as the input) or `bfloat16`.
-        remat: what the reverse pass computes again, a name in `layers.REMAT`.
-        outputs: numbers K per coordinate that a head asks for.
 
-    GroupNorm has min(C/4, 32) groups.
+    The other fields are those of `PublishedUNet` and of `WalkedUNet`.
 
     Raises:
         ValueError: a field, or the size of the image, has a value that is not allowed.
     """
 
-    nf: int = 128
-    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 4
-    attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
-    resamp_with_conv: bool = True
-    conditional: bool = True
     fir: bool = False
     fir_kernel: tuple[float, ...] = (1, 3, 3, 1)
     skip_rescale: bool = True
@@ -192,186 +167,97 @@ class NCSNpp(nn.Module):
     fourier_scale: float = 16.0
     trainable_embedding: bool = False
     init_scale: float = 0.0
-    nonlinearity: str = "swish"
-    centered: bool = True
-    dtype: str = "float32"
-    remat: str = "none"
-    outputs: int = 1
+
+    OPTIONS: ClassVar = Network.OPTIONS | {
+        "resblock_type": RESBLOCK_TYPES,
+        "progressive": PROGRESSIVE,
+        "progressive_input": PROGRESSIVE_INPUT,
+        "progressive_combine": PROGRESSIVE_COMBINE,
+        "embedding_type": EMBEDDING_TYPES,
+    }
 
     def __post_init__(self) -> None:
-        """Check the fields."""
-        positive(nf=self.nf, num_res_blocks=self.num_res_blocks)
-        rate("dropout", self.dropout)
+        """Check the fields, and that the filter can be normalised."""
         check_taps(self.fir_kernel)
-        for field, known in (
-            ("nonlinearity", ACTIVATIONS),
-            ("resblock_type", RESBLOCK_TYPES),
-            ("progressive", PROGRESSIVE),
-            ("progressive_input", PROGRESSIVE_INPUT),
-            ("progressive_combine", PROGRESSIVE_COMBINE),
-            ("embedding_type", EMBEDDING_TYPES),
-            ("dtype", DTYPES),
-            ("remat", REMAT),
-        ):
-            one_of(field, getattr(self, field), known)
-        check_levels(self.nf, self.ch_mult)
         super().__post_init__()
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Image,
-        label: Float[Array, " b"],
-        train: bool = False,
-        features: Float[Array, "b h w c f"] | None = None,
-    ) -> Array:
-        """Map x: [B, H, W, C] and label: [B] to the same shape, or [B, H, W, C, K] for a head.
-
-        `features` are more numbers per coordinate, as input; dropout only if `train`.
-
-        Raises:
-            ValueError: x is not a batch of images, or H or W is not divisible by 2^(levels − 1).
-        """
-        check_levels(self.nf, self.ch_mult, x.shape)
-        temb = self._embed(label, x.dtype) if self.conditional else None
-        image = x if self.centered else 2.0 * x - 1.0
-        h, skips = self._down(joined(image, features), temb, train)
-        h = self._res(h.shape[-1])(h, temb, train)
-        h = self._attn()(h)
-        h = self._res(h.shape[-1])(h, temb, train)
-        channels = x.shape[-1] * self.outputs
-        h, pyramid = self._up(h, skips, channels, temb, train)
-        out = h if pyramid is None else pyramid
-        if self.progressive != "output_skip":
-            out = self._to_image(h, channels, self.init_scale)
-        return per_coordinate(out, self.outputs).astype(x.dtype)
+    @property
+    def taps(self) -> tuple[float, ...] | None:
+        """The taps of the filter, if resampling filters."""
+        return self.fir_kernel if self.fir else None
 
     @nn.nowrap
-    def _embed(self, label: Float[Array, " b"], dtype: DTypeLike) -> Embedding:
-        """W_2 act(W_1 embedding(label) + b_1) + b_2, shape [B, 4 nf]."""
-        if self.embedding_type == "fourier":
-            project = GaussianFourierProjection(
-                self.nf, self.fourier_scale, self.trainable_embedding
-            )
-            embedding = project(jnp.log(label))
-        else:
-            embedding = sinusoidal_embedding(label, self.nf)
-        act = ACTIVATIONS[self.nonlinearity]
-        return embed(embedding.astype(dtype), self.nf, act, dtype=self.dtype)
+    def embedding(self, label: Float[Array, " b"]) -> Embedding:
+        """The embedding of the label, shape [B, nf], or [B, 2 nf] for `fourier`."""
+        if self.embedding_type == "positional":
+            return super().embedding(label)
+        scale, trainable = self.fourier_scale, self.trainable_embedding
+        return GaussianFourierProjection(self.nf, scale, trainable)(jnp.log(label))
 
     @nn.nowrap
-    def _down(self, x: Image, temb: Embedding | None, train: bool) -> tuple[Image, list[Image]]:
-        """The way down; the skips are the first convolution, every block, every halving."""
-        h, pyramid = conv3x3(self.nf, dtype=self.dtype)(x), x
-        skips = [h]
-        for level, mult in enumerate(self.ch_mult):
-            for _ in range(self.num_res_blocks):
-                h = self._res(self.nf * mult)(h, temb, train)
-                h = self._attn()(h) if self._attends(h) else h
-                skips.append(h)
-            if level != len(self.ch_mult) - 1:
-                h = self._resampled(h, "down", temb, train)
-                h, pyramid = self._join_input(h, pyramid)
-                skips.append(h)
-        return h, skips
-
-    @nn.nowrap
-    def _join_input(self, h: Image, pyramid: Image) -> tuple[Image, Image]:
-        """(features, pyramid) after the pyramid of the input was halved."""
+    def halve(self, trail: Trail, level: int, given: Given) -> Trail:
+        """Halve the features and the pyramid of the input, and join the two."""
+        h, pyramid = super().halve(trail, level, given)
         if self.progressive_input == "input_skip":
-            pyramid = fir_downsample(pyramid, self.fir_kernel) if self.fir else (
-                mean_downsample(pyramid)
-            )  # fmt: skip
-            return Combine(self.progressive_combine, self.dtype)(pyramid, h), pyramid
-        if self.progressive_input == "residual":
-            pyramid = self._resample_with_conv("down", h.shape[-1])(pyramid)
-            h = pyramid = self._sum(pyramid, h)
+            pyramid = resampled(pyramid, "down", self.taps)
+            h = Combine(self.progressive_combine, self.dtype)(pyramid, h)
+        elif self.progressive_input == "residual":
+            h = pyramid = self._sum(self._convolved(pyramid, "down", h.shape[-1]), h)
         return h, pyramid
 
     @nn.nowrap
-    def _up(
-        self, h: Image, skips: list[Image], channels: int, temb: Embedding | None, train: bool
-    ) -> tuple[Image, Image | None]:
-        """The way up: (features, pyramid of the output)."""
-        pyramid = None
-        for level, mult in reversed(list(enumerate(self.ch_mult))):
-            for _ in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = self._res(self.nf * mult)(h, temb, train)
-            h = self._attn()(h) if self._attends(h) else h
-            h, pyramid = self._join_output(h, pyramid, channels)
-            if level != 0:
-                h = self._resampled(h, "up", temb, train)
-        return h, pyramid
-
-    @nn.nowrap
-    def _join_output(
-        self, h: Image, pyramid: Image | None, channels: int
-    ) -> tuple[Image, Image | None]:
-        """(features, pyramid) after the pyramid of the output, if any, was doubled."""
+    def up(self, trail: Trail, level: int, skips: Skips, given: Given) -> Trail:
+        """Apply the blocks, double the pyramid of the output, if any, and add to it."""
+        h, pyramid = super().up(trail, level, skips, given)
         if self.progressive == "output_skip":
-            if pyramid is not None:
-                pyramid = fir_upsample(pyramid, self.fir_kernel) if self.fir else (
-                    nearest_upsample(pyramid)
-                )  # fmt: skip
-            image = self._to_image(h, channels, self.init_scale)
-            return h, image if pyramid is None else pyramid + image
+            finer = None if pyramid is None else resampled(pyramid, "up", self.taps)
+            image = self.to_image(h, given.channels, self.init_scale)
+            return h, image if finer is None else finer + image
         if self.progressive == "residual":
             if pyramid is None:
-                return h, self._to_image(h, h.shape[-1], 1.0)
-            h = pyramid = self._sum(self._resample_with_conv("up", h.shape[-1])(pyramid), h)
+                return h, self.to_image(h, h.shape[-1], 1.0)
+            h = pyramid = self._sum(self._convolved(pyramid, "up", h.shape[-1]), h)
         return h, pyramid
 
     @nn.nowrap
-    def _to_image(self, h: Image, channels: int, scale: float) -> Image:
-        h = ACTIVATIONS[self.nonlinearity](GroupNorm(None)(h))
-        return conv3x3(channels, scale=scale)(h)
+    def image(self, trail: Trail, given: Given) -> Image:
+        """Return the pyramid for `output_skip`, otherwise an image made of the features."""
+        return trail[1] if self.progressive == "output_skip" else super().image(trail, given)
+
+    @nn.nowrap
+    def resampled(self, h: Image, way: str, given: Given) -> Image:
+        """Resample in a block of its own kind, or in a layer between `ddpm` blocks."""
+        if self.resblock_type == "biggan":
+            return self.block(h, h.shape[-1], given, way)
+        if self.resamp_with_conv:
+            return self._convolved(h, way, h.shape[-1])
+        return resampled(h, way, self.taps)
+
+    @nn.nowrap
+    def block(self, h: Image, features: int, given: Given, resample: str = "") -> Image:
+        """One residual block, which may resample if it is of the kind `biggan`."""
+        if self.resblock_type == "ddpm":
+            return super().block(h, features, given)
+        return rematerialized(ResnetBlockBigGAN, self.remat)(
+            features,
+            resample,
+            self.taps,
+            nonlinearity=self.nonlinearity,
+            dropout=self.dropout,
+            init_scale=self.init_scale,
+            skip_rescale=self.skip_rescale,
+            dtype=self.dtype,
+        )(h, given.cond, given.train)
+
+    @nn.nowrap
+    def _convolved(self, x: Image, way: str, features: int) -> Image:
+        """Resample with a 3×3 convolution to `features` channels."""
+        if self.fir:
+            kind = {"down": FIRDownsample, "up": FIRUpsample}[way]
+            return kind(features, self.fir_kernel, self.dtype)(x)
+        kind = {"down": Downsample, "up": Upsample}[way]
+        return kind(features=features, dtype=self.dtype)(x)
 
     @nn.nowrap
     def _sum(self, x: Image, y: Image) -> Image:
         return (x + y) * 0.5**0.5 if self.skip_rescale else x + y
-
-    @nn.nowrap
-    def _resampled(self, h: Image, way: str, temb: Embedding | None, train: bool) -> Image:
-        """Half or twice the size: a block of its own kind, or a layer between `ddpm` blocks."""
-        if self.resblock_type == "biggan":
-            return self._res(h.shape[-1], way)(h, temb, train)
-        if self.resamp_with_conv:
-            return self._resample_with_conv(way, h.shape[-1])(h)
-        if self.fir:
-            return {"down": fir_downsample, "up": fir_upsample}[way](h, self.fir_kernel)
-        return {"down": mean_downsample, "up": nearest_upsample}[way](h)
-
-    @nn.nowrap
-    def _resample_with_conv(self, way: str, features: int) -> nn.Module:
-        if self.fir:
-            kind = {"down": FIRDownsample, "up": FIRUpsample}[way]
-            return kind(features, self.fir_kernel, dtype=self.dtype)
-        kind = {"down": Downsample, "up": Upsample}[way]
-        return kind(features=features, dtype=self.dtype)
-
-    @nn.nowrap
-    def _res(self, features: int, resample: str = "") -> nn.Module:
-        common = {
-            "nonlinearity": self.nonlinearity,
-            "dropout": self.dropout,
-            "init_scale": self.init_scale,
-            "skip_rescale": self.skip_rescale,
-            "dtype": self.dtype,
-        }
-        if self.resblock_type == "ddpm":
-            return rematerialized(ResnetBlockDDPM, self.remat)(features, num_groups=None, **common)
-        taps = self.fir_kernel if self.fir else None
-        block = rematerialized(ResnetBlockBigGAN, self.remat)
-        return block(features, resample=resample, taps=taps, **common)
-
-    @nn.nowrap
-    def _attn(self) -> nn.Module:
-        block = rematerialized(AttnBlock, self.remat)
-        return block(
-            None, init_scale=self.init_scale, skip_rescale=self.skip_rescale, dtype=self.dtype
-        )
-
-    @nn.nowrap
-    def _attends(self, h: Image) -> bool:
-        return h.shape[1] in self.attn_resolutions

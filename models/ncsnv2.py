@@ -10,7 +10,6 @@ Reference: Song and Ermon 2020, https://arxiv.org/abs/2006.09011, appendix A; Li
 https://arxiv.org/abs/1611.06612.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -20,13 +19,10 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
-from checks import one_of, positive, require
-from models.layers import (
-    ACTIVATIONS,
-    Image,
-    check_sides,
-    mean_downsample,
-)
+from checks import require
+from models.layers import ACTIVATIONS, Image, check_sides, mean_downsample
+from models.network import Network
+from models.walk import Skips, walk
 
 
 def fan_in_init(fan_in: int, scale: float = 1.0) -> Initializer:
@@ -130,7 +126,7 @@ class RefineBlock(nn.Module):
         return residual_units(h, 3 if self.end else 1, act)
 
 
-class NCSNv2(nn.Module):
+class NCSNv2(Network):
     """RefineNet; see the module.
 
     Attributes:
@@ -151,9 +147,7 @@ class NCSNv2(nn.Module):
     centered: bool = True
 
     def __post_init__(self) -> None:
-        """Check the fields."""
-        positive(nf=self.nf, **{f"widths[{i}]": width for i, width in enumerate(self.widths)})
-        one_of("activation", self.activation, ACTIVATIONS)
+        """Check the fields, and that there are enough stages for both dilations."""
         require(len(self.widths) >= 4, "widths", self.widths, "at least 4 stages")
         super().__post_init__()
 
@@ -165,25 +159,46 @@ class NCSNv2(nn.Module):
             ValueError: x is not a batch of images, or H or W cannot be halved by every stage.
         """
         del label, train
-        check_sides(x.shape, 2 ** (len(self.widths) - 3), "widths", self.widths)
-        act, (first, *rest) = ACTIVATIONS[self.activation], self.widths
-        block = functools.partial(ResidualBlock, activation=self.activation)
+        number = len(self.widths)
+        check_sides(x.shape, 2 ** (number - 3), "widths", self.widths)
         h = conv(self.nf, x.shape[-1])(x if self.centered else 2.0 * x - 1.0)
-        for _ in range(2):
-            h = block(self.nf * first)(h)
-        stages = [h]
-        for number, width in enumerate(rest):
-            dilation = max(1, 2 ** (number - len(rest) + 3))
-            h = block(self.nf * width, down=True, dilation=dilation)(h)
-            stages.append(block(self.nf * width, dilation=dilation)(h))
-            h = stages[-1]
-        h = RefineBlock(self.nf * self.widths[-1], activation=self.activation)([stages.pop()])
-        while stages:
-            stage = stages.pop()
-            end = not stages
-            h = RefineBlock(stage.shape[-1], end=end, activation=self.activation)([stage, h])
-        h = act(InstanceNormPlus()(h))
+        h = ACTIVATIONS[self.activation](InstanceNormPlus()(walk(self, number, h)))
         return conv(x.shape[-1], h.shape[-1])(h).astype(x.dtype)
+
+    @nn.nowrap
+    def halve(self, h: Image, level: int) -> Image:
+        """Begin a stage with a residual block that halves or dilates."""
+        return self._block(level, down=True)(h)
+
+    @nn.nowrap
+    def down(self, h: Image, level: int, skips: Skips) -> Image:
+        """End the stage with a residual block, the first with two; the skip is their output."""
+        for _ in range(1 if level else 2):
+            h = self._block(level)(h)
+        skips.append(h)
+        return h
+
+    @nn.nowrap
+    def middle(self, h: Image) -> Image:
+        """Nothing stands between the way down and the way up."""
+        return h
+
+    @nn.nowrap
+    def up(self, h: Image, level: int, skips: Skips) -> Image:
+        """Refine the stage with what came from the coarser one; the coarsest is refined alone."""
+        stage = skips.pop()
+        inputs = [stage, h] if level < len(self.widths) - 1 else [stage]
+        return RefineBlock(stage.shape[-1], end=level == 0, activation=self.activation)(inputs)
+
+    @nn.nowrap
+    def double(self, h: Image, level: int) -> Image:
+        """Leave the size as it is: the next refinement brings its inputs to one size."""
+        return h
+
+    @nn.nowrap
+    def _block(self, level: int, *, down: bool = False) -> ResidualBlock:
+        dilation = max(1, 2 ** (level - len(self.widths) + 3))
+        return ResidualBlock(self.nf * self.widths[level], down, dilation, self.activation)
 
 
 class NCSNv2Deeper(NCSNv2):

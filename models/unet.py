@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from checks import one_of, positive, rate, require
+from checks import require
 from models.layers import (
     ACTIVATIONS,
     DTYPES,
-    REMAT,
     AttnBlock,
     Dropout,
     Image,
@@ -33,11 +32,11 @@ from models.layers import (
     conv3x3,
     default_init,
     joined,
-    per_coordinate,
     rematerialized,
     sinusoidal_embedding,
     standardize,
 )
+from models.walk import Given, Skips, WalkedUNet
 
 
 class ModulatedBlock(nn.Module):
@@ -60,7 +59,7 @@ class ModulatedBlock(nn.Module):
         return h + conv3x3(width, scale=0.0, dtype=self.dtype)(u)
 
 
-class UNet(nn.Module):
+class UNet(WalkedUNet):
     """Residual U-Net whose blocks are modulated by the label.
 
     Attributes:
@@ -70,11 +69,9 @@ class UNet(nn.Module):
         attention: after every block of the coarsest level.
         summary: width of the perceptron that sees the whole input; 0: none.
         embed_dim: size of the sinusoidal embedding of the label.
-        dropout: rate, in [0, 1), inside each block.
         activation: a name in `layers.ACTIVATIONS`.
-        dtype: of convolutions and products, `float32` (as the input) or `bfloat16`.
-        remat: what the reverse pass computes again, a name in `layers.REMAT`.
-        outputs: numbers K per coordinate that a head asks for.
+
+    The other fields are those of `WalkedUNet`.
 
     Raises:
         ValueError: a field, or the size of the image, has a value that is not allowed.
@@ -86,67 +83,34 @@ class UNet(nn.Module):
     attention: bool = False
     summary: int = 0
     embed_dim: int = 64
-    dropout: float = 0.0
     activation: str = "swish"
-    dtype: str = "float32"
-    remat: str = "none"
-    outputs: int = 1
 
     def __post_init__(self) -> None:
-        """Check the fields."""
-        for name in ("channels", "blocks"):
-            values = getattr(self, name)
-            require(len(values) > 0, name, values, "one number per level")
-            positive(**{f"{name}[{i}]": value for i, value in enumerate(values)})
+        """Check the fields, and that there is a number of blocks for every level."""
+        super().__post_init__()
         fits = len(self.channels) == len(self.blocks)
         require(fits, "blocks", self.blocks, f"a number for each of channels={self.channels}")
-        positive(patch=self.patch)
-        require(self.embed_dim >= 4, "embed_dim", self.embed_dim, "at least 4")
-        rate("dropout", self.dropout)
         require(self.summary >= 0, "summary", self.summary, "0 (none) or a width")
-        for field, known in (
-            ("activation", ACTIVATIONS),
-            ("dtype", DTYPES),
-            ("remat", REMAT),
-        ):
-            one_of(field, getattr(self, field), known)
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Image,
-        label: Float[Array, " b"],
-        train: bool = False,
-        features: Float[Array, "b h w c f"] | None = None,
-    ) -> Array:
-        """Map x: [B, H, W, C] and label: [B] to the same shape, or [B, H, W, C, K] for a head.
-
-        `features` are more numbers per coordinate, as input; dropout only if `train`.
-
-        Raises:
-            ValueError: x is no batch of images, or H or W is not divisible by the coarsest level.
-        """
-        divisor = self.patch * 2 ** (len(self.channels) - 1)
-        check_sides(x.shape, divisor, "channels", self.channels)
-        act, seen = ACTIVATIONS[self.activation], joined(x, features)
-        cond = self._condition(label, x, features, train)
-        h = conv3x3(self.channels[0], dtype=self.dtype)(space_to_depth(seen, self.patch))
-        h, skips = self._down(self._with_positions(h), cond, train)
-        h = self._up(h, skips, cond, train)
-        h = act(standardize(h, axes=(3,)))
-        h = conv3x3(x.shape[-1] * self.outputs * self.patch**2, scale=0.0)(h)
-        return per_coordinate(depth_to_space(h, self.patch), self.outputs).astype(x.dtype)
 
     @nn.nowrap
-    def _condition(
+    def levels(self) -> int:
+        """The number of levels."""
+        return len(self.channels)
+
+    @nn.nowrap
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse images that cannot be cut into patches and halved by all levels but the last."""
+        check_sides(shape, self.patch * 2 ** (self.levels() - 1), "channels", self.channels)
+
+    @nn.nowrap
+    def condition(
         self,
         label: Float[Array, " b"],
         x: Image,
         features: Float[Array, "b h w c f"] | None,
         train: bool,
     ) -> Float[Array, "b c"]:
-        """What modulates the blocks: the label, and with `summary` the whole input."""
+        """Embed the label, and with `summary` the whole input: what modulates the blocks."""
         act, width = ACTIVATIONS[self.activation], self.embed_dim
         cond = act(nn.Dense(width)(sinusoidal_embedding(label, self.embed_dim)))
         cond = act(nn.Dense(width)(cond))
@@ -161,47 +125,66 @@ class UNet(nn.Module):
         return cond
 
     @nn.nowrap
+    def stem(self, seen: Image) -> Image:
+        """Convolve the patches of pixels, and add the map of positions."""
+        h = conv3x3(self.channels[0], dtype=self.dtype)(space_to_depth(seen, self.patch))
+        return self._with_positions(h)
+
+    @nn.nowrap
+    def halve(self, h: Image, level: int, given: Given) -> Image:
+        """Halve the size by a strided convolution, and add the map of positions."""
+        width, dtype = self.channels[level], DTYPES[self.dtype]
+        return self._with_positions(nn.Conv(width, (2, 2), strides=2, dtype=dtype)(h))
+
+    @nn.nowrap
+    def down(self, h: Image, level: int, skips: Skips, given: Given) -> Image:
+        """Apply the blocks, at the coarsest level with attention; the skip is their output."""
+        for _ in range(self.blocks[level]):
+            h = self._block(h, given)
+            if self.attention and self._coarsest(level):
+                h = rematerialized(AttnBlock, self.remat)(None, dtype=self.dtype)(h)
+        skips.append(h)
+        return h
+
+    @nn.nowrap
+    def up(self, h: Image, level: int, skips: Skips, given: Given) -> Image:
+        """Add the skip and apply the blocks; nothing more is done at the coarsest level."""
+        skip = skips.pop()
+        if self._coarsest(level):
+            return h
+        h = h + skip
+        for _ in range(self.blocks[level]):
+            h = self._block(h, given)
+        return h
+
+    @nn.nowrap
+    def double(self, h: Image, level: int, given: Given) -> Image:
+        """Map to four times the channels of the finer level, and make 2×2 positions of them."""
+        width = 4 * self.channels[level - 1]
+        h = nn.Dense(width, dtype=DTYPES[self.dtype])(standardize(h, axes=(3,)))
+        return depth_to_space(h, 2)
+
+    @nn.nowrap
+    def image(self, h: Image, given: Given) -> Image:
+        """Make the output: conv3×3(act(N(h))), every position a patch of pixels again."""
+        h = ACTIVATIONS[self.activation](standardize(h, axes=(3,)))
+        h = conv3x3(given.channels * self.patch**2, scale=0.0)(h)
+        return depth_to_space(h, self.patch)
+
+    @nn.nowrap
+    def _coarsest(self, level: int) -> bool:
+        return level == self.levels() - 1
+
+    @nn.nowrap
     def _with_positions(self, h: Image) -> Image:
         """h plus a learned map that is the same for all examples, zero at the start."""
         positions = self.param(f"positions_{h.shape[1]}", nn.initializers.zeros, (1, *h.shape[1:]))
         return h + positions.astype(h.dtype)
 
     @nn.nowrap
-    def _down(self, h: Image, cond: Float[Array, "b c"], train: bool) -> tuple[Image, list[Image]]:
-        """The way down to the coarsest level; the skips are the ends of the finer ones."""
-        skips, last = [], len(self.channels) - 1
-        for level, number in enumerate(self.blocks):
-            for _ in range(number):
-                h = self._block()(h, cond, train)
-                h = self._attended(h) if level == last else h
-            if level != last:
-                skips.append(h)
-                h = nn.Conv(
-                    self.channels[level + 1], (2, 2), strides=2, dtype=DTYPES[self.dtype]
-                )(h)  # fmt: skip
-                h = self._with_positions(h)
-        return h, skips
-
-    @nn.nowrap
-    def _up(self, h: Image, skips: list[Image], cond: Float[Array, "b c"], train: bool) -> Image:
-        """The way up to the finest level."""
-        for level in reversed(range(len(skips))):
-            width = 4 * self.channels[level]
-            h = nn.Dense(width, dtype=DTYPES[self.dtype])(standardize(h, axes=(3,)))
-            h = depth_to_space(h, 2) + skips[level]
-            for _ in range(self.blocks[level]):
-                h = self._block()(h, cond, train)
-        return h
-
-    @nn.nowrap
-    def _block(self) -> nn.Module:
+    def _block(self, h: Image, given: Given) -> Image:
         block = rematerialized(ModulatedBlock, self.remat)
-        return block(self.dropout, self.activation, self.dtype)
-
-    @nn.nowrap
-    def _attended(self, h: Image) -> Image:
-        block = rematerialized(AttnBlock, self.remat)
-        return block(None, dtype=self.dtype)(h) if self.attention else h
+        return block(self.dropout, self.activation, self.dtype)(h, given.cond, given.train)
 
 
 def space_to_depth(x: Image, patch: int) -> Image:
@@ -212,7 +195,7 @@ def space_to_depth(x: Image, patch: int) -> Image:
 
 
 def depth_to_space(x: Image, patch: int) -> Image:
-    """Inverse of `space_to_depth`."""
+    """Undo `space_to_depth`: every position becomes a block of p p pixels again."""
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, patch, patch, c // patch**2)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, -1)

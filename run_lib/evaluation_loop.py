@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import plotting
-from records import Records, Row, summarize
+from records import Records, Row, by, summarize
 from run_lib import devices, figures, folder, identities, loading, quality, report
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.dequantizer_training import check_dequantizer, load_dequantizer
@@ -176,12 +176,11 @@ def fill_rows(
     def parameters() -> Any:  # asked for where a row is missing
         return checkpoint.params if estimator.fit is None else devices.replicate(estimator.fit())
 
-    number = _number(experiment)
-    total = -(-config.num_repeats * number // devices.host().count)  # of the one with most
+    mine = _of_this_process(config.batch_size, _number(experiment))
 
     def there() -> list[Row]:
         rows = records.select(**shared)
-        return [r for r in rows if r["index"] < number and r["repeat"] < config.num_repeats]
+        return [r for r in rows if r["index"] in mine and r["repeat"] < config.num_repeats]
 
     batches = functools.partial(
         evaluation_batches,
@@ -189,7 +188,7 @@ def fill_rows(
         batch_size=config.batch_size,
         num_examples=config.num_examples,
     )
-    progress = Progress(len(there()), total, "image")
+    progress = Progress(len(there()), config.num_repeats * len(mine), "example")
     for repeat in range(config.num_repeats):
         key = jax.random.fold_in(experiment.keys[estimator.key], repeat)
         for batch in batches():
@@ -217,6 +216,7 @@ def _timed(function: Callable) -> Callable[..., tuple[float, dict[str, np.ndarra
     def call(params: Any, key: jax.Array, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         split = devices.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
         if not compiled:
+            logger.info("compiling the estimator")
             compiled.append(mapped.lower(params, key, split).compile())
         started = time.monotonic()
         results = devices.join(mapped(params, key, split))
@@ -242,6 +242,14 @@ def _number(experiment: Experiment) -> int:
     config = experiment.settings.eval
     size = experiment.dataset.size(config.dataset) or 0
     return min(size, config.num_examples or size)
+
+
+def _of_this_process(batch_size: int, number: int) -> set[int]:
+    """Which of the first `number` examples this process computes."""
+    ids = np.arange(number)
+    part = devices.host().part(batch_size)
+    place = ids % batch_size
+    return set(ids[(place >= part.start) & (place < part.stop)].tolist())
 
 
 def evaluation_batches(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import json_files
 import plotting
-from records import Records, Row, Summary, largest_share, summarize
+from records import Records, Row, Summary, by, largest_share, summarize
 from run_lib import comparison, folder, identities, metrics, quality
 
 
@@ -77,6 +77,7 @@ HEADER = ("step", "split", "estimator", "mean ± s.e.", "n", "repeats", "evaluat
           "s/example", "protocol")  # fmt: skip
 PROTOCOLS = "protocols.json"
 GROUP = ("step", "split", "estimator", "protocol", "identity")  # of rows in one line
+HEAVY = 5.0  # examples that one draw is worth; 0.05 for VP and 64 times, 2 to 5 for one time
 
 
 def summaries(eval_folder: Path) -> list[Result]:
@@ -145,10 +146,11 @@ def doubts(rows: list[Row]) -> list[str]:
     name = f"{first['estimator']} at step {first['step']} ({first['split']})"
     remedy = "raise eval.num_times, or take a schedule that ends at less noise"
     found = []
-    if share > max(0.1, 3.0 / len(rows)):
+    if share * len(rows) > HEAVY:
         found.append(
-            f"{name}: one draw makes {share:.0%} of the estimate. Its tails are heavy, and the "
-            f"standard error is too small: {remedy}"
+            f"{name}: one draw makes {share:.1%} of the estimate, as much as "
+            f"{share * len(rows):.0f} examples. Its tails are heavy, and the standard error may be "
+            f"too small: {remedy}"
         )
     of_integers = "largest" in first and first["unit"] == "bits/dim"
     if of_integers and "t_min" not in first["estimator"] and value.mean < -2 * value.standard_error:

@@ -1,6 +1,12 @@
 """Mistakes are told in one line: section, field, value, what is allowed."""
 
+import dataclasses
 import math
+import os
+import runpy
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +15,10 @@ import pytest
 import checks
 import main
 from checks import FieldError, in_section
-from run_lib import config_files
+from run_lib import config_files, evaluation_loop, folder, loading
 from run_lib.experiment import Experiment
 from run_lib.settings import Settings
-from streams import Dataset, Finite
+from streams import Dataset, Finite, Host
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,8 +126,6 @@ def test_a_config_is_resolved_as_it_was_given() -> None:
 
 
 def test_the_config_of_a_run_is_a_config(tmp_path: Path) -> None:
-    from run_lib import folder
-
     config = tiny.config()
     config.model.activation = "gelu"
     config.eval.trajectory_lmbds = (0.5, 1.0)
@@ -135,8 +139,6 @@ def test_the_config_of_a_run_is_a_config(tmp_path: Path) -> None:
 
 def test_the_config_of_a_unet_run_is_a_config_too(tmp_path: Path) -> None:
     """What follows from other fields, as whether the input is centred, is taken from them."""
-    from run_lib import folder
-
     config = config_files.load(str(ROOT / "configs/vp/cifar10_ddpmpp_continuous.py"))
     folder.write_json(tmp_path / "config.json", Settings.from_config(config).resolved())
     again = config_files.load(str(tmp_path / "config.json"))
@@ -297,3 +299,53 @@ def test_flags_that_do_not_exist_are_told_in_one_line(capsys, argument: str) -> 
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+def test_more_examples_than_the_split_has_are_refused() -> None:
+    config = tiny.config()
+    config.eval.num_examples = 5
+    settings = Settings.from_config(config)
+    split = Finite(4, np.zeros((4, 8, 8, 1), np.uint8).__getitem__)
+    dataset = Dataset("digits", (8, 8, 1), 17, split, split)
+    with pytest.raises(FieldError, match=r"^eval\.num_examples=5: need 0 \(all\) to 4, the ex"):
+        loading._check_split(settings.eval, dataset)
+    loading._check_split(dataclasses.replace(settings.eval, num_examples=4), dataset)
+
+
+@pytest.mark.parametrize(("batch_size", "number"), [(8, 20), (4, 3), (6, 600)])
+def test_each_process_counts_its_own_examples(monkeypatch, batch_size: int, number: int) -> None:
+    parts = []
+    for index in range(2):
+        monkeypatch.setattr(evaluation_loop.devices, "host", lambda i=index: Host(i, 2))
+        parts.append(evaluation_loop._of_this_process(batch_size, number))
+    split = Finite(number, lambda ids: ids)
+    for part, host in zip(parts, (Host(0, 2), Host(1, 2)), strict=True):
+        batches = Dataset("x", (), None, split, split).eval_batches(
+            "test", batch_size=batch_size, host=host
+        )
+        assert part == {int(i) for batch in batches for i in batch["index"] if i >= 0}
+
+
+class SignalAtImport:
+    """A finder that sends the process a signal when it is asked for a module."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10.0)
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_a_signal_during_the_imports_ends_in_one_line(monkeypatch) -> None:
+    """In a fork, which imports JAX as if it were not there yet."""
+    monkeypatch.chdir(ROOT)
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.modules.pop("jax")
+            sys.meta_path.insert(0, SignalAtImport())
+            runpy.run_path("main.py", run_name="__main__")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75

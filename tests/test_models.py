@@ -13,6 +13,7 @@ from flax import linen as nn
 from models import DDPM, MLP, MODELS, ConcatMLP, NCSNpp, UNet, layers
 from models.ddpm import ResnetBlockDDPM
 from models.unet import depth_to_space, space_to_depth
+from models.walk import walk
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -490,6 +491,7 @@ def test_activations():
         ({"nf": -32}, r"nf=-32: need"),
         ({"ch_mult": ()}, r"ch_mult=\(\): need one factor"),
         ({"nf": 32, "ch_mult": (1, 1.5)}, r"ch_mult\[1\]=1.5: need"),
+        ({"widths": (1, 2, 2, 0)}, r"widths\[3\]=0: need"),
         ({"nf": 48, "num_groups": 32}, r"num_groups=32: need a divisor of 48 channels"),
         ({"activation": "swich"}, r"activation='swich': allowed \['elu'.*did you mean swish"),
         ({"activation": "elu", "dropout": -0.1}, r"dropout=-0.1: need"),
@@ -499,7 +501,8 @@ def test_activations():
     ],
 )
 def test_a_field_is_refused_by_name_value_and_what_is_allowed(fields, message):
-    nets = [net for net in MODELS.values() if fields.keys() <= net.__annotations__.keys()]
+    known = {net: {f.name for f in dataclasses.fields(net)} for net in MODELS.values()}
+    nets = [net for net in known if fields.keys() <= known[net]]
     assert nets
     for net in nets:
         with pytest.raises(ValueError, match=message):
@@ -520,3 +523,35 @@ def test_a_field_is_refused_by_name_value_and_what_is_allowed(fields, message):
 def test_ddpm_refuses_images(shape, message):
     with pytest.raises(ValueError, match=message):
         shapes(DDPM(**{**SMALL, "ch_mult": (1, 2, 2)}), *spec(*shape))
+
+
+def test_a_refine_net_refuses_images_by_the_name_of_its_own_field():
+    with pytest.raises(ValueError, match=r"widths=.* multiples of 4; these are \(2, 8, 18, 1\)"):
+        shapes(MODELS["ncsnv2_128"](nf=4), *spec(8, 18, 1))
+
+
+def test_a_walk_visits_every_level_down_and_up_and_returns_each_skip_to_its_level():
+    class Diary:
+        """What travels is the list of the places; the skips are the levels that kept them."""
+
+        def halve(self, h, level):
+            return [*h, f"halve {level}"]
+
+        def down(self, h, level, skips):
+            skips.extend([level] * (level + 1))
+            return [*h, f"down {level}"]
+
+        def middle(self, h):
+            return [*h, "middle"]
+
+        def up(self, h, level, skips):
+            assert [skips.pop() for _ in range(level + 1)] == [level] * (level + 1)
+            return [*h, f"up {level}"]
+
+        def double(self, h, level):
+            return [*h, f"double {level}"]
+
+    down = ["down 0", "halve 1", "down 1", "halve 2", "down 2"]
+    up = ["up 2", "double 2", "up 1", "double 1", "up 0"]
+    assert walk(Diary(), 3, []) == [*down, "middle", *up]
+    assert walk(Diary(), 1, []) == ["down 0", "middle", "up 0"]

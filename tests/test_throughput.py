@@ -101,7 +101,7 @@ def test_a_run_in_microbatches_is_the_same_run(tmp_path: Path) -> None:
         ({"profile_steps": -1}, r"training.profile_steps=-1: need 0 or more"),
         (
             {"microbatch": 4, "score_matching_order": 2, "high_order_fraction": 0.5},
-            "a device has 1 examples; need a multiple of 2 for a fraction",
+            "batch_size on each device=1: need a multiple of 2 for a fraction",
         ),
     ],
 )
