@@ -197,11 +197,11 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["configs/toy/none.py"], "does not exist"),
+        (["configs/toy/none.py"], "none.py': need an existing file"),
         (["configs/toy/mog1d_ve_order1.py", "--set", "training.n_iter=3"], "n_iter"),
         (["configs/toy/mog1d_ve_order1.py", "--set", "seed"], "need section.field=value"),
         (["configs/toy/mog1d_ve_order1.py", "--modes=trian"], "did you mean train"),
-        (["configs/toy/mog1d_ve_order1.py", "--set", "seed=3"], "the seeds are those of --seeds"),
+        (["configs/toy/mog1d_ve_order1.py", "--set", "seed=3"], "--set='seed=3': need --seeds"),
         (["configs/toy/mog1d_ve_order1.py", "--seeds=0"], "--seeds=0: need at least 1"),
         (["configs/digits/vp.py", "configs/mnist/vp.py"], "variants of different names"),
         (["configs/digits/vp.py", "--vary", "seed"], "need section.field=value,value"),

@@ -250,7 +250,7 @@ def test_the_classifier_is_deterministic_cached_and_right(tmp_path, monkeypatch)
     assert classifier._identity(load(DIGITS), 201) != one.identity
     (path,) = (tmp_path / "one").glob("*.npz")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is not a whole"):
+    with pytest.raises(ValueError, match="is truncated: 1000 bytes"):
         classifier.trained(dataset, tmp_path / "one", num_steps=200)
 
 
@@ -299,7 +299,7 @@ def test_statistics_round_trip_and_the_published_format(tmp_path):
         ({"pool_3": np.zeros((1, 3))}, r"need finite floats \[n, d\], n >= 2"),
         ({"pool_3": np.full((4, 3), np.nan)}, "need finite floats"),
         ({"pool_3": np.zeros((4, 3), int)}, "pool_3 is int64"),
-        ({"pool_3": np.array([[1.0, None]])}, "allow_pickle=False"),
+        ({"pool_3": np.array([[1.0, None]])}, "pool_3 of .* holds objects of Python"),
     ],
 )
 def test_statistics_that_are_none_are_refused(tmp_path, arrays, message):
@@ -311,7 +311,7 @@ def test_statistics_that_are_none_are_refused(tmp_path, arrays, message):
 
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "stats.npz"
-    with pytest.raises(ValueError, match=r"stats\.npz: there is no such file"):
+    with pytest.raises(ValueError, match=r"stats\.npz does not exist"):
         evaluation.read_statistics(path)
     npz_files.write(path, {"pool_3": normal(50, 3)})
     whole = path.read_bytes()
@@ -319,7 +319,7 @@ def test_damaged_files_are_named(tmp_path):
     flipped[400] ^= 255
     for content in (b"", whole[:-10], whole[:100], b"no zip", bytes(flipped)):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"stats\.npz.*(not a whole|cannot be read)"):
+        with pytest.raises(ValueError, match=r"stats\.npz is (damaged|truncated|empty|a text)"):
             evaluation.read_statistics(path)
 
 

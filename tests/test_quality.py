@@ -141,7 +141,7 @@ def test_a_shard_that_is_whole_but_wrong_is_named(trained):
     content = bytearray(path.read_bytes())
     content[300] ^= 255
     path.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match=r"00000000-00000007\.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"00000000-00000007\.npz is damaged"):
         evaluate(trained, "e")
 
 
