@@ -131,7 +131,7 @@ def _times(value: Float[Array, ""] | float, x: Batched) -> PerExample:
 def _check_sampler(t_min: float, num_steps: int, noise_removal: bool) -> None:
     # The score of VP and sub-VP does not exist at t = 0.
     allowed = "False, or sampling.smallest_time > 0"
-    require(not noise_removal or t_min > 0.0, "sampling.noise_removal", noise_removal, allowed)
+    require(not noise_removal or t_min != 0.0, "sampling.noise_removal", noise_removal, allowed)
     require(num_steps >= 2, "model.num_scales", num_steps, "at least 2 steps")
 
 

@@ -66,8 +66,7 @@ def build_all(config) -> None:
     split = Finite(4, np.zeros((4, 8, 8, 1), np.uint8).__getitem__)
     dataset = Dataset("digits", (8, 8, 1), 17, split, split)
     experiment = Experiment(Settings.from_config(config), dataset)
-    assert experiment.sampler, experiment.solver
-    assert experiment.divergence
+    assert None not in (experiment.sampler, experiment.solver, experiment.divergence)
     experiment.per_example_loss(train=True)
     experiment.state_like()
 
