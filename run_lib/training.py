@@ -35,8 +35,8 @@ def train(experiment: Experiment, workdir: Path) -> None:
     settings = experiment.settings
     check(experiment, workdir)
     with folder.alone(workdir):
-        identities.claim(experiment, workdir)
         trainer = score_trainer(experiment, workdir)
+        identities.claim(experiment, workdir)
         folder.write_json(workdir / "config.json", settings.resolved())
         folder.write_json(workdir / "versions.json", folder.versions())
         trainer.run()

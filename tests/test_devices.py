@@ -143,7 +143,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path: Path) -> None:
     assert jax.device_count() == 4
     for name in ("moved", "alone"):
         run_lib.train(Experiment.from_config(config), tmp_path / name)
-    moved, alone = (metrics(tmp_path / name) for name in ("moved", "alone"))
+    moved, alone = (lines(tmp_path / name) for name in ("moved", "alone"))
     assert [(r["step"], r["split"]) for r in moved if r["split"] == "train"] == [
         (step, "train") for step in range(5, last + 1, 5)
     ]

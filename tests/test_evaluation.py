@@ -264,31 +264,31 @@ def test_a_set_without_labels_has_no_classifier(tmp_path):
 
 def test_statistics_round_trip_and_the_published_format(tmp_path):
     pool_3 = normal(5, 3)
-    Statistics(pool_3, "inception", "cifar10 32x32x3", "train").write(tmp_path / "a.npz")
+    written = Statistics(pool_3, "inception", "cifar10 32x32x3", "train", "d1")
+    written.write(tmp_path / "a.npz")
     found = evaluation.read_statistics(tmp_path / "a.npz")
     np.testing.assert_array_equal(found.pool_3, pool_3, strict=True)
-    assert (found.extractor, found.dataset, found.split) == (
-        "inception", "cifar10 32x32x3", "train",
-    )  # fmt: skip
+    for name in ("extractor", "dataset", "split", "digest"):
+        assert getattr(found, name) == getattr(written, name)
     np.savez(tmp_path / "published.npz", pool_3=pool_3)
     published = evaluation.read_statistics(tmp_path / "published.npz")
     assert published.extractor == published.dataset == ""
-    for statistics in (found, published):
-        evaluation.check_statistics(
-            statistics, tmp_path, extractor="inception", dataset="cifar10 32x32x3", width=3
-        )
-    with pytest.raises(ValueError, match=r"another extractor: unnamed, 3 features; .*4 features"):
-        evaluation.check_statistics(
-            published, tmp_path, extractor="inception", dataset="cifar10 32x32x3", width=4
-        )
-    with pytest.raises(ValueError, match="another extractor: inception"):
-        evaluation.check_statistics(
-            found, tmp_path, extractor="mine", dataset="cifar10 32x32x3", width=3
-        )
-    with pytest.raises(ValueError, match="statistics of cifar10 32x32x3, the data are svhn"):
-        evaluation.check_statistics(
-            found, tmp_path, extractor="inception", dataset="svhn 32x32x3", width=3
-        )
+
+    def check(statistics: Statistics, **changes) -> None:
+        right = {"extractor": "inception", "dataset": "cifar10 32x32x3", "width": 3}
+        right |= {"digests": {"train": "d1", "test": "d2"}}
+        evaluation.check_statistics(statistics, tmp_path, **right | changes)
+
+    check(found)
+    check(published)
+    for statistics, changes, message in (
+        (published, {"width": 4}, "another extractor: unnamed, 3 features; .*4 features"),
+        (found, {"extractor": "mine"}, "another extractor: inception"),
+        (found, {"dataset": "svhn 32x32x3"}, "statistics of cifar10 32x32x3, the data are svhn"),
+        (found, {"digests": {"train": "d3", "test": "d2"}}, "d1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(statistics, **changes)
 
 
 @pytest.mark.parametrize(
