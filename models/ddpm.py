@@ -30,6 +30,7 @@ from models.layers import (
     NIN,
     AttnBlock,
     Downsample,
+    Features,
     GroupNorm,
     Image,
     Upsample,
@@ -139,11 +140,7 @@ class PublishedUNet(WalkedUNet):
 
     @nn.nowrap
     def condition(
-        self,
-        label: Float[Array, " b"],
-        x: Image,
-        features: Float[Array, "b h w c f"] | None,
-        train: bool,
+        self, label: Float[Array, " b"], x: Image, features: Features | None, train: bool
     ) -> Embedding | None:
         """Embed the label: W_2 act(W_1 embedding(label) + b_1) + b_2, shape [B, 4 nf]."""
         if not self.conditional:

@@ -26,6 +26,7 @@ from checks import require
 
 Activation = Callable[[jax.Array], jax.Array]
 Image = Float[Array, "b h w c"]
+Features = Float[Array, "b h w c f"]  # more numbers per coordinate of an image
 
 ACTIVATIONS: dict[str, Activation] = {
     "elu": nn.elu,

@@ -27,6 +27,7 @@ from models.layers import (
     DTYPES,
     AttnBlock,
     Dropout,
+    Features,
     Image,
     check_sides,
     conv3x3,
@@ -104,11 +105,7 @@ class UNet(WalkedUNet):
 
     @nn.nowrap
     def condition(
-        self,
-        label: Float[Array, " b"],
-        x: Image,
-        features: Float[Array, "b h w c f"] | None,
-        train: bool,
+        self, label: Float[Array, " b"], x: Image, features: Features | None, train: bool
     ) -> Float[Array, "b c"]:
         """Embed the label, and with `summary` the whole input: what modulates the blocks."""
         act, width = ACTIVATIONS[self.activation], self.embed_dim

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from models.layers import Image, joined, per_coordinate
+from models.layers import Features, Image, joined, per_coordinate
 from models.network import Network
 
 State = TypeVar("State")  # an image, or an image and what travels with it
@@ -91,7 +91,7 @@ class WalkedUNet(Network):
         x: Image,
         label: Float[Array, " b"],
         train: bool = False,
-        features: Float[Array, "b h w c f"] | None = None,
+        features: Features | None = None,
     ) -> Array:
         """Map x: [B, H, W, C] and label: [B] to the same shape, or [B, H, W, C, K] for a head.
 
