@@ -181,7 +181,10 @@ class Checkpoints:
         )
 
     def holds(self, state: TrainState) -> bool:
-        """Whether the checkpoint of this step has these numbers; older code wrote no checksums."""
+        """Say whether the checkpoint of this step has these numbers.
+
+        Of a checkpoint of older code, which has no checksums, it is taken to be true.
+        """
         saved = self._metadata(int(state.step)).get(CHECKSUMS)
         return saved is None or saved == _checksums(state)
 

@@ -199,12 +199,12 @@ class Reals:
     unit = "nats"
 
     def encode(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Batched:
-        """The data themselves."""
+        """Return the data as they are."""
         del keys
         return image
 
     def draw(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Draw:
-        """The data themselves, of which there is one each: log q = 0."""
+        """Return the data as they are, without noise: log q = 0."""
         return Draw(self.encode(image, keys), jnp.zeros(image.shape[:1], image.dtype))
 
     def negative_log_likelihood(
@@ -215,7 +215,7 @@ class Reals:
         return -log_weight
 
     def decode(self, y: Batched) -> Batched:
-        """The data themselves."""
+        """Return the data as they are."""
         return y
 
 

@@ -48,7 +48,10 @@ Curves = dict[str, PerExample]
 
 
 def error_curves(score_fn: ScoreFn, sde: SDE, point: Point) -> Curves:
-    """What needs no truth. Above 8 dimensions one probe: r_fp is then biased upwards."""
+    """Compute the curves that need no known law of the data.
+
+    Above 8 dimensions they take one probe, and r_fp is then biased upwards.
+    """
     x, t, keys = point.x, point.t, point.keys
     small = dimension(x) <= SMALL
     terms = Terms(estimator="exact" if small else "probe", high_order=HighOrder(3))
@@ -122,7 +125,10 @@ def ode_score(
 
 
 def truth_curves(score_fn: ScoreFn, sde: SDE, point: Point, law: Law, own: OdeScore) -> Curves:
-    """What compares with the known law of the data; `own` is `ode_score` at the same points."""
+    """Compare the score with that of the known law of the data.
+
+    `own` is `ode_score` at the same points.
+    """
     x, t = point.x, point.t
     score, jacobian = value_and_jacobian(lambda y: score_fn(y, t), x)
     true, true_jacobian = value_and_jacobian(lambda y: law.score(y, t, sde), x)

@@ -29,7 +29,7 @@ from taylor import along_curve
 
 
 class Derivatives(NamedTuple):
-    """What one probe v tells of a score at (x, t)."""
+    """The derivatives of a score at (x, t) that the residual needs, along one probe v."""
 
     score: Batched
     hv: Batched
@@ -170,12 +170,12 @@ class FokkerPlanck:
 
     @property
     def vector(self) -> bool:
-        """Whether the vector term takes part."""
+        """Say whether the vector term takes part."""
         return SCALAR_FP[self.scalar_fp][0] and self.alpha > 0
 
     @property
     def scalar(self) -> bool:
-        """Whether the scalar term takes part."""
+        """Say whether the scalar term takes part."""
         return SCALAR_FP[self.scalar_fp][1] and self.beta > 0
 
     @property

@@ -64,7 +64,7 @@ HINTS = (
 
 
 class Published(NamedTuple):
-    """What a published file holds, under the names of this project."""
+    """The arrays of a published file, under the names of this project."""
 
     step: int
     params: Leaves

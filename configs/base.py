@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
-    """The defaults."""
+    """Return a config in which every field has its default."""
     config = ConfigDict()
     config.seed = 42
     config.data = _data()
