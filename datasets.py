@@ -6,11 +6,12 @@ TensorFlow is imported for image files and records only, and never sees the GPU.
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
+import decoding
 import npz_files
 from checks import choose, path_of, require
 from image_arrays import as_classes, as_images
@@ -78,7 +79,7 @@ def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a data set comes from and how it is split, and what is there and not used."""
+    """The words for where a data set comes from, how it is split, and what of it is left out."""
 
     text: str
     left_out: tuple[str, ...] = ()
@@ -138,6 +139,7 @@ def _only(split: Finite, chosen: np.ndarray) -> Finite:
         size=len(chosen),
         examples=lambda ids: split.examples(chosen[ids]),
         labels=labels,
+        chosen=chosen,
     )
 
 
@@ -222,56 +224,6 @@ def _npz(config: DataConfig) -> Dataset:
     return _arrays(config, found["x_train"], found["x_test"], labels, origin)
 
 
-Decode = Callable[["tf.Tensor"], "tf.Tensor"]  # (file name or record) → uint8 image
-
-
-def _on_demand(
-    decode: Decode,
-    inputs: Callable[[np.ndarray], np.ndarray],
-    size: int,
-    name: Callable[[int], str],
-    files: Iterable[pathlib.Path],
-) -> Finite:
-    """A split that is decoded when it is asked for; an example that cannot be is named."""
-    tf = tensorflow()
-    decode_all = partial(tf.map_fn, decode, fn_output_signature=tf.uint8)
-    decode_all = tf.function(decode_all, input_signature=[tf.TensorSpec([None], tf.string)])
-
-    def examples(ids: np.ndarray) -> np.ndarray:
-        given = inputs(ids)
-        try:
-            return decode_all(given).numpy()
-        except tf.errors.OpError:
-            for number, one in zip(ids, given, strict=True):
-                if problem := _problem(decode, one):
-                    raise ValueError(f"{name(number)} is damaged or gone: {problem}") from None
-            raise
-
-    return Finite(size, examples, known_by=tuple(files))
-
-
-def _problem(decode: Decode, given: bytes) -> str:
-    """Why one example cannot be decoded; empty if it can be."""
-    try:
-        decode(given)
-    except tensorflow().errors.OpError as error:
-        return error.message.splitlines()[0].rpartition("}} ")[2].partition(" [Op:")[0]
-    return ""
-
-
-def _files(paths: list[pathlib.Path], shape: Shape) -> Finite:
-    """The split of these image files."""
-    tf, names = tensorflow(), np.array([bytes(path) for path in paths])
-
-    def decode(name: "tf.Tensor") -> "tf.Tensor":
-        image = tf.io.decode_image(tf.io.read_file(name), expand_animations=False)
-        return tf.ensure_shape(image, shape)
-
-    return _on_demand(
-        decode, names.__getitem__, len(names), lambda number: str(paths[number]), paths
-    )
-
-
 def _folder(config: DataConfig) -> Dataset:
     """Images below path/train, path/val and path/test, or all below path.
 
@@ -288,7 +240,7 @@ def _folder(config: DataConfig) -> Dataset:
         if (found := header(path)) != shape:
             raise ValueError(f"{path} is {found}, but {paths[0]} is {shape}: need equal images")
     _check_shape(root, shape, config)
-    found = {name: _files(files, shape) for name, files in splits.items()}
+    found = {name: decoding.of_files(files, shape) for name, files in splits.items()}
     return _image_set(config, shape, found, Origin(f"{root}, {text}", tuple(left_out)))
 
 
@@ -326,50 +278,6 @@ def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) 
     return _arrays(config, *images, labels, origin)
 
 
-Prepare = Callable[["tf.Tensor", int], "tf.Tensor"]  # (uint8 image, size) → [size, size, 3]
-
-
-def as_stored(image: "tf.Tensor", size: int) -> "tf.Tensor":
-    """The image itself."""
-    del size
-    return image
-
-
-def celeba_crop(image: "tf.Tensor", size: int) -> "tf.Tensor":
-    """The central 140×140 pixels of a face, resized by an antialiased bilinear filter."""
-    tf = tensorflow()
-    image = tf.image.resize_with_crop_or_pad(image, 140, 140)
-    return _to_uint8(tf.image.resize(image, (size, size), antialias=True))
-
-
-def centre_square(image: "tf.Tensor", size: int) -> "tf.Tensor":
-    """The central square, antialiased: bilinear to 128 and below, bicubic above, as published."""
-    tf = tensorflow()
-    side = tf.minimum(tf.shape(image)[0], tf.shape(image)[1])
-    image = tf.image.resize_with_crop_or_pad(image, side, side)
-    method = "bilinear" if size <= 128 else "bicubic"
-    return _to_uint8(tf.image.resize(image, (size, size), method, antialias=True))
-
-
-def _to_uint8(image: "tf.Tensor") -> "tf.Tensor":
-    """Rounded; a bicubic filter leaves 0 to 255, which a mere cast would wrap around."""
-    tf = tensorflow()
-    return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
-
-
-def _decoded(records: Records, parse: Decode, prepare: Prepare, size: int) -> Finite:
-    """A split whose records are read, decoded and prepared when asked for."""
-    tf = tensorflow()
-
-    def one(record: "tf.Tensor") -> "tf.Tensor":
-        return tf.ensure_shape(prepare(parse(record), size), (size, size, 3))
-
-    def read(ids: np.ndarray) -> np.ndarray:
-        return np.array(records[ids], object)
-
-    return _on_demand(one, read, len(records), records.name, records.paths)
-
-
 def _check_colour(config: DataConfig, sizes: tuple[int, ...] = ()) -> None:
     name = config.dataset
     require(config.num_channels == 3, "data.num_channels", config.num_channels, f"3 for {name}")
@@ -380,7 +288,7 @@ def _check_colour(config: DataConfig, sizes: tuple[int, ...] = ()) -> None:
 
 
 def _tfds_records(
-    config: DataConfig, name: str, prepare: Prepare, sizes: tuple[int, ...] = ()
+    config: DataConfig, name: str, prepare: decoding.Prepare, sizes: tuple[int, ...] = ()
 ) -> Dataset:
     """Splits train and validation of a large set of tensorflow-datasets, decoded on demand.
 
@@ -396,7 +304,7 @@ def _tfds_records(
     def split(key: str) -> Finite:
         paths = [pathlib.Path(path) for path in builder.info.splits[key].filepaths]
         parse = lambda record: features.deserialize_example(record)["image"]  # noqa: E731
-        return _decoded(Records(paths), parse, prepare, config.image_size)
+        return decoding.of_records(Records(paths), parse, prepare, config.image_size)
 
     shape = (config.image_size, config.image_size, 3)
     splits = {"train": split("train"), "test": split("validation")}
@@ -425,7 +333,7 @@ def _tfrecords(config: DataConfig) -> Dataset:
         image = tf.reshape(tf.io.decode_raw(found["data"], tf.uint8), found["shape"])
         return tf.transpose(image, (1, 2, 0))
 
-    images = _decoded(Records(paths), parse, as_stored, size)
+    images = decoding.of_records(Records(paths), parse, decoding.as_stored, size)
     require(images.size > 0, "data.path", config.path, "TFRecords with at least one image")
     try:
         images.examples(np.arange(1))
@@ -473,12 +381,12 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "cifar10": partial(_tfds, name="cifar10", splits=("train", "test"), shape=(32, 32, 3)),
     "mnist": partial(_tfds, name="mnist", splits=("train", "test"), shape=(28, 28, 1)),
     "svhn": partial(_tfds, name="svhn_cropped", splits=("train", "test"), shape=(32, 32, 3)),
-    "celeba": partial(_tfds_records, name="celeb_a", prepare=celeba_crop),
-    "lsun": partial(_tfds_records, name="lsun/{category}", prepare=centre_square),
+    "celeba": partial(_tfds_records, name="celeb_a", prepare=decoding.celeba_crop),
+    "lsun": partial(_tfds_records, name="lsun/{category}", prepare=decoding.centre_square),
     "imagenet": partial(
         _tfds_records,
         name="downsampled_imagenet/{size}x{size}",
-        prepare=as_stored,
+        prepare=decoding.as_stored,
         sizes=(32, 64),
     ),
     "imagenet_npz": _imagenet_npz,

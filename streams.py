@@ -66,7 +66,8 @@ class Finite:
 
     `labels` are their classes 0, 1, …, int [size], where they are known; no model sees them.
     `known_by` is what the digest is of where the examples are not in memory: a description of
-    generated ones, the files of others.
+    generated ones, the files of others; `chosen` says which of these examples the split has, if it
+    has only some.
     """
 
     size: int
@@ -74,6 +75,7 @@ class Finite:
     flip: bool = False
     labels: np.ndarray | None = None
     known_by: Source = ""
+    chosen: np.ndarray | None = None
 
     def digest(self) -> str:
         """Hexadecimal digits that differ where size, examples or labels differ."""
@@ -84,6 +86,8 @@ class Finite:
                 found.update(np.ascontiguousarray(self.examples(ids)))
         else:
             found.update(_digest_of(self.known_by).encode())
+            if self.chosen is not None:
+                found.update(np.ascontiguousarray(self.chosen, np.int64))
         if self.labels is not None:
             found.update(np.ascontiguousarray(self.labels, np.int64))
         return found.hexdigest()[:DIGITS]

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Level of every module; run_lib has levels of its own.
 LEVELS = {
     "checks": -2, "json_files": -1, "lazy_tensorflow": -1, "image_arrays": 0, "image_files": 0,
+    "decoding": 4,
     "taylor": -1, "operators": 0, "models": 0, "sde_base": 0.5, "sde_lib": 1, "time_sampling": 2,
     "torch_files": 0, "tfrecords": 0, "json_lines": 0, "importers": 7, "flow_importer": 7.5,
     "npz_files": 0, "classifier": 6, "evaluation": 7,

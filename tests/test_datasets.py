@@ -485,6 +485,8 @@ def test_validation_is_drawn_from_the_training_images_and_training_never_sees_it
         np.testing.assert_array_equal(data.validation.labels, whole.train.labels[chosen])
     else:
         assert data.train.labels is data.validation.labels is None
+    halves = make(source, num_train=20, num_validation=10)  # of equal sizes
+    assert halves.train.digest() != halves.validation.digest()
 
 
 def test_validation_splits_that_do_not_fit_are_refused(make):
