@@ -170,7 +170,6 @@ def fill_rows(
     """Compute the rows that are missing, batch by batch, each batch saved as it comes."""
     config, commit = experiment.settings.eval, folder.git_commit()
     shared = checkpoint.key_of(estimator)
-    timed = _timed(estimator.function)
 
     @functools.cache
     def parameters() -> Any:  # asked for where a row is missing
@@ -189,6 +188,7 @@ def fill_rows(
         num_examples=config.num_examples,
     )
     progress = Progress(len(there()), config.num_repeats * len(mine), "example")
+    timed = _timed(estimator, progress)
     for repeat in range(config.num_repeats):
         key = jax.random.fold_in(experiment.keys[estimator.key], repeat)
         for batch in batches():
@@ -208,16 +208,18 @@ def fill_rows(
     progress.close()
 
 
-def _timed(function: Callable) -> Callable[..., tuple[float, dict[str, np.ndarray]]]:
+def _timed(
+    estimator: Estimator, progress: Progress
+) -> Callable[..., tuple[float, dict[str, np.ndarray]]]:
     """(seconds without compilation, results of the real examples) of a batch."""
-    mapped = devices.map_over_devices(function, in_axes=(None, None, 0), out_axes=0)
+    mapped = devices.map_over_devices(estimator.function, in_axes=(None, None, 0), out_axes=0)
     compiled = []
 
     def call(params: Any, key: jax.Array, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         split = devices.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
         if not compiled:
-            logger.info("compiling the estimator")
-            compiled.append(mapped.lower(params, key, split).compile())
+            with progress.compiling(estimator.name):
+                compiled.append(mapped.lower(params, key, split).compile())
         started = time.monotonic()
         results = devices.join(mapped(params, key, split))
         seconds = time.monotonic() - started
