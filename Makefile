@@ -9,8 +9,8 @@ RUN    ?= runs/digits_vp
 BIN    := $(VENV)/bin
 DEMO   := $(BIN)/python main.py --config=configs/digits/vp.py --workdir=$(RUN)
 # Of these files, all but what is marked slow; of whole runs, one that is resumed and evaluated.
-QUICK  := architecture checkpoints configs dequantization elbo fokker_planck high_order likelihood \
-          losses operators parameterization records sampling sde_lib taylor time_sampling train_state
+QUICK  := architecture checkpoints configs dequantization fokker_planck high_order likelihood \
+          losses operators parameterization records sde_lib taylor time_sampling train_state
 WHOLE  := metrics_hold_each_step_once_after_a_resume run_folder_holds_what_the_readme_says
 
 .PHONY: demo install check test lint clean
