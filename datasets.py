@@ -101,7 +101,8 @@ def _image_set(
         if n < split.size:
             left_out.append(f"{split.size - n} {name} by data.num_{name}")
         labels = None if split.labels is None else split.labels[:n]
-        return dataclasses.replace(split, size=n, labels=labels)
+        context = None if split.context is None else split.context[:n]
+        return dataclasses.replace(split, size=n, labels=labels, context=context)
 
     train, test = first("train", config.num_train), first("test", config.num_test)
     validation = splits.get("validation")
@@ -134,12 +135,14 @@ def _held_out(config: DataConfig, train: Finite) -> tuple[Finite, Finite | None]
 def _only(split: Finite, chosen: np.ndarray) -> Finite:
     """The chosen examples of a split."""
     labels = None if split.labels is None else split.labels[chosen]
+    context = None if split.context is None else split.context[chosen]
     return dataclasses.replace(
         split,
         size=len(chosen),
         examples=lambda ids: split.examples(chosen[ids]),
         labels=labels,
         chosen=chosen,
+        context=context,
     )
 
 

@@ -1,4 +1,4 @@
-"""A data set as deterministic batches {image, index, mask}.
+"""A data set as deterministic batches {image, index, mask}, and context where there is one.
 
     position p of the endless training stream:  epoch e = p ÷ n,  example π_e(p mod n);
     batch k: positions kB, …, (k + 1)B − 1;     host h of H: its rows hB/H, …, (h + 1)B/H − 1.
@@ -25,7 +25,6 @@ import numpy as np
 from checks import one_of, require
 from toy_data import Law
 
-logger = logging.getLogger("fokker")
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
 Shape = tuple[int, ...]
@@ -35,6 +34,21 @@ Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) → float
 DIGITS = 16  # of a digest, hexadecimal
 READ_BYTES = 2**30  # of files that are known by their content; larger ones by size and time
 logger = logging.getLogger("fokker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the densities are conditioned on: one of `classes`, or floats of a shape.
+
+    A batch holds classes as int32 [b], floats as float32 [b, *shape].
+    """
+
+    shape: Shape  # of one example; () for a class
+    classes: int = 0  # 0: floats
+
+    def describe(self) -> str:
+        """A few words for the line that describes the data."""
+        return f"one of {self.classes} classes" if self.classes else f"floats {self.shape}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +79,7 @@ class Finite:
     """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them.
 
     `labels` are their classes 0, 1, …, int [size], where they are known; no model sees them.
+    `context` is what the model does see beside them: int32 [size] or float32 [size, *c].
     `known_by` is what the digest is of where the examples are not in memory: a description of
     generated ones, the files of others; `chosen` says which of these examples the split has, if it
     has only some.
@@ -76,9 +91,10 @@ class Finite:
     labels: np.ndarray | None = None
     known_by: Source = ""
     chosen: np.ndarray | None = None
+    context: np.ndarray | None = None
 
     def digest(self) -> str:
-        """Hexadecimal digits that differ where size, examples or labels differ."""
+        """Hexadecimal digits that differ where size, examples, labels or context differ."""
         found = hashlib.sha256(f"{self.size}".encode())
         if not self.known_by:
             for first in range(0, self.size, 1000):
@@ -90,6 +106,8 @@ class Finite:
                 found.update(np.ascontiguousarray(self.chosen, np.int64))
         if self.labels is not None:
             found.update(np.ascontiguousarray(self.labels, np.int64))
+        if self.context is not None:
+            found.update(b"context" + np.ascontiguousarray(self.context).tobytes())
         return found.hexdigest()[:DIGITS]
 
     def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
@@ -104,14 +122,20 @@ class Finite:
         image = self.examples(ids)
         if self.flip:
             image = np.where(coins[:, None, None, None], image[:, :, ::-1], image)
-        return {"image": image, "index": ids.astype(np.int32), "mask": np.ones(len(ids), bool)}
+        mask = np.ones(len(ids), bool)
+        return {"image": image, "index": ids.astype(np.int32), "mask": mask} | self._context(ids)
 
     def ordered_batch(self, step: int, *, batch_size: int, part: slice) -> Batch:
         """Rows `part` of batch `step` in order; past the end the last example, masked, index −1."""
         ids = step * batch_size + np.arange(batch_size)[part]
-        mask = ids < self.size
-        image = self.examples(np.minimum(ids, self.size - 1))
-        return {"image": image, "index": np.where(mask, ids, -1).astype(np.int32), "mask": mask}
+        mask, there = ids < self.size, np.minimum(ids, self.size - 1)
+        index = np.where(mask, ids, -1).astype(np.int32)
+        batch = {"image": self.examples(there), "index": index, "mask": mask}
+        return batch | self._context(there)
+
+    def _context(self, ids: np.ndarray) -> Batch:
+        """The context of these examples, if there is one."""
+        return {} if self.context is None else {"context": self.context[ids]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +196,8 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 class Dataset:
     """A train and a test split, and perhaps one for validation.
 
-    A batch is {image [b, *shape], index int32 [b], mask bool [b]}.
+    A batch is {image [b, *shape], index int32 [b], mask bool [b]}, with a context besides them
+    {context [b, *c]}.
 
     Images are uint8 in 0, …, levels − 1; toy points are float32 and have levels None. `index` is
     the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹). `law`
@@ -189,12 +214,14 @@ class Dataset:
     validation: Finite | None = None
     source: str = ""
     left_out: tuple[str, ...] = ()
+    context: Context | None = None
 
     def describe(self) -> str:
         """One line: the source, the number of examples of every split, and what is left out."""
         sizes = [f"{s.size or 'endless'} {name}" for name, s in self.splits.items()]
         left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
-        return f"data {self.name}: {self.source}; {', '.join(sizes)} examples{left_out}"
+        given = f", given {self.context.describe()}" if self.context else ""
+        return f"data {self.name}: {self.source}; {', '.join(sizes)} examples{given}{left_out}"
 
     @cached_property
     def digests(self) -> dict[str, str]:
