@@ -34,9 +34,6 @@ TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is not w
 NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)  # of devices, or of another process
 
 
-LOST = ("DEADLINE_EXCEEDED", "barrier", "Barrier", "UNAVAILABLE", "coordination service")
-
-
 class LostProcessError(RuntimeError):
     """Another process of the run did not come to a checkpoint that all write."""
 
@@ -47,6 +44,15 @@ class DamagedError(ValueError):
 
 class MisfitError(ValueError):
     """A checkpoint is of another network."""
+
+
+def _is_of_processes(error: BaseException | None) -> bool:
+    """Whether an error comes from waiting for other processes: JAX's own, or Orbax's timeout."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def whole_steps(workdir: Path) -> list[int]:
@@ -168,7 +174,7 @@ class Checkpoints:
         except NOT_OF_FILES:
             raise
         except Exception as error:
-            if jax.process_count() > 1 and any(word in str(error) for word in LOST):
+            if jax.process_count() > 1 and _is_of_processes(error):
                 raise LostProcessError(str(error)) from error
             raise self._not_written(error) from error
 

@@ -59,10 +59,15 @@ def read(path: Path, keys: Collection[str], also: Collection[str] | None = None)
 
 @contextmanager
 def _damages(name: str) -> Iterator[None]:
-    """A block in which a damaged file raises a ValueError that names what is read."""
+    """A block in which a damaged file raises a ValueError that names what is read.
+
+    Errors of the file system, which name the file themselves, are passed on.
+    """
     try:
         yield
     except Exception as error:  # what zipfile, zlib and NumPy raise for damages is not documented
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} is damaged and cannot be read: {reason:.200}") from None
 

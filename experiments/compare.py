@@ -125,7 +125,7 @@ def _same_training(settings: Settings, workdir: Path) -> None:
     before = json_files.read(path)["training"]
     now = json.loads(json.dumps(settings.resolved()["training"]))
     free = ("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
-    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    changed = [n for n in now if n not in free and n in before and before[n] != now[n]]
     if changed:
         raise ValueError(
             f"{workdir} was trained with other values of training.{', training.'.join(changed)}: "

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import checkpoints
 import train_state
 from checkpoints import Checkpoints, DamagedError, MisfitError, whole_steps
 from train_state import OptimizerConfig, TrainState
@@ -309,3 +310,12 @@ def test_a_checkpoint_may_be_read_as_another_dtype(saved):
     kernel = saved.restore(5, like).params["Dense_0"]["kernel"]
     expected = state_of(5, seed=5).params["Dense_0"]["kernel"].astype(jnp.float16)
     np.testing.assert_array_equal(kernel, expected)
+
+
+def test_what_waits_for_other_processes_is_told_by_its_type():
+    """Orbax wraps the error of JAX's service in one of its own, or gives up with a TimeoutError."""
+    by_service = ValueError("in a thread")
+    by_service.__cause__ = jax.errors.JaxRuntimeError("any words")
+    assert checkpoints._is_of_processes(by_service)
+    assert checkpoints._is_of_processes(TimeoutError())
+    assert not checkpoints._is_of_processes(OSError("barrier, DEADLINE_EXCEEDED"))
