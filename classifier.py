@@ -11,6 +11,7 @@ result is kept in a file whose name is a hash of all that it depends on.
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -143,8 +144,8 @@ def _train(network: Network, dataset: Dataset, apply: Callable, num_steps: int) 
 
     params = network.init(jax.random.key(0), jnp.zeros((1, *dataset.shape)))
     state, plain = optimizer.init(params), dataclasses.replace(dataset.train, flip=False)
-    for k in range(num_steps):
-        batch = plain.training_batch(k, seed=0, batch_size=BATCH_SIZE, part=slice(None))
+    batches = plain.training_batches(0, seed=0, batch_size=BATCH_SIZE, part=slice(None))
+    for batch in itertools.islice(batches, num_steps):
         params, state = step(params, state, batch["image"], plain.labels[batch["index"]])
     return jax.device_get(params)
 

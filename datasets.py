@@ -6,7 +6,7 @@ TensorFlow is imported for image files and records only, and never sees the GPU.
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from image_arrays import as_classes, as_images
 from image_files import header, split_files
 from lazy_tensorflow import tensorflow
 from point_samplers import SAMPLERS
-from streams import Dataset, Finite, Fresh, Sampler, Shape
+from streams import Chosen, Dataset, Finite, Fresh, Sampler, Shape
 from tfrecords import Records
 from toy_data import LAWS
 
@@ -136,6 +136,11 @@ def _only(split: Finite, chosen: np.ndarray) -> Finite:
     """The chosen examples of a split."""
     labels = None if split.labels is None else split.labels[chosen]
     context = None if split.context is None else split.context[chosen]
+    pipeline = split.pipeline
+
+    def read(asked: Iterator[Chosen]) -> Iterator[np.ndarray]:
+        return pipeline(one._replace(ids=chosen[one.ids]) for one in asked)
+
     return dataclasses.replace(
         split,
         size=len(chosen),
@@ -143,6 +148,7 @@ def _only(split: Finite, chosen: np.ndarray) -> Finite:
         labels=labels,
         chosen=chosen,
         context=context,
+        pipeline=pipeline and read,
     )
 
 

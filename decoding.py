@@ -1,41 +1,108 @@
-"""Splits that are decoded by TensorFlow when they are asked for, from image files or records."""
+"""Splits that are decoded by TensorFlow when they are asked for, from image files or records.
 
+Batches of a split pass through a tf.data pipeline: the bytes of the chosen examples are read in
+order, decoded in parallel, flipped where a coin says so, and put together again in order.
+"""
+
+import collections
+import itertools
+import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
 
 from lazy_tensorflow import tensorflow
-from streams import Finite, Shape
+from streams import Chosen, Finite, Shape
 from tfrecords import Records
 
 Decode = Callable[["tf.Tensor"], "tf.Tensor"]  # (file name or record) → uint8 image
+Inputs = Callable[[np.ndarray], np.ndarray]  # ids → what is decoded
+AHEAD = 2  # batches
+MOST_THREADS = 32
+
+
+class _Source:
+    """Examples that are decoded from files."""
+
+    def __init__(self, decode: Decode, inputs: Inputs, name: Callable[[int], str]) -> None:
+        tf = tensorflow()
+        self._decode, self._inputs, self._name = decode, inputs, name
+        all_of_them = partial(tf.map_fn, decode, fn_output_signature=tf.uint8)
+        self._decode_all = tf.function(
+            all_of_them, input_signature=[tf.TensorSpec([None], tf.string)]
+        )
+
+    def examples(self, ids: np.ndarray) -> np.ndarray:
+        """Those examples, decoded now; a ValueError names one that cannot be decoded."""
+        given = self._inputs(ids)
+        try:
+            return self._decode_all(given).numpy()
+        except tensorflow().errors.OpError:
+            self._name_the_damaged(ids)
+            raise
+
+    def pipeline(self, asked: Iterator[Chosen]) -> Iterator[np.ndarray]:
+        """The examples of one batch after another; all batches have the size of the first."""
+        first = next(asked, None)
+        if first is None:
+            return
+        tf, asked = tensorflow(), itertools.chain([first], asked)
+        waiting: collections.deque[np.ndarray] = collections.deque()
+        failures: list[Exception] = []
+
+        def read() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            try:
+                for ids, flipped, _ in asked:
+                    waiting.append(ids)
+                    yield self._inputs(ids), flipped
+            except (OSError, ValueError) as error:  # TensorFlow would pass its text on, no more
+                failures.append(error)
+
+        size = len(first.ids)
+        kinds = tf.TensorSpec([size], tf.string), tf.TensorSpec([size], tf.bool)
+        batches = tf.data.Dataset.from_generator(read, output_signature=kinds)
+        batches = batches.unbatch().map(self._one, tf.data.AUTOTUNE, deterministic=True)
+        batches = batches.batch(size, drop_remainder=True).prefetch(AHEAD).with_options(_options())
+        try:
+            for batch in batches.as_numpy_iterator():
+                yield batch
+                waiting.popleft()
+        except tf.errors.OpError:
+            self._name_the_damaged(waiting[0])
+            raise
+        if failures:
+            raise failures[0]
+
+    def _one(self, given: "tf.Tensor", flipped: "tf.Tensor") -> "tf.Tensor":
+        image = self._decode(given)
+        return tensorflow().where(flipped, image[:, ::-1], image)
+
+    def _name_the_damaged(self, ids: np.ndarray) -> None:
+        for number in ids:
+            if problem := _problem(self._decode, self._inputs(np.array([number]))[0]):
+                raise ValueError(f"{self._name(number)} is damaged or gone: {problem}") from None
+
+
+def _options() -> "tf.data.Options":
+    """Threads of its own, no more than the host has, so that JAX keeps its own."""
+    options = tensorflow().data.Options()
+    options.threading.private_threadpool_size = min(os.cpu_count() or 1, MOST_THREADS)
+    options.threading.max_intra_op_parallelism = 1
+    return options
 
 
 def _on_demand(
     decode: Decode,
-    inputs: Callable[[np.ndarray], np.ndarray],
+    inputs: Inputs,
     size: int,
     name: Callable[[int], str],
     files: Iterable[pathlib.Path],
 ) -> Finite:
-    """Decode examples when they are asked for, and name one that cannot be decoded."""
-    tf = tensorflow()
-    decode_all = partial(tf.map_fn, decode, fn_output_signature=tf.uint8)
-    decode_all = tf.function(decode_all, input_signature=[tf.TensorSpec([None], tf.string)])
-
-    def examples(ids: np.ndarray) -> np.ndarray:
-        given = inputs(ids)
-        try:
-            return decode_all(given).numpy()
-        except tf.errors.OpError:
-            for number, one in zip(ids, given, strict=True):
-                if problem := _problem(decode, one):
-                    raise ValueError(f"{name(number)} is damaged or gone: {problem}") from None
-            raise
-
-    return Finite(size, examples, known_by=tuple(files))
+    """A split whose examples are decoded from files."""
+    source = _Source(decode, inputs, name)
+    return Finite(size, source.examples, known_by=tuple(files), pipeline=source.pipeline)
 
 
 def _problem(decode: Decode, given: bytes) -> str:

@@ -4,7 +4,8 @@
     batch k: positions kB, …, (k + 1)B − 1;     host h of H: its rows hB/H, …, (h + 1)B/H − 1.
 
 Batch k is a pure function of (seed, k): a run resumes at any step, on any number of hosts, with
-the batches it would have seen. Toy sets can also be fresh samples for ever.
+the batches it would have seen. Toy sets can also be fresh samples for ever. Which examples a batch
+has is decided here; a split of files is read and decoded ahead by a pipeline of its own.
 """
 
 import collections
@@ -12,13 +13,12 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from toy_data import Law
 
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
+Pipeline = Callable[[Iterator["Chosen"]], Iterator[np.ndarray]]  # batches of ids → of examples
 Shape = tuple[int, ...]
 Source = str | tuple[Path, ...]  # a description, or files
 T = TypeVar("T")
@@ -74,9 +75,20 @@ def _epoch(seed: int, epoch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.random.default_rng([seed, epoch]).permutation(size), coins
 
 
+class Chosen(NamedTuple):
+    """The examples of one batch, before they are read."""
+
+    ids: np.ndarray  # int64 [b], in the split
+    flipped: np.ndarray  # bool [b], left–right
+    mask: np.ndarray  # bool [b], False for padding
+
+
 @dataclasses.dataclass(frozen=True)
 class Finite:
     """A split of `size` examples, in memory or decoded on demand: `examples` maps ids to them.
+
+    `pipeline` gives the examples of one batch after another, read ahead; None: they are taken from
+    `examples` in turn.
 
     `labels` are their classes 0, 1, …, int [size], where they are known; no model sees them.
     `context` is what the model does see beside them: int32 [size] or float32 [size, *c].
@@ -92,6 +104,7 @@ class Finite:
     known_by: Source = ""
     chosen: np.ndarray | None = None
     context: np.ndarray | None = None
+    pipeline: Pipeline | None = None
 
     def digest(self) -> str:
         """Hexadecimal digits that differ where size, examples, labels or context differ."""
@@ -110,28 +123,55 @@ class Finite:
             found.update(b"context" + np.ascontiguousarray(self.context).tobytes())
         return found.hexdigest()[:DIGITS]
 
-    def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
-        """Rows `part` of batch `step` of the shuffled, endless stream."""
-        positions = step * batch_size + np.arange(batch_size)[part]
+    def training_batches(
+        self, first_step: int, *, seed: int, batch_size: int, part: slice
+    ) -> Iterator[Batch]:
+        """Rows `part` of batches `first_step`, … of the shuffled, endless stream."""
+        choose = partial(self.shuffled, seed=seed, batch_size=batch_size, part=part)
+        return self._batches(map(choose, itertools.count(first_step)))
+
+    def ordered_batches(self, *, batch_size: int, part: slice) -> Iterator[Batch]:
+        """Rows `part` of all batches in order; past the end the last example, masked, index −1."""
+        first = range(0, self.size, batch_size)
+        return self._batches(self._in_order(n + _rows(batch_size, part)) for n in first)
+
+    def shuffled(self, step: int, *, seed: int, batch_size: int, part: slice) -> Chosen:
+        """The examples of batch `step` of the shuffled stream."""
+        positions = step * batch_size + _rows(batch_size, part)
         ids, coins = np.empty(len(positions), np.int64), np.empty(len(positions), bool)
         epochs, places = np.divmod(positions, self.size)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             order, heads = _epoch(seed, int(epoch), self.size)
             ids[here], coins[here] = order[places[here]], heads[places[here]]
-        image = self.examples(ids)
-        if self.flip:
-            image = np.where(coins[:, None, None, None], image[:, :, ::-1], image)
-        mask = np.ones(len(ids), bool)
-        return {"image": image, "index": ids.astype(np.int32), "mask": mask} | self._context(ids)
+        return Chosen(ids, coins & self.flip, np.ones(len(ids), bool))
 
-    def ordered_batch(self, step: int, *, batch_size: int, part: slice) -> Batch:
-        """Rows `part` of batch `step` in order; past the end the last example, masked, index −1."""
-        ids = step * batch_size + np.arange(batch_size)[part]
-        mask, there = ids < self.size, np.minimum(ids, self.size - 1)
-        index = np.where(mask, ids, -1).astype(np.int32)
-        batch = {"image": self.examples(there), "index": index, "mask": mask}
-        return batch | self._context(there)
+    def _in_order(self, positions: np.ndarray) -> Chosen:
+        """The examples at these places of the split."""
+        ids = np.minimum(positions, self.size - 1)
+        return Chosen(ids, np.zeros(len(ids), bool), positions < self.size)
+
+    def _batches(self, chosen: Iterator[Chosen]) -> Iterator[Batch]:
+        """The batches of these examples, which the pipeline may ask for ahead of time."""
+        asked: collections.deque[Chosen] = collections.deque()
+
+        def ask() -> Iterator[Chosen]:
+            for one in chosen:
+                asked.append(one)
+                yield one
+
+        for image in (self.pipeline or self._in_turn)(ask()):
+            ids, _, mask = asked.popleft()
+            index = np.where(mask, ids, -1).astype(np.int32)
+            yield {"image": image, "index": index, "mask": mask} | self._context(ids)
+
+    def _in_turn(self, asked: Iterator[Chosen]) -> Iterator[np.ndarray]:
+        """The examples, read one batch after another."""
+        for ids, flipped, _ in asked:
+            image = self.examples(ids)
+            if flipped.any():
+                image = np.where(flipped[:, None, None, None], image[:, :, ::-1], image)
+            yield image
 
     def _context(self, ids: np.ndarray) -> Batch:
         """The context of these examples, if there is one."""
@@ -150,12 +190,20 @@ class Fresh:
         """Hexadecimal digits of the description."""
         return hashlib.sha256(f"endless {self.known_by}".encode()).hexdigest()[:DIGITS]
 
-    def training_batch(self, step: int, *, seed: int, batch_size: int, part: slice) -> Batch:
-        """Rows `part` of batch `step`; every host draws the whole batch."""
-        image = self.sampler(np.random.default_rng([seed, 0, step]), batch_size)[part]
-        number = step * batch_size + np.arange(batch_size)[part]
-        index = (number % 2**31).astype(np.int32)  # stays an int32 that cannot be taken for padding
-        return {"image": image, "index": index, "mask": np.ones(len(index), bool)}
+    def training_batches(
+        self, first_step: int, *, seed: int, batch_size: int, part: slice
+    ) -> Iterator[Batch]:
+        """Rows `part` of batches `first_step`, …; every host draws the whole batches."""
+        for step in itertools.count(first_step):
+            image = self.sampler(np.random.default_rng([seed, 0, step]), batch_size)[part]
+            number = step * batch_size + _rows(batch_size, part)
+            index = (number % 2**31).astype(np.int32)  # an int32 that cannot be taken for padding
+            yield {"image": image, "index": index, "mask": np.ones(len(index), bool)}
+
+
+def _rows(batch_size: int, part: slice) -> np.ndarray:
+    """The numbers of the rows of a batch that belong to a host."""
+    return np.arange(batch_size)[part]
 
 
 def _digest_of(source: Source) -> str:
@@ -264,19 +312,20 @@ class Dataset:
         """This host's rows of batches first_step, …, for ever; ValueError for bad arguments."""
         require(0 <= seed < 2**32, "seed", seed, "0 <= seed < 2**32")
         require(first_step >= 0, "first_step", first_step, "at least 0")
-        part, draw = host.part(batch_size), self.train.training_batch
+        part = host.part(batch_size)
         if self.train.size is not None and batch_size > self.train.size:
             logger.warning(
                 "batch_size=%d is more than the %d training examples: a batch holds some twice",
                 batch_size, self.train.size,
             )  # fmt: skip
-        draw = partial(draw, seed=seed, batch_size=batch_size, part=part)
-        return ahead(map(draw, itertools.count(first_step)))
+        batches = self.train.training_batches(
+            first_step, seed=seed, batch_size=batch_size, part=part
+        )
+        return ahead(batches)
 
     def eval_batches(self, split: str, *, batch_size: int, host: Host = Host()) -> Iterator[Batch]:
         """This host's rows of the split, once, in order, unaugmented; ValueError if endless."""
         data, part = self._split(split), host.part(batch_size)
         if not isinstance(data, Finite):
             raise ValueError(f"split={split!r} of {self.name} is endless: set data.num_train > 0")
-        draw = partial(data.ordered_batch, batch_size=batch_size, part=part)
-        return ahead(map(draw, range(math.ceil(data.size / batch_size))))
+        return ahead(data.ordered_batches(batch_size=batch_size, part=part))

@@ -222,13 +222,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeypatch):
     experiment = Experiment.from_config(config(num_repeats=2, begin_ckpt=1, end_ckpt=2))
-    reads, ordered = [], Finite.ordered_batch
+    reads, ordered = [], Finite.ordered_batches
 
-    def counted(self, step, **options):
-        reads.append(self.size)
-        return ordered(self, step, **options)
+    def counted(self, **options):
+        for batch in ordered(self, **options):
+            reads.append(self.size)
+            yield batch
 
-    monkeypatch.setattr(Finite, "ordered_batch", counted)
+    monkeypatch.setattr(Finite, "ordered_batches", counted)
     run_lib.evaluate(experiment, trained, "a")
     passes = math.ceil(1438 / PRIOR_BATCH)
     assert reads.count(1438) == 2 * passes  # histogram, Gaussian; once for both checkpoints
