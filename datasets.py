@@ -13,6 +13,7 @@ import numpy as np
 
 import decoding
 import npz_files
+from array_records import ArrayRecords
 from checks import choose, path_of, require
 from image_arrays import as_classes, as_images
 from image_files import header, split_files
@@ -309,11 +310,12 @@ def _tfds_records(
     require(bool(config.category) == needed, "data.category", config.category, given)
     builder = _builder(config, name.format(category=config.category, size=config.image_size))
     features = builder.info.features
+    kind = ArrayRecords if builder.info.file_format.value == "array_record" else Records
 
     def split(key: str) -> Finite:
         paths = [pathlib.Path(path) for path in builder.info.splits[key].filepaths]
         parse = lambda record: features.deserialize_example(record)["image"]  # noqa: E731
-        return decoding.of_records(Records(paths), parse, prepare, config.image_size)
+        return decoding.of_records(kind(paths), parse, prepare, config.image_size)
 
     shape = (config.image_size, config.image_size, 3)
     splits = {"train": split("train"), "test": split("validation")}

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from array_records import ArrayRecords
 from lazy_tensorflow import tensorflow
 from streams import Chosen, Finite, Shape
 from tfrecords import Records
@@ -158,7 +159,9 @@ def _to_uint8(image: "tf.Tensor") -> "tf.Tensor":
     return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
 
 
-def of_records(records: Records, parse: Decode, prepare: Prepare, size: int) -> Finite:
+def of_records(
+    records: Records | ArrayRecords, parse: Decode, prepare: Prepare, size: int
+) -> Finite:
     """Make a split of records: `parse` decodes one, `prepare` gives it the size [size, size, 3]."""
     tf = tensorflow()
 

@@ -2,18 +2,63 @@
 
     record = length (uint64) · checksum (4 bytes) · data (length bytes) · checksum (4 bytes)
 
-Opening reads the lengths only: a seek per record.
+A checksum is the CRC-32C of what is before it, rotated and shifted. Where the records are is found
+once, by a seek per record, and kept in a cache of the user. The checksum of the data is compared
+whenever a record is read.
 Format: tensorflow.org/tutorials/load_data/tfrecord.
 """
 
+import hashlib
 import os
 import struct
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 HEADER, FOOTER = 12, 4
+MANY = 1000  # records of a file whose places are worth keeping
+MASK = 0xA282EAD8  # of the format
+
+
+def _checksum(data: bytes) -> int:
+    """What the format stores of some bytes."""
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + MASK) & 0xFFFFFFFF
+
+
+def _kept_at(path: Path) -> Path:
+    """Where the places of the records of a file are kept, as long as it is the same file."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fokker"
+    stat = path.stat()
+    told = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+    return root / f"records-{hashlib.sha256(told.encode()).hexdigest()[:32]}.npy"
+
+
+def _places(path: Path) -> np.ndarray:
+    """(start, length) of the data of every record of a file, int64 [n, 2]."""
+    kept = _kept_at(path)
+    try:
+        return np.load(kept, allow_pickle=False)
+    except (OSError, ValueError):  # there is none, or half a file
+        found = np.asarray(_positions(path), np.int64).reshape(-1, 2)
+    if len(found) >= MANY:
+        _keep(found, kept)
+    return found
+
+
+def _keep(places: np.ndarray, kept: Path) -> None:
+    """Write them as a whole or not at all; without a place to write, they are found again."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".tmp", delete=False) as file:
+            np.save(file, places)
+        os.replace(file.name, kept)
+    except OSError:
+        return
 
 
 def _positions(path: Path) -> list[tuple[int, int]]:
@@ -29,6 +74,8 @@ def _positions(path: Path) -> list[tuple[int, int]]:
                 raise ValueError(
                     f"{path} ends within record {len(found)}: truncated, or no TFRecord"
                 )
+            if struct.unpack("<I", header[8:])[0] != _checksum(header[:8]):
+                raise ValueError(f"{path}: the length of record {len(found)} is damaged")
             found.append((at + HEADER, length))
             at += HEADER + length + FOOTER
     return found
@@ -39,11 +86,9 @@ class Records:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
-        found = [_positions(path) for path in self.paths]
+        found = [_places(path) for path in self.paths]
         self._file = np.repeat(np.arange(len(found)), [len(part) for part in found])
-        self._place = np.asarray([place for part in found for place in part], np.int64).reshape(
-            -1, 2
-        )
+        self._place = np.concatenate([np.zeros((0, 2), np.int64), *found])
 
     def name(self, number: int) -> str:
         """The file of a record and its number there."""
@@ -54,13 +99,20 @@ class Records:
         return len(self._file)
 
     def __getitem__(self, ids: np.ndarray) -> list[bytes]:
-        """The records of these numbers."""
+        """The records of these numbers; a ValueError names one whose checksum is another."""
         handles: dict[int, int] = {}
         try:
             for number in np.unique(self._file[ids]):
                 handles[number] = os.open(self.paths[number], os.O_RDONLY)
-            rows = zip(self._file[ids], self._place[ids].tolist(), strict=True)
-            return [os.pread(handles[file], length, start) for file, (start, length) in rows]
+            return [self._read(number, handles[self._file[number]]) for number in ids]
         finally:
             for handle in handles.values():
                 os.close(handle)
+
+    def _read(self, number: int, handle: int) -> bytes:
+        start, length = self._place[number].tolist()
+        content = os.pread(handle, length + FOOTER, start)
+        data, stored = content[:length], content[length:]
+        if len(stored) < FOOTER or struct.unpack("<I", stored)[0] != _checksum(data):
+            raise ValueError(f"{self.name(number)} is damaged: its checksum does not fit")
+        return data

@@ -17,10 +17,13 @@ from scipy.stats import kstest, norm
 
 import datasets
 import streams
+import tfrecords
 import toy_data
+from array_records import ArrayRecords
 from datasets import DataConfig, load
 from sde_lib import LinearVESDE
 from streams import Host
+from tfrecords import Records
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FINITE = ("swissroll_fixed", "digits", "npz", "folder", "mnist")
@@ -562,7 +565,7 @@ def faces(n, height, width, *, seed):
     return np.repeat(np.uint8(wave)[..., None], 3, axis=3)
 
 
-def write_tfds(folder, name, splits, features=("image",)):
+def write_tfds(folder, name, splits, features=("image",), **options):
     """Records of a real builder: `splits` maps split names to images."""
     tfds = pytest.importorskip("tensorflow_datasets")
     filler = {"label": 0, "id": "x"}
@@ -583,7 +586,7 @@ def write_tfds(folder, name, splits, features=("image",)):
                 return tfds.core.DatasetInfo(builder=self, features=only)
 
             patch.setattr(cls, "_info", images_only)
-        tfds.builder(name, data_dir=folder).download_and_prepare()
+        tfds.builder(name, data_dir=folder, **options).download_and_prepare()
         yield
 
 
@@ -628,10 +631,12 @@ def test_lsun_is_the_central_square_and_never_wraps_around(tmp_path):
             images_of(8, options | {"category": ""})
 
 
-def test_imagenet_of_tensorflow_datasets(tmp_path):
+@pytest.mark.parametrize("kept_as", ["tfrecord", "array_record"])
+def test_imagenet_of_tensorflow_datasets(tmp_path, kept_as):
     given = faces(5, 32, 32, seed=3)
-    splits = {"train": given, "validation": given[:2]}
-    for _ in write_tfds(tmp_path, "downsampled_imagenet/32x32", splits):
+    splits, name = {"train": given, "validation": given[:2]}, "downsampled_imagenet/32x32"
+    for _ in write_tfds(tmp_path, name, splits, file_format=kept_as):
+        assert list(tmp_path.rglob(f"*.{kept_as}-*"))
         data = load(config("imagenet", path=str(tmp_path), num_channels=3, image_size=32))
         found = join(data.eval_batches("train", batch_size=5))
         for image in given.astype(float):
@@ -665,11 +670,89 @@ def test_tfrecords_of_ffhq_and_celeba_hq(tmp_path, name):
         load(config(name, path=str(tmp_path), num_channels=3, image_size=8))
     with pytest.raises(ValueError, match=r"data.path='': need a TFRecord file"):
         load(config(name, num_channels=3, image_size=16))
-    whole = (tmp_path / "b.tfrecords").read_bytes()
-    (tmp_path / "cut.tfrecords").write_bytes(whole[:-20])
-    path = str(tmp_path / "cut.tfrecords")
-    with pytest.raises(ValueError, match="ends within record 1: truncated, or no TFRecord"):
-        load(config(name, path=path, num_channels=3, image_size=16))
+
+
+def test_a_damaged_array_record_is_named(tmp_path):
+    module = pytest.importorskip("array_record.python.array_record_module")
+    path, given = tmp_path / "a.array_record", [bytes([i] * 8) + b"%d" % i for i in range(3)]
+    writer = module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for record in given:
+        writer.write(record)
+    writer.close()
+    assert ArrayRecords([path])[np.array([2, 0])] == [given[2], given[0]]
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.find(given[1])] ^= 1
+    path.write_bytes(bytes(damaged))
+    records = ArrayRecords([path])
+    assert records[np.array([0, 2])] == [given[0], given[2]]
+    with pytest.raises(ValueError, match=f"record 1 of {tmp_path} is damaged: Corrupted"):
+        records[np.array([0, 1])]
+    path.write_bytes(bytes(damaged[:500]))
+    with pytest.raises(ValueError, match="no ArrayRecords"):
+        ArrayRecords([path])
+
+
+def first_batch(of):
+    return next(load(of).train_batches(batch_size=3, seed=0, first_step=0))
+
+
+def test_a_damaged_tfrecord_is_named_and_never_becomes_a_pixel(tmp_path):
+    given, path = faces(3, 16, 16, seed=4), tmp_path / "a.tfrecords"
+    write_tfrecords(path, given)
+    whole, options = path.read_bytes(), {"num_channels": 3, "image_size": 16}
+    path.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="ends within record 2: truncated, or no TFRecord"):
+        load(config("ffhq", path=str(path), **options))
+    third = len(whole) // 3
+    for at, said in (
+        (third + 100, "record 1 of .*a.tfrecords is damaged: its checksum does not fit"),
+        (2 * third - 2, "record 1 of .*a.tfrecords is damaged: its checksum does not fit"),
+        (third, "a.tfrecords: the length of record 1 is damaged|ends within record 1"),
+        (third + 9, "a.tfrecords: the length of record 1 is damaged"),
+    ):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(ValueError, match=said):
+            first_batch(config("ffhq", path=str(path), **options))
+
+
+def test_the_places_of_many_records_are_found_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tfrecords, "MANY", 3)
+    path = tmp_path / "a.tfrecords"
+    write_tfrecords(path, faces(3, 8, 8, seed=1))
+    first = Records([path])[np.arange(3)]
+    with monkeypatch.context() as without:
+        without.setattr(tfrecords, "_positions", None)
+        assert Records([path])[np.arange(3)] == first
+    (kept,) = (tmp_path / "cache" / "fokker").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-5])  # as a crash may leave it
+    assert Records([path])[np.arange(3)] == first
+    write_tfrecords(path, faces(2, 8, 8, seed=2))  # another file of the same name
+    assert len(Records([path])) == 2
+
+
+def test_files_give_the_batches_of_arrays(tmp_path):
+    """Order, flips and padding of the pipeline are those of examples in memory."""
+    given = faces(11, 8, 8, seed=3)
+    for i, image in enumerate(given):
+        Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
+    np.savez(tmp_path / "a.npz", x_train=given[np.arange(11) != 9], x_test=given[[9]])
+    options = {"num_channels": 3, "image_size": 8, "random_flip": True, "num_validation": 3}
+    folder, npz = (
+        load(config(name, path=str(path), **options))
+        for name, path in (("folder", tmp_path), ("npz", tmp_path / "a.npz"))
+    )
+    np.testing.assert_array_equal(*(d.examples("validation", np.arange(3)) for d in (folder, npz)))
+    for first_step in (0, 5):
+        batches = [
+            itertools.islice(d.train_batches(batch_size=4, seed=2, first_step=first_step), 6)
+            for d in (folder, npz)
+        ]
+        for one, other in zip(*batches, strict=True):
+            for name in ("image", "index", "mask"):
+                np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_imagenet_of_the_npz_archives(tmp_path):
