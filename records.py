@@ -37,9 +37,30 @@ class Summary(NamedTuple):
     examples: int
     repeats: int
 
+
+class Running:
+    """Mean and standard error over examples of the mean over repeats, renewed by each new row."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._examples: dict[int, tuple[float, int]] = {}  # sum and number of the repeats
+        self._total = self._squares = 0.0  # over examples, of their means and of the squares
+
+    def add(self, index: int, value: float) -> None:
+        """Take a row of an example."""
+        total, number = self._examples.get(index, (0.0, 0))
+        before, now = total / max(number, 1), (total + value) / (number + 1)
+        self._examples[index] = total + value, number + 1
+        self._total += now - before
+        self._squares += now**2 - before**2
+        self.rows += 1
+
     def so_far(self, name: str) -> dict[str, float]:
         """Mean and standard error for the log of what is under way."""
-        return {name: self.mean, "s.e.": self.standard_error}
+        n = len(self._examples)
+        mean = self._total / n
+        variance = max(self._squares - n * mean**2, 0.0) / (n - 1) if n > 1 else math.nan
+        return {name: mean, "s.e.": math.sqrt(variance / n)}
 
 
 class Records:
@@ -63,8 +84,12 @@ class Records:
         if path == self.path:
             _cut_half_a_line(path)
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Write new rows to disk; rows that are already there are left as they are."""
+    def append(self, rows: Iterable[Row]) -> list[Row]:
+        """Write new rows to disk; rows that are already there are left as they are.
+
+        Returns:
+            The rows that are new.
+        """
         new = {key_of(row): row for row in rows}
         new = {key: row for key, row in new.items() if key not in self.rows}
         for key, row in new.items():
@@ -76,6 +101,7 @@ class Records:
             file.flush()
             os.fsync(file.fileno())
         self.rows |= new
+        return list(new.values())
 
     def missing(self, rows: Iterable[Row]) -> list[Row]:
         """Those rows, given by their key fields, that are not there yet."""

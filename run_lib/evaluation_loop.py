@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import plotting
-from records import Records, Row, by, summarize
+from records import Records, Row, Running, by, summarize
 from run_lib import devices, figures, folder, identities, loading, quality, report
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.dequantizer_training import check_dequantizer, load_dequantizer
@@ -177,17 +177,17 @@ def fill_rows(
 
     mine = _of_this_process(config.batch_size, _number(experiment))
 
-    def there() -> list[Row]:
-        rows = records.select(**shared)
-        return [r for r in rows if r["index"] in mine and r["repeat"] < config.num_repeats]
-
+    there = Running()
+    for row in records.select(**shared):
+        if row["index"] in mine and row["repeat"] < config.num_repeats:
+            there.add(row["index"], row["value"])
     batches = functools.partial(
         evaluation_batches,
         experiment,
         batch_size=config.batch_size,
         num_examples=config.num_examples,
     )
-    progress = Progress(len(there()), config.num_repeats * len(mine), "example")
+    progress = Progress(there.rows, config.num_repeats * len(mine), "example")
     timed = _timed(estimator, progress)
     for repeat in range(config.num_repeats):
         key = jax.random.fold_in(experiment.keys[estimator.key], repeat)
@@ -199,12 +199,13 @@ def fill_rows(
             seconds, results = timed(parameters(), key, batch)
             check_converged(estimator, rows, results.pop("converged"))
             more = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
-            records.append(
+            rows = [
                 row | {name: values[i].tolist() for name, values in results.items()} | more
                 for i, row in enumerate(rows)
-            )
-            found = there()
-            progress.update(len(found), summarize(found).so_far(estimator.name))
+            ]
+            for row in records.append(rows):
+                there.add(row["index"], row["value"])
+            progress.update(there.rows, there.so_far(estimator.name))
     progress.close()
 
 

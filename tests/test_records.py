@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records import Records, key_of, summarize, with_checksum
+from records import Records, Running, key_of, summarize, with_checksum
 
 VALUES = np.random.default_rng(0).standard_normal((5, 3))  # [examples, repeats]
 
@@ -245,3 +245,15 @@ def test_a_damaged_line_is_left_out_and_said_and_its_row_is_missing(path, caplog
     assert records.missing(rows) == [row(1)]
     records.append(rows)
     assert sorted(Records(path.parent).rows.values(), key=key_of) == rows
+
+
+def test_the_running_mean_is_that_of_the_rows_so_far():
+    rows, running = grid_of_rows(), Running()
+    for number, one in enumerate(rows, 1):
+        running.add(one["index"], one["value"])
+        if number > 1:
+            expected = summarize(rows[:number])
+            found = running.so_far("ODE")
+            assert running.rows == number
+            assert found["ODE"] == pytest.approx(expected.mean, rel=1e-12)
+            assert found["s.e."] == pytest.approx(expected.standard_error, rel=1e-9)
