@@ -1,13 +1,13 @@
 """Train and evaluate diffusion models by maximum likelihood.
 
-  python main.py --config=configs/digits/vp.py --workdir=runs/digits --mode=train
-  python main.py --config=configs/digits/vp.py --workdir=runs/digits --mode=eval
-  python main.py --config=configs/toy/mog1d_ve_order3.py --workdir=runs/m --mode=train,eval,diagnose
+  python main.py                                           train and evaluate: handwritten digits
+  python main.py --config.training.score_matching_order=3  the same with other fields
+  python main.py --config=configs/mnist/vp.py --config.data.path=mine.npz      your own images
+  python main.py --workdir=runs/digits_vp --mode=eval      evaluate, or go on with, what is there
+  python main.py --config=configs/mnist/vp.py --describe   every field, what it means, what is set
 
-Every field of the config can be changed on the command line, e.g. --config.training.batch_size=64
---config.training.likelihood_weighting=True --config.eval.num_repeats=5; configs/base.py lists all
-fields, and None gives a field its default. The config.json of a run folder is a config, too.
-A run continues where it was when it is started again with the same --workdir.
+Every field of the config can be changed; None gives it its default. A command that is given again
+goes on where it was.
 
 Exit codes: 0 done; 2 a mistake in command, config or data, or no room for it; 3 another process of
 the run is gone (134 where JAX ends this one); 75 stopped by SIGTERM or SIGINT, to be started again.
@@ -32,6 +32,7 @@ if __name__ == "__main__":
         signal.signal(signal_number, _end)
 
 import logging
+import textwrap
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,42 +40,67 @@ import jax
 from absl import app, flags
 
 from checkpoints import LostProcessError
-from checks import FieldError, choose, of_type, path_of, require
-from run_lib import config_files, devices, folder, identities, interruption, modes
+from checks import FieldError, choose, of_type, require
+from run_lib import config_files, describe, devices, folder, identities, interruption, modes
+from run_lib.choices import Choices, choices
 from run_lib.experiment import Experiment
+from version import VERSION
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
-flags.DEFINE_string("config", None, "A file under configs/, or the config.json of a run folder.")
-flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
-flags.DEFINE_string(
-    "mode",
-    None,
-    "train | train_deq | eval | diagnose | import | fid_stats, or several: train,eval.",
+OWN_FLAGS = (
+    flags.DEFINE_string(
+        "config",
+        None,
+        "A file under configs/, or the config.json of a run folder. By default that of --workdir "
+        "if it has one, else configs/digits/vp.py.",
+    ),
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder of the run; made if it does not exist. By default runs/NAME, where NAME tells the "
+        "config and the fields that the command line changes.",
+    ),
+    flags.DEFINE_string(
+        "mode",
+        None,
+        "train | train_deq | eval | diagnose | import | fid_stats, or several in turn. By default "
+        "train,eval.",
+    ),
+    flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir."),
+    flags.DEFINE_string(
+        "deq_folder", "flowpp_dequantizer", "Folder of the dequantiser, in --workdir."
+    ),
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "HOST:PORT of process 0, for several processes without Slurm, MPI or TPU.",
+    ),
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are."),
+    flags.DEFINE_integer("process_id", None, "With --coordinator: which this one is, from 0."),
+    flags.DEFINE_string(
+        "compilation_cache_dir",
+        None,
+        "Folder of compiled programs, which later starts use again. By default "
+        ".compilation_cache beside --workdir; '' for none.",
+    ),
+    flags.DEFINE_boolean(
+        "describe",
+        False,
+        "Print every field of the config, with its meaning; run nothing.",
+    ),
+    flags.DEFINE_boolean("version", False, "Print the version; run nothing."),
 )
-flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir.")
-flags.DEFINE_string("deq_folder", "flowpp_dequantizer", "Dequantiser's folder, in --workdir.")
-flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0, for several processes without Slurm, MPI or TPU."
-)
-flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are.")
-flags.DEFINE_integer("process_id", None, "With --coordinator: which this one is, from 0.")
-flags.DEFINE_string(
-    "compilation_cache_dir",
-    None,
-    "Compiled programs, used again by later starts; default .compilation_cache beside --workdir, "
-    "'' for none.",
-)
-flags.mark_flags_as_required(["config", "workdir", "mode"])
 
+COMMAND = "fokker" if __package__ else "python main.py"  # the package is built by setup.py
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
 EXIT_BUG = 1
 
 
-def _modes() -> list[str]:
+def _modes(text: str) -> list[str]:
     """The modes to run, in turn."""
-    names = FLAGS.mode.split(",")
+    names = text.split(",")
     for name in names:
         choose(modes.MODES, name, "--mode")
     return names
@@ -89,18 +115,20 @@ def _keep_compiled(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", chosen or None)
 
 
-def _log_start(workdir: Path, names: list[str], changed: dict[str, object]) -> None:
+def _log_start(chosen: Choices) -> None:
     """The first process tells everything, the others what they are and what goes wrong."""
     if devices.is_first():
         try:
-            folder.log_to(workdir)
+            folder.log_to(chosen.workdir)
         except OSError as error:
             allowed = f"need a folder that can be made and written to: {error.strerror}"
-            raise FieldError("--workdir", str(workdir), allowed) from None
-    logger.info("mode %s, workdir %s, %s", ",".join(names), workdir, devices.describe())
+            raise FieldError("--workdir", str(chosen.workdir), allowed) from None
+    logger.info("mode %s, workdir %s, %s", chosen.modes, chosen.workdir, devices.describe())
     if not devices.is_first():
         logger.setLevel(logging.WARNING)
-    for name, value in sorted(changed.items()):
+    if chosen.by_default:
+        logger.info("by default: %s", chosen.by_default)
+    for name, value in sorted(chosen.changed.items()):
         logger.info("config.%s = %r (command line)", name, value)
 
 
@@ -108,26 +136,27 @@ def _run(fields: list[str]) -> None:
     """Run the modes; `fields` are those of the config that the command line changes, name=value."""
     for name in ("eval_folder", "deq_folder", "coordinator"):
         of_type(f"--{name}", FLAGS[name].value, str)
-    names, workdir = _modes(), path_of("--workdir", FLAGS.workdir)
-    config = config_files.load(FLAGS.config)
-    pairs = [field.partition("=") for field in fields]
-    changed = {name: config_files.change(config, name, text) for name, _, text in pairs}
+    chosen = choices(FLAGS.config, FLAGS.workdir, FLAGS.mode, fields)
+    if FLAGS.describe:
+        sys.stdout.write(describe.table(chosen.config, chosen.source, chosen.changed))
+        return
+    names, workdir = _modes(chosen.modes), chosen.workdir
     devices.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     interruption.watch()  # again: connecting takes the handlers
     for name in names if jax.process_count() > 1 else ():
         allowed = "another mode: this one runs in one process, without --coordinator"
         require(modes.MODES[name].processes, "--mode", name, allowed)
     _keep_compiled(workdir)
-    experiment = Experiment.from_config(config)
+    experiment = Experiment.from_config(chosen.config)
     there = workdir.is_dir() or names[0] not in ("eval", "diagnose", "train_deq")
     require(there, "--workdir", str(workdir), "a folder that exists: run --mode=train first")
-    _log_start(workdir, names, changed)
+    _log_start(chosen)
     steps, warmup = experiment.settings.training.n_iters, experiment.settings.optim.warmup
     if "train" in names and steps <= warmup:
         text = "training.n_iters=%d ends within optim.warmup=%d: the rate never reaches optim.lr"
         logger.warning(text, steps, warmup)
     command = modes.Command(workdir, FLAGS.eval_folder, FLAGS.deq_folder)
-    told = {"mode": FLAGS.mode, "eval_folder": FLAGS.eval_folder, "deq_folder": FLAGS.deq_folder}
+    told = {"mode": chosen.modes, "eval_folder": FLAGS.eval_folder, "deq_folder": FLAGS.deq_folder}
     identities.agree(experiment, told)
     modes.check(experiment, command, names)
     for name in names:
@@ -182,20 +211,43 @@ def _fail(message: str, code: int) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse the flags; returns the program and the changed fields of the config, as name=value."""
+    """Parse the flags; returns the program and the changed fields of the config, as name=value.
+
+    What asks for help or the version is answered here, and a command line that cannot be understood
+    is refused.
+    """
     fields, others = config_files.separate(argv[1:])
+    if {"--help", "-help", "-h"} & set(others):
+        sys.stdout.write(_help())
+        sys.exit(0)
     try:
         rest = FLAGS([argv[0], *others])
     except flags.Error as error:
         _refuse(" ".join(str(error).split()))
+    if FLAGS.version:
+        sys.stdout.write(f"fokker {VERSION}\n")
+        sys.exit(0)
     if len(rest) > 1:
         _refuse(f"unexpected arguments {rest[1:]}")
     return [argv[0], *(f"{name}={text}" for name, text in fields)]
 
 
+def _help() -> str:
+    """The commands that most people want, and the flags of this program."""
+    texts = [(flag.name, FLAGS[flag.name].help) for flag in OWN_FLAGS]
+    texts += [("config.FIELD", "A field of the config, as --config.training.batch_size=64.")]
+    texts += [("helpfull", "The flags of the libraries, too.")]
+    indent = " " * 26
+    lines = [
+        textwrap.fill(text, 100, initial_indent=f"  --{name}".ljust(26), subsequent_indent=indent)
+        for name, text in texts
+    ]
+    return "\n".join([__doc__, *lines, ""]).replace("python main.py", COMMAND)
+
+
 def _refuse(message: str) -> NoReturn:
     """The end of a command line that cannot be understood."""
-    sys.stderr.write(f"error: {message}; main.py --help explains the flags\n")
+    sys.stderr.write(f"error: {message}; {COMMAND} --help explains the flags\n")
     sys.exit(EXIT_USER_ERROR)
 
 

@@ -1,8 +1,9 @@
 """Every field that a config may have, with its default; an experiment is a delta over this file.
 
-A field that is None in `model` takes the default of the network or SDE that has it; one that is set
-must belong to the chosen network or SDE. Change any field on the command line:
-`--config.training.batch_size=64`.
+The comment beside a field, or the lines above it, tell its meaning; a comment that ends with a
+colon heads the fields below it. `python main.py --describe` prints all of this. A field that is
+None in `model` takes the default of the network, head or SDE that has it; one that is set must
+belong to the chosen ones. Change any field on the command line: `--config.training.batch_size=64`.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     """Return a config in which every field has its default."""
     config = ConfigDict()
-    config.seed = 42
+    config.seed = 42  # of everything that is drawn: start, data order, noise of each example
     config.data = _data()
     config.model = _model()
     config.training = _training()
@@ -28,11 +29,11 @@ def _data() -> ConfigDict:
         {
             "dataset": "digits",  # a name in datasets.DATASETS
             "path": "",  # of an .npz file, an image folder, or a tfds folder
-            "image_size": 0,  # pixels; 0: as the data are
-            "num_channels": 1,
+            "image_size": 0,  # pixels on a side; 0: as the data are
+            "num_channels": 1,  # 1 (grey) | 3 (colour)
             "category": "",  # of lsun, as church_outdoor
             "levels": 256,  # number of grey levels
-            "centered": True,  # [0, 1] to [−1, 1]
+            "centered": True,  # the network sees [−1, 1]; False: [0, 1]
             "logit": False,  # logit transform instead of centring
             "uniform_dequantization": True,  # (k + u)/levels in training, too
             "random_flip": False,  # left-right, in training only
@@ -46,61 +47,67 @@ def _data() -> ConfigDict:
 def _model() -> ConfigDict:
     return ConfigDict(
         {
-            "name": "ddpm",  # a name in models.MODELS
+            # a name in models.MODELS: mlp | concat_mlp | unet | ddpm | ncsnpp | ncsnv2_64 |
+            # ncsnv2_128 | ncsnv2_256
+            "name": "ddpm",
             # score | scaled_score | noise | drift | velocity, or a head, which knows the marginal
             # law of the training data: cells | atoms (integers), mixture | whitened (real values)
             "parameterization": "noise",
-            "time_label": "time",  # time | level | unit_time | sigma | log_snr | reverse_index
-            "ema_rate": 0.9999,
+            # how the network is told the time: time | level | unit_time | sigma | log_snr |
+            # reverse_index
+            "time_label": "time",
+            "ema_rate": 0.9999,  # of the moving average of the parameters, which is evaluated
             "num_scales": 1000,  # noise levels of the discrete chains and of sampling
-            # SDEs
-            "beta_min": placeholder(float),
-            "beta_max": placeholder(float),
-            "sigma_min": placeholder(float),
-            "sigma_max": placeholder(float),
-            "end": placeholder(float),  # largest time of the linear path, below 1
-            # heads
+            # Of the SDE:
+            "beta_min": placeholder(float),  # vpsde, subvpsde: β at t = 0
+            "beta_max": placeholder(float),  # vpsde, subvpsde: β at t = 1
+            "sigma_min": placeholder(float),  # vesde, linearvesde: σ at t = 0
+            "sigma_max": placeholder(float),  # vesde, linearvesde: σ at t = 1
+            "end": placeholder(float),  # linear: largest time of the path, below 1
+            # Of the head:
             "rank": placeholder(int),  # cells, atoms: features per coordinate, from 30 levels on
             "components": placeholder(int),  # mixture: Gaussians per coordinate
             "floor": placeholder(float),  # mixture: smallest width, in standard deviations
             "whitening": placeholder(str),  # whitened: full | diagonal covariance
-            # networks
-            "dropout": placeholder(float),
-            "hidden": placeholder(int),
-            "depth": placeholder(int),
-            "embed_dim": placeholder(int),
-            "activation": placeholder(str),
-            "nf": placeholder(int),
-            "ch_mult": placeholder(tuple),
-            "num_res_blocks": placeholder(int),
-            "attn_resolutions": placeholder(tuple),
+            # Of the network:
+            "dropout": placeholder(float),  # rate, in [0, 1), inside each block
+            "hidden": placeholder(int),  # mlp, concat_mlp: width
+            "depth": placeholder(int),  # mlp: number of residual blocks; concat_mlp: of layers
+            "embed_dim": placeholder(int),  # mlp, unet: size of the embedding of the time label
+            "activation": placeholder(str),  # mlp, concat_mlp, unet, ncsnv2: swish | gelu | ...
+            "nf": placeholder(int),  # ddpm, ncsnpp, ncsnv2: channels of the finest level
+            "ch_mult": placeholder(tuple),  # ddpm, ncsnpp: channels of every level over nf
+            "num_res_blocks": placeholder(int),  # ddpm, ncsnpp: residual blocks per level
+            "attn_resolutions": placeholder(tuple),  # ddpm, ncsnpp: heights that have attention
+            # ddpm, ncsnpp: resample by 3×3 convolutions; False: by means and nearest neighbours
             "resamp_with_conv": placeholder(bool),
-            "conditional": placeholder(bool),
-            "nonlinearity": placeholder(str),
-            "num_groups": placeholder(int),
-            "up_attention": placeholder(str),
-            "downsample_padding": placeholder(str),
-            "init_mode": placeholder(str),
-            "dropout_mode": placeholder(str),
-            "fir": placeholder(bool),
-            "fir_kernel": placeholder(tuple),
-            "skip_rescale": placeholder(bool),
-            "resblock_type": placeholder(str),  # ddpm | biggan
-            "progressive": placeholder(str),  # none | output_skip | residual
-            "progressive_input": placeholder(str),  # none | input_skip | residual
-            "progressive_combine": placeholder(str),  # sum | cat
-            "embedding_type": placeholder(str),  # positional | fourier
-            "fourier_scale": placeholder(float),
-            "trainable_embedding": placeholder(bool),
+            "conditional": placeholder(bool),  # ddpm, ncsnpp: False ignores the time label
+            "nonlinearity": placeholder(str),  # ddpm, ncsnpp: the activation: swish | elu | ...
+            "num_groups": placeholder(int),  # ddpm: groups of the normalisation
+            "up_attention": placeholder(str),  # ddpm: after blocks of the way up: every | last
+            "downsample_padding": placeholder(str),  # ddpm: of strided convolutions, by name
+            "init_mode": placeholder(str),  # ddpm: scale of the first weights: fan_avg | fan_out
+            "dropout_mode": placeholder(str),  # ddpm: drops each element | channel
+            "fir": placeholder(bool),  # ncsnpp: resample through the filter fir_kernel
+            "fir_kernel": placeholder(tuple),  # ncsnpp: taps of the filter
+            "skip_rescale": placeholder(bool),  # ncsnpp: residual sums over √2
+            "resblock_type": placeholder(str),  # ncsnpp: ddpm | biggan
+            "progressive": placeholder(str),  # ncsnpp: output: none | output_skip | residual
+            "progressive_input": placeholder(str),  # ncsnpp: none | input_skip | residual
+            "progressive_combine": placeholder(str),  # ncsnpp: input_skip joins by: sum | cat
+            "embedding_type": placeholder(str),  # ncsnpp: of the time label: positional | fourier
+            "fourier_scale": placeholder(float),  # ncsnpp: standard deviation of the frequencies
+            "trainable_embedding": placeholder(bool),  # ncsnpp: train the frequencies
+            # ncsnpp: of the last convolution of every block and of the output; 0: near zero
             "init_scale": placeholder(float),
-            "widths": placeholder(tuple),
+            "widths": placeholder(tuple),  # ncsnv2: channels of every stage over nf
             "channels": placeholder(tuple),  # unet: of every level, from the finest
             "blocks": placeholder(tuple),  # unet: number in every level
             "patch": placeholder(int),  # unet: pixels on a side of a position of the finest level
             "attention": placeholder(bool),  # unet: at the coarsest level
             "summary": placeholder(int),  # unet: width of a perceptron of the whole input
             "dtype": placeholder(str),  # float32 | bfloat16, of convolutions and products
-            "remat": placeholder(str),  # none | block | keep_convs
+            "remat": placeholder(str),  # saves memory by computing again: none | block | keep_convs
         }
     )
 
@@ -111,45 +118,48 @@ def _training() -> ConfigDict:
             "objective": "dsm",  # dsm | ism (implicit score matching, the ELBO)
             "sde": "vpsde",  # vpsde | subvpsde | vesde | linearvesde | linear
             "continuous": True,  # False: times are model.num_scales levels (DDPM, SMLD; VP, VE)
-            "n_iters": 1_300_001,
+            "n_iters": 1_300_001,  # steps of the whole training
             "batch_size": 128,  # over all devices and hosts
             "microbatch": 0,  # examples at a time, over all devices and hosts; 0: the whole batch
             "n_jitted_steps": 1,  # steps per dispatch
             "profile_steps": 0,  # steps to trace into <workdir>/profile, after compilation
             "reduce_mean": True,  # mean over dimensions; False: half the sum
             "likelihood_weighting": False,  # weight g²
-            "importance_weighting": False,  # and times from p(t) ∝ g²/σ²
+            "importance_weighting": False,  # with it: times from p(t) ∝ g²/σ²
             "debias": False,  # times from the truncated law of the drift ELBO
             "stratified": False,  # one time per cell of a batch
             # law of the times by name, for likelihood_weighting: uniform | importance | debias |
             # velocity (log σ² uniform) | adaptive (learns where the loss varies); '': as switched
             "time_law": "",
             "score_matching_order": 1,  # 1 | 2 | 3; order k contains order k − 1
+            # Of orders 2 and 3:
             "second_order_weight": 1.0,  # of frobenius + trace_weight × trace
             "frobenius_weight": 1.0,  # of its parts; 0 and 1: the quadratic form alone (i-DODE)
-            "trace_weight": 1.0,
-            "third_order_weight": 1.0,
+            "trace_weight": 1.0,  # of the trace in order 2
+            "third_order_weight": 1.0,  # of order 3
             "third_order_form": "gradient",  # gradient | directional (cheaper, forward only)
             "high_order_fraction": 1.0,  # of the batch that has orders 2 and 3: 1, 1/2, 1/3, ...
             "derivative_estimator": "probe",  # probe | exact (small dimensions): ism, orders 2, 3
-            "num_probes": 1,  # Rademacher probes per example of the same
-            # Fokker-Planck regulariser: alpha (|eps|/sqrt(d))^m + beta (|L|/d)^m, times w(t)
+            "num_probes": 1,  # Rademacher probes per example, where derivatives are by probe
+            # Of the Fokker-Planck regulariser, w(t) [alpha (|eps|/sqrt(d))^m + beta (|L|/d)^m]:
             "alpha": 0.0,  # of the vector term; 0: off
             "beta": 0.0,  # of the scalar term; 0: off
             "scalar_fp": "both",  # True (scalar term alone) | False (vector alone) | both
-            "fp_wgt_type": "ll",  # constant 1 | convention g | ll g^2 | dimensionless
-            "m": 2.0,
+            "fp_wgt_type": "ll",  # w(t): constant 1 | convention g | ll g^2 | dimensionless
+            "m": 2.0,  # the power
             "fp_form": "gradient",  # gradient | advective (cheaper, forward only)
             "fp_probes": 1,  # 1 | 2 (unbiased square)
             "fp_fraction": 1.0,  # of the batch: 1, 1/2, 1/3, ...
-            "fp_every": 1,  # steps
-            "smallest_time": 1e-5,  # of training, bound and ODE likelihood
-            "importance_smallest_time": 0.0,  # ... instead, with importance, velocity, adaptive
+            "fp_every": 1,  # so many steps, with so many times the weight
+            # Of times and steps:
+            "smallest_time": 1e-5,  # t_min of training, bound and ODE likelihood
+            # t_min with importance_weighting, time_law importance, velocity, adaptive; 0: as above
+            "importance_smallest_time": 0.0,
             "log_freq": 100,  # steps between records of the training loss
-            "eval_freq": 1000,  # ... of the held-out loss
-            "snapshot_freq_for_preemption": 5000,  # ... between checkpoints; two are kept
-            "snapshot_freq": 50_000,  # ... between checkpoints that are kept for ever
-            "snapshot_sampling": True,  # samples beside each of the latter
+            "eval_freq": 1000,  # steps between records of the held-out loss
+            "snapshot_freq_for_preemption": 5000,  # steps between checkpoints; two are kept
+            "snapshot_freq": 50_000,  # steps between checkpoints that are kept for ever
+            "snapshot_sampling": True,  # draw samples whenever such a checkpoint is kept
             "init_from": "",  # a run folder or published checkpoint (Flax, .pth) to start from
         }
     )
@@ -158,14 +168,14 @@ def _training() -> ConfigDict:
 def _optim() -> ConfigDict:
     return ConfigDict(
         {
-            "optimizer": "Adam",
-            "lr": 2e-4,
-            "beta1": 0.9,
-            "beta2": 0.999,
-            "eps": 1e-8,
+            "optimizer": "Adam",  # Adam
+            "lr": 2e-4,  # learning rate after the warm-up
+            "beta1": 0.9,  # Adam: rate of the mean of gradients
+            "beta2": 0.999,  # Adam: rate of the mean of their squares
+            "eps": 1e-8,  # Adam: added to the root of that
             "weight_decay": 0.0,  # decoupled
-            "warmup": 5000,  # steps
-            "grad_clip": 1.0,  # global norm; negative: off
+            "warmup": 5000,  # steps in which the rate grows from zero
+            "grad_clip": 1.0,  # largest global norm of the gradient; negative: off
             "schedule": "constant",  # constant | cosine
         }
     )
@@ -174,16 +184,16 @@ def _optim() -> ConfigDict:
 def _deq() -> ConfigDict:
     return ConfigDict(
         {
-            # --mode=train_deq: the Flow++ dequantiser; batch size and optimizer as in training
-            "n_iters": 300_001,
-            "ema_rate": 0.99,
+            # Of the Flow++ dequantiser, --mode=train_deq; batch size and optimizer are those above:
+            "n_iters": 300_001,  # steps of its training
+            "ema_rate": 0.99,  # of the moving average of its parameters
             "num_times": 1,  # times per example of the bound that is minimised
-            "filters": 96,
+            "filters": 96,  # width of the networks of the couplings
             "components": 32,  # logistics per dimension
-            "blocks": 2,
-            "heads": 4,
-            "couplings": 4,
-            "processor": "shallow",  # shallow | deep
+            "blocks": 2,  # in each coupling
+            "heads": 4,  # of the attention; divides filters and 32
+            "couplings": 4,  # an even number
+            "processor": "shallow",  # shallow (published for CIFAR-10) | deep (for ImageNet 32)
             "init_from": "",  # a published DeqState to start from
         }
     )
@@ -193,17 +203,18 @@ def _sampling() -> ConfigDict:
     return ConfigDict(
         {
             "method": "ode",  # ode | pc | sde
-            "smallest_time": 1e-3,
+            "smallest_time": 1e-3,  # where sampling ends
             "noise_removal": True,  # last step: E[x0 | x_t]
-            "predictor": "euler_maruyama",  # pc
-            "corrector": "none",
-            "snr": 0.16,
-            "n_steps_each": 1,
-            "probability_flow": False,
+            # for pc: euler_maruyama | reverse_diffusion | ancestral_sampling | none
+            "predictor": "euler_maruyama",
+            "corrector": "none",  # pc: none | langevin | ald
+            "snr": 0.16,  # pc: signal over noise of a step of the corrector
+            "n_steps_each": 1,  # pc: steps of the corrector per noise level
+            "probability_flow": False,  # pc: the predictor follows the ODE, without noise
             "lmbd": 0.0,  # sde: λ <= 1
-            "solver": "tsit5",  # ode
-            "rtol": 1e-4,
-            "atol": 1e-4,
+            "solver": "tsit5",  # ode: tsit5 | dopri5 | dopri8 | bosh3 | heun
+            "rtol": 1e-4,  # ode: relative tolerance of a step
+            "atol": 1e-4,  # ode: absolute tolerance of a step
         }
     )
 
@@ -211,9 +222,9 @@ def _sampling() -> ConfigDict:
 def _eval() -> ConfigDict:
     return ConfigDict(
         {
-            "begin_ckpt": 0,  # evaluate checkpoints begin..end × training.snapshot_freq;
-            "end_ckpt": 0,  # 0: the latest only
-            "batch_size": 256,
+            "begin_ckpt": 0,  # first checkpoint to evaluate, times training.snapshot_freq
+            "end_ckpt": 0,  # last one, times training.snapshot_freq; 0: the latest only
+            "batch_size": 256,  # over all devices and hosts
             "dataset": "test",  # train | validation | test
             "num_examples": 0,  # the first so many of the split; 0: all
             "num_repeats": 1,  # draws of dequantisation, probe and times per example
@@ -222,8 +233,8 @@ def _eval() -> ConfigDict:
             "dequantizer": False,  # published name of dequantization=variational
             "tn_tau": 3.0,  # tn: half a cell in standard deviations of the noise at the start
             "enable_bpd": True,  # log-likelihood by the probability-flow ODE
-            # data, taken for x at t_min, as published | noised (a bound) | auto: noised where the
-            # head has a decoder of its own
+            # where the ODE starts: data, taken for x at t_min, as published | noised (a bound) |
+            # auto: noised where the head has a decoder of its own
             "ode_start": "auto",
             "num_importance": 1,  # ODE: draws of the noise that are averaged in p, not in log p
             "bound": True,  # variational bound
@@ -233,20 +244,20 @@ def _eval() -> ConfigDict:
             "elbo_estimator": "low_variance",  # low_variance | published
             "baselines": True,  # beside likelihoods: uniform, histogram, Gaussians of training data
             "enable_loss": False,  # training objective
-            "enable_sampling": True,
-            "num_samples": 100,
+            "enable_sampling": True,  # draw samples, and score them if features are given
+            "num_samples": 100,  # how many, in all
             "features": "",  # for FID, KID, IS: inception | classifier | a SavedModel folder
             "stats": "",  # file of reference statistics; '': that of data and features
             "solver": "dopri5",  # tsit5 | dopri5 | dopri8 | bosh3 | heun
-            "rtol": 3e-5,
-            "atol": 3e-5,
+            "rtol": 3e-5,  # relative tolerance of a step of the ODE
+            "atol": 3e-5,  # absolute tolerance of a step of the ODE
             "num_steps": 0,  # equal steps, the same for all examples; 0: by the tolerances
             "estimate_error": True,  # of equal steps, for half as many evaluations again
             "divergence": "rademacher",  # rademacher | gaussian | exact
-            "num_probes": 1,
+            "num_probes": 1,  # probes per example of the divergence
             "num_times": 64,  # times per example of bound and ELBO
             "trajectory_lmbds": (0.0, 0.5, 1.0, -1.0),  # λ of the figure of toy trajectories
             "curve_times": 32,  # --mode=diagnose: times of a curve
-            "curve_examples": 256,  # ... and examples at each
+            "curve_examples": 256,  # --mode=diagnose: examples at each time
         }
     )

@@ -18,15 +18,19 @@ from configs import base
 
 FOLLOWS = ("model.centered",)  # in config.json, but other fields say what it is
 KINDS = "a .py file that has get_config(), or the config.json of a run folder"
+PROGRAM = Path(base.__file__).parents[1]  # where configs/ lies
 
 
 def load(name: str) -> ConfigDict:
     """The config of a file; its fields are locked.
 
+    A file that does not exist is looked for beside the program, which has configs/ of its own.
+
     Raises:
         FieldError: the file is absent or of another kind, or running it fails; names the line.
     """
     path = Path(name)
+    path = path if path.is_file() else PROGRAM / path
     require(path.is_file(), "--config", name, f"an existing file: {KINDS}")
     require(path.suffix in (".py", ".json"), "--config", name, KINDS)
     config = _of_run(path) if path.suffix == ".json" else _of_python(path)

@@ -20,12 +20,13 @@ LEVELS = {
     "parameterization": 2, "dequantization": 2, "toy_data": 2, "high_order": 3,
     "fokker_planck": 3, "ode": 3, "terms": 4, "losses": 5, "likelihood": 4, "elbo": 7,
     "sampling": 6, "train_state": 6, "records": 6, "diagnostics": 6, "checkpoints": 7,
-    "streams": 3, "point_samplers": 3, "restarted": 2, "datasets": 7, "plotting": 7,
+    "streams": 3, "point_samplers": 3, "restarted": 2, "datasets": 7, "plotting": 7, "version": -2,
     "marginals": 0, "tails": 0, "heads": 1.5, "real_heads": 1.7, "baselines": 3, "run_lib": 8,
     "main": 9,
 }  # fmt: skip
 RUN_LIB = {
     "settings": 0, "config_files": 1, "devices": 1, "folder": 2, "comparison": 2,
+    "choices": 3, "describe": 3,
     "experiment": 2, "interruption": 3, "identities": 3, "metrics": 3, "estimators": 3,
     "baseline_estimators": 4, "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4,
     "quality": 5, "report": 6, "training": 7, "dequantizer_training": 8, "evaluation_loop": 9,
@@ -122,7 +123,7 @@ def test_each_script_of_the_command_line_explains_itself() -> None:
             [sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True
         )
 
-    assert "--mode=train" in run("--help").stdout
+    assert "python main.py --workdir=" in run("--help").stdout
     config = "--config=configs/digits/vp.py"
     later = run(config, "--workdir=unused", "--mode=train,evaluate")
     assert later.returncode == 2
