@@ -1,6 +1,7 @@
 # make demo   install, then train and evaluate on handwritten digits; ends with a report to open
 # make check  lint, and the tests that matter for most changes; a few minutes
 # make test   install what the tests need, then lint and run every test
+# make docs   build the pages of docs/ into runs/site
 # make clean  remove the virtual environment
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ QUICK  := architecture checkpoints configs dequantization fokker_planck high_ord
           losses operators parameterization records sde_lib taylor time_sampling train_state
 WHOLE  := metrics_hold_each_step_once_after_a_resume run_folder_holds_what_the_readme_says
 
-.PHONY: demo install check test lint clean
+.PHONY: demo install check test lint docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +35,10 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV)

@@ -118,3 +118,30 @@ def _lines(field: Field, value: Any, *, by_command: bool) -> list[str]:
     if len(start) < MEANING and lines:
         start += " " * (MEANING - len(start)) + lines.pop(0)
     return [start, *(" " * MEANING + line for line in lines)]
+
+
+def markdown() -> str:
+    """The page docs/reference/fields.md."""
+    lines = [
+        "# Fields of a config",
+        "",
+        "Every field can be set on the command line, as `--config.training.batch_size=64`. `None` gives a",
+        "field its default again. In the section `model`, a field without a default belongs to some of the",
+        "networks, SDEs or heads, which have defaults of their own. This page is made from `configs/base.py` by",
+        "`python -m run_lib.describe`; `main.py --config=... --describe` shows the values of a config.",
+    ]
+    before = None
+    for field in fields():
+        if before is None or field.section != before.section:
+            title = f"`{field.section}`" if field.section else "The whole"
+            lines += ["", f"## {title}", "", "| field | default | meaning |", "|---|---|---|"]
+        meaning = f"{field.heading} {field.meaning}".strip().replace("|", "\\|")
+        default = "" if field.default is None else f"`{field.default!r}`"
+        lines.append(f"| `{field.name}` | {default} | {meaning} |")
+        before = field
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    path = Path(__file__).resolve().parents[1] / "docs" / "reference" / "fields.md"
+    path.write_text(markdown(), encoding="utf-8")

@@ -64,3 +64,9 @@ def test_long_values_stand_on_lines_of_their_own() -> None:
     number = next(i for i, line in enumerate(lines) if path in line)
     assert lines[number].split() == [">", "path", repr(path)]
     assert lines[number + 1].startswith(" " * 48 + "of an .npz file")
+
+
+def test_the_page_of_fields_is_made_from_the_config() -> None:
+    page = Path(CONFIG).parents[2] / "docs" / "reference" / "fields.md"
+    told = "make it anew: python -m run_lib.describe"
+    assert page.read_text(encoding="utf-8") == describe.markdown(), told
