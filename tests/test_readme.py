@@ -59,7 +59,8 @@ def test_fields_files_and_links_of_a_page_exist(page: Path) -> None:
     fields += re.findall(rf"`({SECTIONS})\.(?!py`)(\w+)(?=[`=])", text)
     for section, field in fields:
         assert field in config[section], f"{section}.{field}"
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", prose):
         assert (page.parent / link).exists(), link
     for name in re.findall(r"--config=(configs/[\w/]+\.py)", text):
         assert (ROOT / name).exists(), name
