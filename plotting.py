@@ -1,17 +1,27 @@
-"""Figures of a run: image grids, densities, trajectories and curves; no display needed."""
+"""Figures of a run: image grids, densities, trajectories and curves.
+
+They are drawn without pyplot, so that no display is needed and the backend of a notebook stays.
+"""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 Curve = tuple[Sequence[int], Sequence[float]]
+
+
+def _panels(
+    rows: int, columns: int, *, figsize: tuple[float, float], layout: str | None = "constrained"
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes [rows, columns], which pyplot does not know."""
+    figure = Figure(figsize=figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def image_grid(images: np.ndarray, white: int, padding: int = 1) -> np.ndarray:
@@ -31,9 +41,9 @@ def image_grid(images: np.ndarray, white: int, padding: int = 1) -> np.ndarray:
     return canvas
 
 
-def save_samples(path: Path, samples: np.ndarray, levels: int | None) -> None:
+def save_samples(path: str | Path, samples: np.ndarray, levels: int | None) -> None:
     """A PNG of samples: the first 100 images [n, H, W, C], or the density of points [n, d]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     if levels is not None:
         save_images(path, samples[:100], levels)
     elif samples.shape[1] == 1:
@@ -42,20 +52,20 @@ def save_samples(path: Path, samples: np.ndarray, levels: int | None) -> None:
         save_density(path, samples[:, :2])
 
 
-def save_images(path: Path, images: np.ndarray, levels: int) -> None:
+def save_images(path: str | Path, images: np.ndarray, levels: int) -> None:
     """A PNG of an image grid, small images enlarged without smoothing."""
     grid = image_grid(images, levels - 1).astype(np.float64) / (levels - 1)
     enlarge = max(1, 640 // max(grid.shape[:2]))
     grid = np.clip(np.kron(grid, np.ones((enlarge, enlarge, 1))), 0.0, 1.0)
-    plt.imsave(path, np.repeat(grid, 3, axis=2) if grid.shape[2] == 1 else grid)
+    imsave(path, np.repeat(grid, 3, axis=2) if grid.shape[2] == 1 else grid)
 
 
 def save_named_images(
-    path: Path, images: np.ndarray, levels: int, names: list[str], title: str
+    path: str | Path, images: np.ndarray, levels: int, names: list[str], title: str
 ) -> None:
     """A PNG of images [2n, H, W, C] in two rows, each with its name above it."""
     columns = len(images) // 2
-    figure, axes = plt.subplots(2, columns, figsize=(1.3 * columns, 3.4), squeeze=False)
+    figure, axes = _panels(2, columns, figsize=(1.3 * columns, 3.4), layout=None)
     scaled = images.astype(np.float32) / (levels - 1)
     for axis, image, name in zip(axes.flat, scaled, names, strict=True):
         axis.imshow(
@@ -65,16 +75,15 @@ def save_named_images(
         axis.axis("off")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def save_density(path: Path, points: np.ndarray, bins: int = 200) -> None:
+def save_density(path: str | Path, points: np.ndarray, bins: int = 200) -> None:
     """A PNG of a 2-D histogram of points [n, 2], colour by square root of the count."""
     radius = 1.05 * np.quantile(np.abs(points), 0.999)
     limits = [[-radius, radius], [-radius, radius]]
     bins = int(np.clip(math.sqrt(len(points)), 30, bins))
     histogram, _, _ = np.histogram2d(points[:, 0], points[:, 1], bins=bins, range=limits)
-    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+    figure, ((axes,),) = _panels(1, 1, figsize=(5, 5))
     axes.imshow(
         np.sqrt(histogram.T),
         origin="lower",
@@ -83,14 +92,11 @@ def save_density(path: Path, points: np.ndarray, bins: int = 200) -> None:
     )
     axes.set(xlabel="x₁", ylabel="x₂", title=f"{len(points)} points")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def save_curves(path: Path, panels: dict[str, dict[str, Curve]]) -> None:
+def save_curves(path: str | Path, panels: dict[str, dict[str, Curve]]) -> None:
     """A PNG with one panel per quantity, one line per split, over training steps."""
-    figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 3.4), layout="constrained", squeeze=False
-    )
+    figure, all_axes = _panels(1, len(panels), figsize=(4.6 * len(panels), 3.4))
     for axes, (title, curves) in zip(all_axes[0], panels.items(), strict=True):
         for label, (steps, values) in curves.items():
             axes.plot(steps, values, label=label, linewidth=1.2, marker="." * (len(steps) < 40))
@@ -102,19 +108,16 @@ def save_curves(path: Path, panels: dict[str, dict[str, Curve]]) -> None:
         margin = 0.05 * (high - low) + 1e-12
         axes.set_ylim(low - margin, high + margin)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 Band = tuple[np.ndarray, np.ndarray]  # mean and standard error over t
 
 
-def save_error_curves(path: Path, t: np.ndarray, panels: dict[str, dict[str, Band]]) -> None:
+def save_error_curves(path: str | Path, t: np.ndarray, panels: dict[str, dict[str, Band]]) -> None:
     """A PNG with one panel per group of errors, mean ± 2 s.e. over t, logarithmic if positive."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, all_axes = plt.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.3 * rows), layout="constrained", squeeze=False
-    )
+    figure, all_axes = _panels(rows, columns, figsize=(4.4 * columns, 3.3 * rows))
     for axes in all_axes.ravel()[len(panels) :]:
         axes.axis("off")
     for axes, (title, curves) in zip(all_axes.ravel(), panels.items(), strict=False):
@@ -131,7 +134,6 @@ def save_error_curves(path: Path, t: np.ndarray, panels: dict[str, dict[str, Ban
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 class Bits(NamedTuple):
@@ -150,11 +152,9 @@ class Bits(NamedTuple):
 NOISE_LEVEL = "log(σ/α), noise over signal"
 
 
-def save_bits(path: Path, bounds: list[Bits]) -> None:
+def save_bits(path: str | Path, bounds: list[Bits]) -> None:
     """A PNG with one row per bound: the cost of a unit of log(σ/α), and the sum from low noise."""
-    figure, all_axes = plt.subplots(
-        len(bounds), 2, figsize=(11.0, 4.1 * len(bounds)), layout="constrained", squeeze=False
-    )
+    figure, all_axes = _panels(len(bounds), 2, figsize=(11.0, 4.1 * len(bounds)))
     for (left, right), bits in zip(all_axes, bounds, strict=True):
         _draw_rate(left, bits)
         _draw_sum(right, bits)
@@ -165,10 +165,9 @@ def save_bits(path: Path, bounds: list[Bits]) -> None:
             axes.set_xlabel(NOISE_LEVEL)
             axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def _draw_rate(axes: plt.Axes, bits: Bits) -> None:
+def _draw_rate(axes: Axes, bits: Bits) -> None:
     """The bins over their widths, as steps."""
     mean, error = np.asarray(bits.bins) / np.diff(bits.edges)
     axes.stairs(mean, bits.edges, fill=True, alpha=0.15, color="C0")
@@ -179,7 +178,7 @@ def _draw_rate(axes: plt.Axes, bits: Bits) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_sum(axes: plt.Axes, bits: Bits) -> None:
+def _draw_sum(axes: Axes, bits: Bits) -> None:
     """The cumulative sum at the edges, the first and the last term as bars at the ends."""
     edges, (mean, error) = np.asarray(bits.edges), np.asarray(bits.cumulative)
     (first, low), (last, high) = bits.ends.items()
@@ -208,10 +207,10 @@ def _number(value: float) -> str:
 
 
 def save_density_on_a_line(
-    path: Path, samples: np.ndarray, curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    path: str | Path, samples: np.ndarray, curves: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> None:
     """A PNG of densities over x as lines, over the histogram of samples [n]."""
-    figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    figure, ((axes,),) = _panels(1, 1, figsize=(6.5, 3.8))
     low, high = np.quantile(samples, [0.001, 0.999])
     margin = 0.15 * (high - low)
     limits = (low - margin, high + margin)
@@ -221,31 +220,30 @@ def save_density_on_a_line(
     axes.set(xlabel="x", ylabel="density", xlim=limits)
     axes.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def save_density_images(path: Path, images: dict[str, np.ndarray], radius: float) -> None:
+def save_density_images(path: str | Path, images: dict[str, np.ndarray], radius: float) -> None:
     """A PNG of densities [n, n] on [−radius, radius]², side by side on one colour scale."""
-    figure, all_axes = plt.subplots(
-        1, len(images), figsize=(4.2 * len(images), 4.4), layout="constrained", squeeze=False
-    )
+    figure, all_axes = _panels(1, len(images), figsize=(4.2 * len(images), 4.4))
     top = max(float(np.nanquantile(image, 0.999)) for image in images.values())
     extent = [-radius, radius, -radius, radius]
     for axes, (title, image) in zip(all_axes[0], images.items(), strict=True):
         axes.imshow(image.T, origin="lower", extent=extent, cmap="magma", vmin=0.0, vmax=top)
         axes.set(title=title, xlabel="x₁", ylabel="x₂")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def save_trajectories(path: Path, rows: dict[str, np.ndarray], names: list[str]) -> None:
+def save_trajectories(path: str | Path, rows: dict[str, np.ndarray], names: list[str]) -> None:
     """A PNG of densities of points [k, n, 2] at k moments (columns), one row per process."""
     last = next(iter(rows.values()))[-1]
     radius = 1.2 * float(np.quantile(np.abs(last), 0.999))
-    figure, all_axes = plt.subplots(
-        len(rows), len(names), figsize=(1.7 * len(names), 1.8 * len(rows)),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+    figure, all_axes = _panels(
+        len(rows),
+        len(names),
+        figsize=(1.7 * len(names), 1.8 * len(rows)),
+        layout="constrained",
+        squeeze=False,
+    )
     for row, (label, moments) in enumerate(rows.items()):
         for column, points in enumerate(moments):
             limits = [[-radius, radius]] * 2
@@ -258,14 +256,13 @@ def save_trajectories(path: Path, rows: dict[str, np.ndarray], names: list[str])
             if column == 0:
                 axes.set_ylabel(label)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def save_paths_on_a_line(path: Path, panels: dict[str, np.ndarray], times: np.ndarray) -> None:
+def save_paths_on_a_line(
+    path: str | Path, panels: dict[str, np.ndarray], times: np.ndarray
+) -> None:
     """A PNG of the density of x over time, one panel per process: x [k, n] at the k times."""
-    figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(4.4 * len(panels), 3.4), layout="constrained", squeeze=False
-    )
+    figure, all_axes = _panels(1, len(panels), figsize=(4.4 * len(panels), 3.4))
     radius = 3.0 * float(np.quantile(np.abs(next(iter(panels.values()))[0]), 0.99))
     bins = np.linspace(-radius, radius, 161)
     for axes, (title, x) in zip(all_axes[0], panels.items(), strict=True):
@@ -274,16 +271,13 @@ def save_paths_on_a_line(path: Path, panels: dict[str, np.ndarray], times: np.nd
         axes.pcolormesh(edges, bins, np.log1p(np.stack(columns, axis=1)), cmap="magma")
         axes.set(xlabel="t", ylabel="x", title=title)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def save_score_on_a_line(
-    path: Path, x: np.ndarray, panels: dict[str, dict[str, np.ndarray]]
+    path: str | Path, x: np.ndarray, panels: dict[str, dict[str, np.ndarray]]
 ) -> None:
     """A PNG of scores over x as lines, one panel per time."""
-    figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(4.4 * len(panels), 3.4), layout="constrained", squeeze=False
-    )
+    figure, all_axes = _panels(1, len(panels), figsize=(4.4 * len(panels), 3.4))
     for axes, (title, curves) in zip(all_axes[0], panels.items(), strict=True):
         for (label, values), style in zip(curves.items(), ("-", "--", ":"), strict=False):
             axes.plot(x, values, style, label=label, linewidth=1.4)
@@ -291,16 +285,13 @@ def save_score_on_a_line(
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def save_comparison(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:
+def save_comparison(path: str | Path, panels: dict[str, dict[str, list[float]]]) -> None:
     """A PNG with one panel per quantity: the value of every seed, mean ± s.e., by config."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, all_axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.2 * rows), layout="constrained", squeeze=False
-    )
+    figure, all_axes = _panels(rows, columns, figsize=(4.2 * columns, 3.2 * rows))
     for axes in all_axes.ravel()[len(panels) :]:
         axes.axis("off")
     for axes, (title, groups) in zip(all_axes.ravel(), panels.items(), strict=False):
@@ -312,4 +303,3 @@ def save_comparison(path: Path, panels: dict[str, dict[str, list[float]]]) -> No
         axes.set_title(title, fontsize="medium")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

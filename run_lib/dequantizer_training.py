@@ -28,16 +28,19 @@ logger = logging.getLogger("fokker")
 INIT_IMAGES = 128  # of the batch that scales and biases start from
 
 
-def train_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) -> None:
+def train_dequantizer(
+    experiment: Experiment, workdir: str | Path, deq_folder: str = "flowpp_dequantizer"
+) -> TrainState:
     """Train to `deq.n_iters` steps against the latest checkpoint of the score network, frozen.
 
-    A training that goes on keeps the checkpoint that it began with.
+    A training that goes on keeps the checkpoint that it began with. Returns the last state.
 
     Raises:
         ValueError: there is no such checkpoint, or a config field or the data are not usable.
         FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
     """
-    settings, target = experiment.settings, _folder(workdir, deq_folder)
+    settings, workdir = experiment.settings, Path(workdir)
+    target = _folder(workdir, deq_folder)
     check(experiment, workdir, deq_folder)
     score_step = _score_step(workdir, target)
     score_params = loading.load_parameters(experiment, workdir, score_step)
@@ -52,6 +55,7 @@ def train_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) ->
         folder.write_json(target / "config.json", settings.resolved())
         folder.write_json(target / "versions.json", folder.versions() | score)
         trainer.run()
+    return trainer.state
 
 
 def check(

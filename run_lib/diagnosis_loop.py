@@ -48,14 +48,17 @@ class Diagnosis:
     totals: dict[str, Mean]
 
 
-def diagnose(experiment: Experiment, workdir: Path, eval_folder: str) -> None:
-    """Diagnose the checkpoints that --mode=eval would evaluate.
+def diagnose(
+    experiment: Experiment, workdir: str | Path, eval_folder: str = "eval"
+) -> dict[int, Diagnosis]:
+    """Diagnose the checkpoints that --mode=eval would evaluate; returns the diagnosis of each step.
 
     Raises:
         ValueError: as `evaluate`.
     """
+    workdir, diagnoses = Path(workdir), {}
     for step, params, target in loading.checkpoints_of(experiment, workdir, eval_folder):
-        found = diagnosis(experiment, params)
+        found = diagnoses[step] = diagnosis(experiment, params)
         figure = identities.of_model(experiment, params, step)
         identities.declare(target, [figure])
         rows = [row | {"identity": figure.identity} for row in _rows(experiment, found, step)]
@@ -65,6 +68,7 @@ def diagnose(experiment: Experiment, workdir: Path, eval_folder: str) -> None:
         logger.info("\n%s\n%s", path, table(found))
         (target / f"diagnosis_{step}.txt").write_text(table(found) + "\n", encoding="utf-8")
     logger.info("open %s", report.write(workdir))
+    return diagnoses
 
 
 def diagnosis(experiment: Experiment, params: Any) -> Diagnosis:

@@ -55,15 +55,19 @@ class Checkpoint:
 
 def evaluate(
     experiment: Experiment,
-    workdir: Path,
-    eval_folder: str,
+    workdir: str | Path,
+    eval_folder: str = "eval",
     deq_folder: str = "flowpp_dequantizer",
-) -> None:
+) -> list[report.Result]:
     """Evaluate checkpoints of a run folder; rows that are already there are not computed again.
+
+    Returns the lines of the table: of every estimator its mean over examples with the standard
+    error, as `result.value`. Of several processes only the first returns them.
 
     Raises:
         ValueError: the folder has no checkpoint, or was made with another model, SDE or data.
     """
+    workdir = Path(workdir)
     folder.results_folder(workdir, eval_folder, deq_folder)
     trivial: list[Estimator] = []  # the same for all checkpoints, so that each is fitted once
     for step, params, target in loading.checkpoints_of(experiment, workdir, eval_folder):
@@ -83,8 +87,7 @@ def evaluate(
         if experiment.settings.eval.enable_sampling:
             quality.sample(experiment, params, model, target, scorer)
     devices.wait_for_all(f"rows {eval_folder}")
-    if devices.is_first():
-        _tell(workdir, eval_folder)
+    return _tell(workdir, eval_folder) if devices.is_first() else []
 
 
 def check(
@@ -111,7 +114,7 @@ def check(
     quality.check(experiment, will_have_statistics="fid_stats" in earlier)
 
 
-def _tell(workdir: Path, eval_folder: str) -> None:
+def _tell(workdir: Path, eval_folder: str) -> list[report.Result]:
     """Tables in the folder of the results and on the terminal, and the report."""
     target = workdir / eval_folder
     results = report.summaries(target)
@@ -122,6 +125,7 @@ def _tell(workdir: Path, eval_folder: str) -> None:
     if rows := quality.read(target):
         logger.info("\n%s", report.aligned(quality.HEADER, map(quality.cells, rows)))
     logger.info("open %s", report.write(workdir))
+    return results
 
 
 def evaluate_checkpoint(

@@ -28,7 +28,7 @@ class Command:
 class Mode:
     """What a mode does, and what is to be checked long before it begins."""
 
-    run: Callable[[Experiment, Command], None]
+    run: Callable[[Experiment, Command], object]
     check: Callable[[Experiment, Command, Collection[str]], None]  # also takes the modes before it
     processes: bool = True  # whether several may run it together
 

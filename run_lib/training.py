@@ -24,15 +24,17 @@ from train_state import TrainState
 logger = logging.getLogger("fokker")
 
 
-def train(experiment: Experiment, workdir: Path) -> None:
+def train(experiment: Experiment, workdir: str | Path) -> TrainState:
     """Train to `training.n_iters` steps, from the latest checkpoint of the folder if there is one.
+
+    Returns the last state: `experiment.model.score(state.ema_params)` is the trained score.
 
     Raises:
         ValueError: a config field or the data are not usable.
         FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
         Interrupted: the process was asked to stop; the state is saved.
     """
-    settings = experiment.settings
+    settings, workdir = experiment.settings, Path(workdir)
     check(experiment, workdir)
     with folder.alone(workdir):
         trainer = score_trainer(experiment, workdir)
@@ -42,6 +44,7 @@ def train(experiment: Experiment, workdir: Path) -> None:
         trainer.run()
     if devices.is_first():
         report.write(workdir)
+    return trainer.state
 
 
 def check(experiment: Experiment, workdir: Path) -> None:

@@ -233,7 +233,7 @@ def test_protocols_and_splits_do_not_mix_and_the_histogram_has_the_same_examples
 def test_figure_draws_cost_per_unit_and_sum(tmp_path: Path, monkeypatch) -> None:
     """Bins over widths and the cumulative values, as they are on the axes."""
     kept = []
-    monkeypatch.setattr(plotting.plt, "close", kept.append)
+    monkeypatch.setattr(plotting.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
     (parts,) = figures.all_parts([row(0), row(1)], EDGES)
     plotting.save_bits(tmp_path / "b.png", [figures._drawn(parts)])
     monkeypatch.undo()
@@ -249,4 +249,3 @@ def test_figure_draws_cost_per_unit_and_sum(tmp_path: Path, monkeypatch) -> None
     np.testing.assert_allclose(lines["prior 1.0000 ± 0.0000"], [9.5, 10.5])
     np.testing.assert_allclose(lines["total 10.5000 ± 0.5000"], 10.5)
     assert right.get_ylabel().startswith("bits/dim")
-    plotting.plt.close(kept[0])

@@ -1,5 +1,10 @@
 """Figures: pixels of image grids exactly, and files that can be opened."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -116,7 +121,26 @@ def test_curves_have_one_panel_per_quantity(tmp_path):
     assert pixels(two).std() > 0
 
 
-def test_figures_are_closed(tmp_path):
-    plotting.save_curves(tmp_path / "c.png", {"loss": {"train": ([0, 1], [1.0, 0.5])}})
-    plotting.save_density(tmp_path / "d.png", np.random.default_rng(0).standard_normal((50, 2)))
-    assert plotting.plt.get_fignums() == []
+IN_A_NOTEBOOK = """
+import sys
+import matplotlib
+matplotlib.use("svg")
+import numpy as np
+import plotting
+assert "matplotlib.pyplot" not in sys.modules
+plotting.save_curves("c.png", {"loss": {"train": ([0, 1], [1.0, 0.5])}})
+plotting.save_images("i.png", np.zeros((2, 4, 4, 1), np.uint8), 256)
+import matplotlib.pyplot as plt
+assert matplotlib.get_backend() == "svg"
+assert plt.get_fignums() == []
+"""
+
+
+def test_the_backend_of_a_notebook_stays(tmp_path):
+    """Paths may be texts; what is drawn is closed."""
+    subprocess.run(
+        [sys.executable, "-c", IN_A_NOTEBOOK], cwd=tmp_path, check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(plotting.__file__).parent)},
+    )  # fmt: skip
+    assert pixels(tmp_path / "c.png").std() > 0
+    assert pixels(tmp_path / "i.png").std() > 0

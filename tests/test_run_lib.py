@@ -297,6 +297,18 @@ def test_evaluation_is_complete_and_does_not_depend_on_the_batch_size(trained: P
         np.testing.assert_allclose(row["value"], other[key]["value"], rtol=2e-4, err_msg=str(key))
 
 
+def test_a_notebook_gets_the_last_state_and_the_table(trained: Path) -> None:
+    config = tiny.config()
+    config.eval.update(num_examples=4, enable_bpd=False, enable_sampling=False)
+    experiment = Experiment.from_config(config)
+    state = run_lib.train(experiment, str(trained))
+    assert int(state.step) == 20
+    (result,) = run_lib.evaluate(experiment, str(trained), "returned")
+    values = [row["value"] for row in Records(trained / "returned").rows.values()]
+    assert result.estimator == "bound"
+    np.testing.assert_allclose(result.value.mean, np.mean(values), rtol=1e-12)
+
+
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_rows_are_the_ode_likelihood_of_the_moving_average(trained: Path, split: str) -> None:
     options = {"dataset": split, "num_examples": 4, "bound": False, "enable_sampling": False}
