@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import npz_files
-from checks import require
+from checks import FieldError, require
 from real_arrays import check_finite, is_real
 from splits import DataConfig, Origin, Rows, divided
 
@@ -21,6 +21,8 @@ def stored_rows(config: DataConfig, path: Path) -> tuple[dict[str, Rows], Origin
     Raises:
         ValueError: the file is absent, damaged or lacks x, or `data.test_ids` does not fit it.
     """
+    if path.suffix in (".csv", ".tsv", ".parquet"):
+        raise FieldError("data.path", str(path), "tables are read by data.dataset='table'")
     try:
         arrays = {"x": npz_files.read_array(path)} if npz_files.is_array(path) else _archive(path)
     except ValueError as error:
@@ -50,6 +52,8 @@ def _archive(path: Path) -> dict[str, np.ndarray | None]:
 
 def _rows(path: Path, arrays: dict[str, np.ndarray | None], split: str) -> Rows:
     x, y, context = (arrays.get(f"{kind}{split}") for kind in ("x", "y", "context"))
+    if not x.ndim:
+        raise ValueError(f"x{split} of {path} is a single number: need examples [n, *d]")
     for kind, array in (("y", y), ("context", context)):
         if array is not None and (not array.ndim or len(array) != len(x)):
             raise ValueError(

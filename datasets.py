@@ -3,6 +3,7 @@
 TensorFlow is imported for image files and records only, and never sees the GPU.
 """
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable
@@ -142,7 +143,8 @@ def _npz(config: DataConfig) -> Dataset:
         rows, context = with_context(rows)
         return real_set(config, rows, origin, context)
     labels = train.labels, test.labels
-    return _arrays(config, train.x, test.x, labels, origin)
+    words = dataclasses.replace(origin, text=f"{origin.text}, grey levels")
+    return _arrays(config, train.x, test.x, labels, words)
 
 
 def _table(config: DataConfig) -> Dataset:

@@ -26,6 +26,11 @@ MOST_COORDINATES = 100  # ... and coordinates
 RESOLUTION = 1e-3  # standard deviations; what float32 cannot tell apart must be closer
 NAMED = 8  # coordinates in a message
 CHUNK = 1000  # examples
+KINDS = {  # of `data.standardize`, in words
+    "none": "as they are",
+    "coordinate": "every coordinate standardised",
+    "whiten": "whitened",
+}
 logger = logging.getLogger("fokker")
 
 
@@ -61,7 +66,7 @@ def real_set(
     splits = {name: _split(part, shape) for name, part in rows.items()}
     flips = not config.random_flip or len(shape) == 3
     require(flips, "data.random_flip", config.random_flip, f"False for examples of shape {shape}")
-    text = f"{origin.text}; real values, standardised: {config.standardize}"
+    text = f"{origin.text}; real values, {KINDS[config.standardize]}"
     found = assembled(config, shape, splits, Origin(text, origin.left_out), None)
     found = dataclasses.replace(found, columns=columns, context=context)
     _check_coordinates(config, found)
@@ -178,7 +183,7 @@ class _Coordinates(NamedTuple):
     def names(self, numbers: np.ndarray) -> str:
         """Those of several."""
         more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-        kind = "column" if self.columns else "coordinate"
+        kind = ("column" if self.columns else "coordinate") + "s" * (len(numbers) > 1)
         return f"{kind} {', '.join(map(self.name, numbers[:NAMED]))}{more}"
 
 
@@ -192,8 +197,8 @@ def _check_coordinates(config: DataConfig, data: Dataset) -> None:
     constant = np.flatnonzero((low == high) & (widths == 0.0))
     if constant.size:
         raise ValueError(
-            f"{words.names(constant)}: constant in the training split (first: "
-            f"{low[constant[0]]:g}), where a density is infinite; leave out what is constant"
+            f"{words.names(constant)}: constant in the training split, {low[constant[0]]:g} in "
+            "float32, where a density is infinite; leave out what is constant"
             f"{' by data.columns' if data.columns else ''}, or give it a data.cell_width"
         )
     spread = np.sqrt(found.variances + widths**2 / 12.0)
@@ -243,10 +248,19 @@ def _check_repeats(data: Dataset, words: _Coordinates, widths: np.ndarray) -> No
 
 
 def repeats(values: np.ndarray) -> tuple[float, float]:
-    """(share of the values that occur more than once, smallest distance of two that differ)."""
+    """(share of the values that occur more than once, smallest distance of two that differ).
+
+    The distance has no more digits than float32 gives it.
+    """
     distinct, counts = np.unique(values, return_counts=True)
     gaps = np.diff(distinct.astype(np.float64))
-    return counts[counts > 1].sum() / len(values), float(gaps.min()) if gaps.size else math.inf
+    share = counts[counts > 1].sum() / len(values)
+    if not gaps.size:
+        return share, math.inf
+    gap = float(gaps.min())
+    error = max(2.0 * np.finfo(np.float32).eps * float(np.abs(values).max()), 1e-6 * gap)
+    rounded = (float(f"{gap:.{digits}g}") for digits in range(1, 8))
+    return share, next((r for r in rounded if abs(r - gap) <= error), gap)
 
 
 def _warn_of_repeats(

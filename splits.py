@@ -167,7 +167,6 @@ def divided(
     Raises:
         ValueError: ids are no integers 0, …, n − 1, twice there, none or all.
     """
-    require(whole.x.ndim > 0, "data.path", config.path, "examples [n, ...], not a single number")
     train, test, text = _division(config, len(whole.x), test_ids)
     words = dataclasses.replace(origin, text=f"{origin.text}, {text}")
     return {"train": whole.only(train), "test": whole.only(test)}, words
@@ -185,7 +184,7 @@ def _division(
         name, text = "the array test_ids", "the test examples are its array test_ids"
     else:
         number = part_of(size, config.test_fraction, "data.test_fraction")
-        return *drawn(size, number, TEST), f"{config.test_fraction:.3g} of it, at random, for test"
+        return *drawn(size, number, TEST), _at_random(config.test_fraction)
     ids = np.ravel(given)
     if ids.dtype.kind not in "iu" or ids.size == 0 or ids.min() < 0 or ids.max() >= size:
         found = f"{ids.dtype} {ids.min()} to {ids.max()}" if ids.size else "nothing"
@@ -194,6 +193,10 @@ def _division(
     if not len(chosen) == len(ids) < size:
         raise ValueError(f"{name} holds an example twice, or all {size} of them")
     return np.setdiff1d(np.arange(size), chosen), chosen, text
+
+
+def _at_random(fraction: float) -> str:
+    return f"{100 * fraction:.3g} % of its examples, drawn at random, for the test"
 
 
 def _ids_in(path: Path) -> np.ndarray:

@@ -174,11 +174,12 @@ def _check_numbers(table: Columns, modelled: list[str], given: str) -> None:
     first = table[texts[0]]
     row = next(i for i, entry in enumerate(first) if not _is_number(entry))
     numbers = ",".join(name for name in modelled if name not in texts)
+    groups = ",".join(name for name in texts if _names_groups(table[name]))
+    advice = f", data.context_columns={groups} conditions on it" if groups else ""
     raise FieldError(
         "data.columns", given,
         f"need columns of numbers, but {', '.join(texts)} hold text (row {row + 1} of {texts[0]}: "
-        f"{str(first[row])!r}); data.columns={numbers} leaves text out, "
-        f"data.context_columns={','.join(texts)} conditions on it",
+        f"{str(first[row])!r}); data.columns={numbers} leaves text out{advice}",
     )  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def _context(table: Columns, given: list[str], plain: list[str]) -> tuple[np.nda
     for name in plain:
         column = table[name]
         if column.dtype.kind == "U":
-            known = _texts(name, column)
+            known = _groups(name, column)
             parts.append(column[:, None] == known[None])
             names += [f"{name}={text}" for text in known]
         else:
@@ -219,14 +220,16 @@ def _context(table: Columns, given: list[str], plain: list[str]) -> tuple[np.nda
     return floats, Context((len(names),), names=tuple(names))
 
 
-def _texts(name: str, column: np.ndarray) -> np.ndarray:
-    """The different entries of a column, in order, few enough to be those of classes."""
+def _names_groups(column: np.ndarray) -> bool:
+    """Whether a column has few enough different entries to be those of classes."""
+    return 2 <= len(np.unique(column)) <= len(column) / 2
+
+
+def _groups(name: str, column: np.ndarray) -> np.ndarray:
+    """The different entries of a column, in order."""
     known = np.unique(column)
-    allowed = (
-        f"columns that name groups: {name} has {len(known)} different entries in {len(column)}"
-    )
-    fits = 2 <= len(known) <= len(column) / 2
-    require(fits, "data.context_columns", name, f"{allowed} rows")
+    allowed = f"columns that name groups, not {len(known)} different ones in {len(column)} rows"
+    require(_names_groups(column), "data.context_columns", name, allowed)
     return known
 
 
@@ -236,6 +239,6 @@ def _classes(name: str, column: np.ndarray) -> tuple[np.ndarray, Context]:
         whole = bool((column == np.round(column)).all())
         require(whole, "data.context_columns", f"{name}{CLASS}", "integers or text for classes")
         column = column.astype(np.int64)
-    known = _texts(name, column)
+    known = _groups(name, column)
     classes = np.searchsorted(known, column).astype(np.int32)
     return classes, Context((), len(known), names=tuple(map(str, known)))
