@@ -6,44 +6,29 @@ TensorFlow is imported for image files and records only, and never sees the GPU.
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
 import decoding
 import npz_files
+import tables
+from array_files import stored_rows
 from array_records import ArrayRecords
 from checks import choose, path_of, require
 from image_arrays import as_classes, as_images
 from image_files import header, split_files
 from lazy_tensorflow import tensorflow
 from point_samplers import SAMPLERS
-from streams import Chosen, Dataset, Finite, Fresh, Sampler, Shape
+from real_arrays import is_real, real_set, with_classes, with_context
+from splits import DataConfig, Origin, assembled, divided
+from streams import Dataset, Finite, Fresh, Sampler, Shape
 from tfrecords import Records
 from toy_data import LAWS
 
 logger = logging.getLogger("fokker")
 MOST_POINTS = 10_000_000  # of a split of a toy set, which is held in memory
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The `data` section of the config; toy sets ignore the image fields."""
-
-    dataset: str  # a name in DATASETS, in any case
-    path: str  # .npz file, image folder, or tfds data folder ('' = where tfds keeps its data)
-    image_size: int  # height = width; 0 = as stored
-    num_channels: int
-    levels: int  # grey levels: values are 0, …, levels − 1
-    random_flip: bool  # flip training images left–right with probability ½
-    centered: bool
-    uniform_dequantization: bool
-    logit: bool
-    num_train: int  # the first so many examples; 0 = all (toy sets: fresh samples for ever)
-    num_test: int  # the first so many examples; 0 = all (toy sets: at least 1)
-    num_validation: int = 0  # training examples, drawn at random, that are a split of their own
-    category: str = ""  # of lsun, as church_outdoor
 
 
 def _points(config: DataConfig, sampler: Sampler) -> Dataset:
@@ -78,81 +63,6 @@ def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:
     require(2 <= config.levels <= 256, "data.levels", config.levels, "2 to 256")
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """The words for where a data set comes from, how it is split, and what of it is left out."""
-
-    text: str
-    left_out: tuple[str, ...] = ()
-
-
-def _image_set(
-    config: DataConfig,
-    shape: Shape,
-    splits: dict[str, Finite],
-    origin: Origin,
-) -> Dataset:
-    """The data set of the first num_train and num_test examples (0: all) of the splits."""
-    left_out = list(origin.left_out)
-
-    def first(name: str, n: int) -> Finite:
-        split = splits[name]
-        require(0 <= n <= split.size, f"data.num_{name}", n, f"0 (all) to {split.size}")
-        n = n or split.size
-        if n < split.size:
-            left_out.append(f"{split.size - n} {name} by data.num_{name}")
-        labels = None if split.labels is None else split.labels[:n]
-        context = None if split.context is None else split.context[:n]
-        return dataclasses.replace(split, size=n, labels=labels, context=context)
-
-    train, test = first("train", config.num_train), first("test", config.num_test)
-    validation = splits.get("validation")
-    if validation is None:
-        train, validation = _held_out(config, train)
-    else:
-        number = config.num_validation
-        require(number == 0, "data.num_validation", number, "0, as there is a validation split")
-    train = dataclasses.replace(train, flip=config.random_flip)
-    return Dataset(
-        config.dataset.lower(), shape, config.levels, train, test, validation=validation,
-        source=origin.text, left_out=tuple(left_out),
-    )  # fmt: skip
-
-
-def _held_out(config: DataConfig, train: Finite) -> tuple[Finite, Finite | None]:
-    """Training and validation split: the latter is drawn at random, the same for every seed.
-
-    Examples are often in order, by class or by writer: the last of them are like no others.
-    """
-    number = config.num_validation
-    require(0 <= number < train.size, "data.num_validation", number, f"0 to {train.size - 1}")
-    if number == 0:
-        return train, None
-    drawn = np.random.default_rng([0, 0, 0, 3]).permutation(train.size)
-    rest, validation = (np.sort(ids) for ids in (drawn[number:], drawn[:number]))
-    return _only(train, rest), _only(train, validation)
-
-
-def _only(split: Finite, chosen: np.ndarray) -> Finite:
-    """The chosen examples of a split."""
-    labels = None if split.labels is None else split.labels[chosen]
-    context = None if split.context is None else split.context[chosen]
-    pipeline = split.pipeline
-
-    def read(asked: Iterator[Chosen]) -> Iterator[np.ndarray]:
-        return pipeline(one._replace(ids=chosen[one.ids]) for one in asked)
-
-    return dataclasses.replace(
-        split,
-        size=len(chosen),
-        examples=lambda ids: split.examples(chosen[ids]),
-        labels=labels,
-        chosen=chosen,
-        context=context,
-        pipeline=pipeline and read,
-    )
-
-
 def _check_array(name: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
     """The images [n, H, W, C], whose shape and levels are those of the config."""
     array = as_images(name, array)
@@ -184,7 +94,8 @@ def _arrays(
         Finite(len(x), x.__getitem__, labels=as_classes(key, y, len(x)))
         for key, x, y in zip(keys, (train, test), labels, strict=True)
     ]
-    return _image_set(config, shape, dict(zip(("train", "test"), splits, strict=True)), origin)
+    pairs = dict(zip(("train", "test"), splits, strict=True))
+    return assembled(config, shape, pairs, origin, config.levels)
 
 
 def _check_values(config: DataConfig, largest: int, shape: Shape) -> None:
@@ -218,20 +129,33 @@ def _digits(config: DataConfig) -> Dataset:
 
 
 def _npz(config: DataConfig) -> Dataset:
-    """The arrays x_train and x_test, uint8 [n, H, W] or [n, H, W, C], of an .npz file.
+    """The arrays x_train and x_test of an .npz file, or x alone, or the array of an .npy file.
 
-    Classes, y_train and y_test, may be there, too.
+    uint8 [n, H, W] or [n, H, W, C] are images with grey levels, other numbers [n, *d] real values.
+    Beside them may be classes, y_train and y_test or y; contexts of real values, context_train and
+    context_test or context; and test_ids, which of the x alone are for the test.
     """
     require(config.path != "", "data.path", config.path, "an .npz file for data.dataset='npz'")
-    path, classes = path_of("data.path", config.path), ("y_train", "y_test")
-    try:
-        found = npz_files.read(path, ("x_train", "x_test"), classes)
-    except ValueError as error:
-        raise ValueError(f"data.path: {error}") from None
-    others = tuple(f"array {key}" for key in npz_files.names(path) if key not in found)
-    origin = Origin(f"arrays x_train and x_test of {path}", others)
-    labels = found.get("y_train"), found.get("y_test")
-    return _arrays(config, found["x_train"], found["x_test"], labels, origin)
+    path = path_of("data.path", config.path)
+    rows, origin = stored_rows(config, path)
+    train, test = rows["train"], rows["test"]
+    if is_real(train.x) and is_real(test.x):
+        rows, origin = with_classes(rows, origin)
+        rows, context = with_context(rows)
+        return real_set(config, rows, origin, context)
+    labels = train.labels, test.labels
+    words = dataclasses.replace(origin, text=f"{origin.text}, grey levels")
+    return _arrays(config, train.x, test.x, labels, words)
+
+
+def _table(config: DataConfig) -> Dataset:
+    """The columns of a .csv or .parquet file."""
+    allowed = "a .csv or .parquet file for data.dataset='table'"
+    require(config.path != "", "data.path", config.path, allowed)
+    path = path_of("data.path", config.path)
+    found = tables.examples(path, config.columns, config.context_columns)
+    parts, origin = divided(config, found.rows, None, Origin(f"{path}", found.left_out))
+    return real_set(config, parts, origin, found.context, found.columns)
 
 
 def _folder(config: DataConfig) -> Dataset:
@@ -251,7 +175,8 @@ def _folder(config: DataConfig) -> Dataset:
             raise ValueError(f"{path} is {found}, but {paths[0]} is {shape}: need equal images")
     _check_shape(root, shape, config)
     found = {name: decoding.of_files(files, shape) for name, files in splits.items()}
-    return _image_set(config, shape, found, Origin(f"{root}, {text}", tuple(left_out)))
+    origin = Origin(f"{root}, {text}", tuple(left_out))
+    return assembled(config, shape, found, origin, config.levels)
 
 
 def _builder(config: DataConfig, name: str) -> "tfds.core.DatasetBuilder":
@@ -320,7 +245,7 @@ def _tfds_records(
     shape = (config.image_size, config.image_size, 3)
     splits = {"train": split("train"), "test": split("validation")}
     origin = Origin(f"splits train and validation (for the test) of {builder.data_dir}")
-    return _image_set(config, shape, splits, origin)
+    return assembled(config, shape, splits, origin, config.levels)
 
 
 def _tfrecords(config: DataConfig) -> Dataset:
@@ -354,7 +279,8 @@ def _tfrecords(config: DataConfig) -> Dataset:
             f"format of FFHQ and CelebA-HQ: {error}"
         ) from None
     origin = Origin(f"{root}, train and test are the same images")
-    return _image_set(config, (size, size, 3), {"train": images, "test": images}, origin)
+    splits = {"train": images, "test": images}
+    return assembled(config, (size, size, 3), splits, origin, config.levels)
 
 
 def _imagenet_npz(config: DataConfig) -> Dataset:
@@ -388,6 +314,7 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     **{name: partial(_points, sampler=sampler) for name, sampler in SAMPLERS.items()},
     "digits": _digits,
     "npz": _npz,
+    "table": _table,
     "folder": _folder,
     "cifar10": partial(_tfds, name="cifar10", splits=("train", "test"), shape=(32, 32, 3)),
     "mnist": partial(_tfds, name="mnist", splits=("train", "test"), shape=(28, 28, 1)),
@@ -411,6 +338,22 @@ def load(config: DataConfig) -> Dataset:
 
     Raises ValueError for an unknown name or a field that does not fit the data; it names the field.
     """
-    dataset = choose(DATASETS, config.dataset.lower(), "data.dataset")(config)
+    name = config.dataset.lower()
+    make = choose(DATASETS, name, "data.dataset")
+    if name != "table":
+        for field in ("columns", "context_columns"):
+            value = getattr(config, field)
+            require(value == "", f"data.{field}", value, f"'' for {name}, which is no table")
+    dataset = make(config)
+    if dataset.levels is not None or name in SAMPLERS:
+        _check_no_reals(config)
     logger.info("%s", dataset.describe())
     return dataset
+
+
+def _check_no_reals(config: DataConfig) -> None:
+    """The fields of real values have no effect on grey levels and toy sets."""
+    kind = config.standardize
+    require(kind == "none", "data.standardize", kind, "'none' but for arrays and tables of reals")
+    allowed = "() but for arrays and tables of real values"
+    require(not any(config.cell_width), "data.cell_width", config.cell_width, allowed)

@@ -1,8 +1,12 @@
-"""Integers k ∈ {0..L−1} to the reals the model sees, and nats back to bits per dimension.
+"""Data to the reals the model sees, and nats back to bits per dimension or per unit of the data.
+
+Integers k ∈ {0..L−1}:
 
     w = (k + u)/L, u ∈ [0, 1)^d       y = w | 2w − 1 | logit(a + (1 − 2a) w)
     −log P(k) ≤ E_q[log q(y | k) − log p(y)],   q uniform, variational or truncated normal
     bits/dim = (log q(y | k) − log p(y))/(d ln 2)
+
+Real values may be standardised and noised in cells of a known width: `Reals`, in nats.
 
 The only file that knows the number of levels L. A uniform density on the unit cube has log2 L
 bits/dim under uniform q.
@@ -21,6 +25,7 @@ from checks import require
 from models.flowpp import Flowpp
 from models.layers import QUICK
 from operators import Batched, PerExample, dimension, inner, squared_norm, standard_normal, uniform
+from standardization import Affine
 
 Images = UInt8[Array, "b *d"]
 Params = Any
@@ -192,31 +197,52 @@ class FlowDequantizer:
         return image.astype(jnp.float32) / (self.encoding.levels - 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Reals:
-    """Real-valued data: nothing to dequantise, results in nats per example."""
+    """Real values x: y = A (x + w (u − ½) − m), u ∈ [0, 1)^d; results in nats per unit of x.
+
+        log p(x) = log p(y) + log|det A|
+        −log P(cell of x) ≤ E_u[−log p(x + w (u − ½))] − Σ_j log w_j     where all w_j > 0
+
+    Attributes:
+        affine: A and m; None: as they are.
+        widths: w, [*d], of the cells in which the values are known to lie, 0 for continuous ones;
+            None: all are continuous.
+    """
+
+    affine: Affine | None = None
+    widths: np.ndarray | None = None
 
     unit = "nats"
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether there is noise in cells."""
+        return self.widths is not None
+
     def encode(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Batched:
-        """Return the data as they are."""
-        del keys
-        return image
+        """Model-space y of the data, with fresh noise in their cells from one key per example."""
+        x = image
+        if self.widths is not None:
+            x = x + jnp.asarray(self.widths, x.dtype)[None] * (uniform(keys, x) - 0.5)
+        return x if self.affine is None else self.affine.apply(x)
 
     def draw(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Draw:
-        """Return the data as they are, without noise: log q = 0."""
-        return Draw(self.encode(image, keys), jnp.zeros(image.shape[:1], image.dtype))
+        """The same y, with −log|det A| for log q: log p(y) − log q is then a density of x."""
+        log_det = 0.0 if self.affine is None else self.affine.log_det
+        y = self.encode(image, keys)
+        return Draw(y, jnp.full(y.shape[:1], -log_det, y.dtype))
 
     def negative_log_likelihood(
         self, log_weight: PerExample, x: Shaped[Array, "b *d"]
     ) -> PerExample:
-        """−log p in nats."""
+        """−log p in nats, from log p(y) − log q."""
         del x
         return -log_weight
 
     def decode(self, y: Batched) -> Batched:
-        """Return the data as they are."""
-        return y
+        """The data in the units of the user; not rounded to the centres of cells."""
+        return y if self.affine is None else self.affine.invert(y)
 
 
 Encoding = Pixels | Reals

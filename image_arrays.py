@@ -16,7 +16,10 @@ def as_images(name: str, array: np.ndarray) -> np.ndarray:
         problem = f"is {array.dtype}: need uint8, 0 to levels - 1; {_as_uint8(array)}"
         raise ValueError(f"{name} {problem}")
     if array.ndim not in (3, 4) or array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape}: need [n, H, W(, C)], not empty")
+        raise ValueError(
+            f"{name} has shape {array.shape}: need [n, H, W(, C)], not empty; x.astype(np.float32) "
+            "makes real values of it, of any shape"
+        )
     array = array[..., None] if array.ndim == 3 else array
     if advice := _as_colours(array.shape):
         raise ValueError(f"{name} has shape {array.shape}: need 1 or 3 channels, last; {advice}")

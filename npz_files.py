@@ -1,4 +1,4 @@
-"""Arrays in .npz files: written as a whole or not at all, read without pickle.
+"""Arrays in .npz and .npy files: written as a whole or not at all, read without pickle.
 
 A file is written beside its place and renamed, so a process that is killed leaves the old file or
 the new one, never half of one. Every way in which a file from outside can be damaged ends in one
@@ -7,13 +7,15 @@ sentence that names the file and the array.
 
 import os
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+MAGIC = b"\x93NUMPY"
 
 
 def write(path: Path, arrays: Arrays) -> None:
@@ -89,23 +91,49 @@ def _arrays(
     return {key: _array(archive, found[key], f"{key} of {path}") for key in wanted}
 
 
+def read_array(path: Path) -> np.ndarray:
+    """The array of an .npy file, in memory.
+
+    Raises:
+        ValueError: the file is absent, of another kind or damaged, or holds objects.
+    """
+    if not is_array(path):
+        raise ValueError(f"{path} {_what_it_is(path, ())}")
+    return _checked(lambda: path.open("rb"), path.stat().st_size, str(path))
+
+
+def is_array(path: Path) -> bool:
+    """Whether this is an .npy file, by its first bytes."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def _array(archive: zipfile.ZipFile, member: str, name: str) -> np.ndarray:
-    """One array, whose header must say what the file has room for and whose checksum must fit."""
+    """One array of an archive."""
     with _damages(name):
-        with archive.open(member) as file:
+        size = archive.getinfo(member).file_size
+    return _checked(lambda: archive.open(member), size, name)
+
+
+def _checked(opened: Callable[[], IO[bytes]], size: int, name: str) -> np.ndarray:
+    """An array, whose header must say what its bytes have room for and whose checksum must fit."""
+    with _damages(name):
+        with opened() as file:
             shape, dtype = _header(file)
-            size = archive.getinfo(member).file_size - file.tell()
+            size = size - file.tell()
         if not dtype.hasobject:
             if size != dtype.itemsize * np.prod(shape, dtype=object):
                 raise ValueError(f"{size} bytes for {dtype} {shape}")
-            with archive.open(member) as file:
+            with opened() as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
-                file.read(1)  # at the end of the member its checksum is compared
+                file.read(1)  # at the end of a member of an archive its checksum is compared
             return array
     raise ValueError(f"{name} holds objects of Python, which are not read: store numbers instead")
 
 
-def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype]:
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, type) that an array says of itself."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
@@ -131,7 +159,7 @@ def _what_it_is(path: Path, keys: Collection[str]) -> str:
     if start.startswith(b"PK"):
         size = path.stat().st_size
         return f"is truncated: {size} bytes without the end of the archive; copy it again"
-    if start.startswith(b"\x93NUMPY"):
+    if start.startswith(MAGIC):
         return f"is a single array (.npy): need an archive, by np.savez(FILE, {arrays})"
     if all(byte >= 32 or byte in b"\t\n\r" for byte in start):
         return f"is a text, as .csv: need an archive of arrays, by np.savez(FILE, {arrays})"

@@ -42,14 +42,25 @@ def image_grid(images: np.ndarray, white: int, padding: int = 1) -> np.ndarray:
 
 
 def save_samples(path: str | Path, samples: np.ndarray, levels: int | None) -> None:
-    """A PNG of samples: the first 100 images [n, H, W, C], or the density of points [n, d]."""
+    """A PNG of samples: the first 100 images [n, H, W, C], or the density of real values.
+
+    Real values of the shape of grey or colour images are shown as such, from their 1 % quantile,
+    black, to the one of 99 %; of others the first two coordinates.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if levels is not None:
         save_images(path, samples[:100], levels)
-    elif samples.shape[1] == 1:
-        save_density_on_a_line(path, samples[:, 0], {})
+        return
+    if samples.ndim == 4 and samples.shape[3] in (1, 3):
+        low, high = np.quantile(samples[:100], [0.01, 0.99])
+        grey = np.clip((samples[:100] - low) / max(high - low, 1e-30), 0.0, 1.0)
+        save_images(path, np.round(255 * grey), 256)
+        return
+    points = samples.reshape(len(samples), -1)
+    if points.shape[1] == 1:
+        save_density_on_a_line(path, points[:, 0], {})
     else:
-        save_density(path, samples[:, :2])
+        save_density(path, points[:, :2])
 
 
 def save_images(path: str | Path, images: np.ndarray, levels: int) -> None:
@@ -79,15 +90,17 @@ def save_named_images(
 
 def save_density(path: str | Path, points: np.ndarray, bins: int = 200) -> None:
     """A PNG of a 2-D histogram of points [n, 2], colour by square root of the count."""
-    radius = 1.05 * np.quantile(np.abs(points), 0.999)
-    limits = [[-radius, radius], [-radius, radius]]
+    ends = np.quantile(points.astype(np.float64), [0.0005, 0.9995], axis=0)
+    margin = 0.05 * (ends[1] - ends[0]) + 1e-12
+    limits = np.stack([ends[0] - margin, ends[1] + margin], axis=1)
     bins = int(np.clip(math.sqrt(len(points)), 30, bins))
     histogram, _, _ = np.histogram2d(points[:, 0], points[:, 1], bins=bins, range=limits)
     figure, ((axes,),) = _panels(1, 1, figsize=(5, 5))
     axes.imshow(
         np.sqrt(histogram.T),
         origin="lower",
-        extent=[-radius, radius, -radius, radius],
+        extent=limits.ravel(),
+        aspect="auto",
         cmap="magma",
     )
     axes.set(xlabel="x₁", ylabel="x₂", title=f"{len(points)} points")

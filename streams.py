@@ -41,15 +41,27 @@ logger = logging.getLogger("fokker")
 class Context:
     """What the densities are conditioned on: one of `classes`, or floats of a shape.
 
-    A batch holds classes as int32 [b], floats as float32 [b, *shape].
+    A batch holds classes as int32 [b], floats as float32 [b, *shape], standardised where the mean
+    and the scale of the training split are there.
     """
 
     shape: Shape  # of one example; () for a class
     classes: int = 0  # 0: floats
+    names: tuple[str, ...] = ()  # of the classes, or of the floats, where they are known
+    mean: np.ndarray | None = dataclasses.field(default=None, compare=False)  # of floats, [*shape]
+    scale: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     def describe(self) -> str:
         """A few words for the line that describes the data."""
-        return f"one of {self.classes} classes" if self.classes else f"floats {self.shape}"
+        if self.classes:
+            return f"one of {self.classes} classes"
+        return f"floats {self.shape}{'' if self.mean is None else ', standardised'}"
+
+    def standardized(self, given: np.ndarray) -> np.ndarray:
+        """What a batch holds, of a context as the user has it: [n], or [n, *shape]."""
+        if self.mean is None:
+            return given
+        return ((given - self.mean) / self.scale).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +259,7 @@ class Dataset:
     A batch is {image [b, *shape], index int32 [b], mask bool [b]}, with a context besides them
     {context [b, *c]}.
 
-    Images are uint8 in 0, …, levels − 1; toy points are float32 and have levels None. `index` is
+    Images are uint8 in 0, …, levels − 1; real values are float32 and have levels None. `index` is
     the id in the split (−1 for padding), or the running number of a fresh sample (mod 2³¹). `law`
     is the exact law of the points of both splits, where it is known. `source` says where the
     examples come from and how they are split, `left_out` what is there and is not used.
@@ -263,6 +275,7 @@ class Dataset:
     source: str = ""
     left_out: tuple[str, ...] = ()
     context: Context | None = None
+    columns: tuple[str, ...] = ()  # names of the coordinates of vectors, where they are known
 
     def describe(self) -> str:
         """One line: the source, the number of examples of every split, and what is left out."""

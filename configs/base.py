@@ -28,7 +28,7 @@ def _data() -> ConfigDict:
     return ConfigDict(
         {
             "dataset": "digits",  # a name in datasets.DATASETS
-            "path": "",  # of an .npz file, an image folder, or a tfds folder
+            "path": "",  # of an .npz, .npy, .csv or .parquet file, an image folder, a tfds folder
             "image_size": 0,  # pixels on a side; 0: as the data are
             "num_channels": 1,  # 1 (grey) | 3 (colour)
             "category": "",  # of lsun, as church_outdoor
@@ -40,6 +40,20 @@ def _data() -> ConfigDict:
             "num_validation": 0,  # training images, drawn at random, to choose settings by
             "num_train": 0,  # 0: all (2-D sets: fresh samples for ever)
             "num_test": 0,  # 0: all (2-D sets: at least 1)
+            "validation_fraction": 0.0,  # of the training examples, in place of num_validation
+            # arrays and tables without a test split
+            "test_fraction": 0.1,  # of all examples, drawn at random, the same for every seed
+            "test_ids": "",  # a file of the test examples, counted from 0: .npy or text
+            # tables; names have commas between them
+            "columns": "",  # those that are modelled; '': all but the context columns
+            # what densities are conditioned on: numbers and one-hot texts; a single column of text,
+            # or one named as NAME:class, gives classes
+            "context_columns": "",
+            # real values; figures stay in the units of the data
+            "standardize": "none",  # none | coordinate | whiten, by the training split
+            # values are known to within cells of this width, as 1 for integers: one number, or one
+            # for each column, 0 where it is continuous; noise in the cells is drawn afresh
+            "cell_width": (),
         }
     )
 

@@ -112,16 +112,19 @@ def _gaussian_pixels(experiment: Experiment, full: bool) -> Estimator:
 
 
 def _gaussian_reals(experiment: Experiment, full: bool) -> Estimator:
+    """Fitted in model space, where a Gaussian is one of the data, too."""
+    encoding = experiment.evaluation_encoding
+
     def fit() -> baselines.Gaussian:
-        found = marginals.moments(experiment.training_examples(), full=full)
+        found = marginals.moments(experiment.encoded_examples(), full=full)
         return baselines.fit_reals(found, experiment.dataset.shape)
 
     def log_p(fitted: baselines.Gaussian, key: jax.Array, batch: dict) -> PerExample:
-        del key
-        return baselines.log_gaussian(fitted, batch["image"])
+        keys = draw_keys(fold_in_each(key, batch["noise_id"]), 0)
+        draw = encoding.draw(batch["image"], keys)  # that of the ODE
+        return baselines.log_gaussian(fitted, draw.x) - draw.log_q
 
     details = _gaussian_details(experiment, full, "diagonal")
-    encoding = experiment.evaluation_encoding
     return _estimator(_gaussian_name(full), details, encoding, fit, log_p)
 
 

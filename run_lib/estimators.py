@@ -105,7 +105,8 @@ def dequantization(experiment: Experiment, kind: str, trained: str = "") -> Dequ
     if isinstance(found, Reals):
         allowed = f"'uniform' for data.dataset={name!r}, which has real values"
         require(kind == "uniform", "eval.dequantization", kind, allowed)
-        return Dequantization({"data": "real-valued"}, lambda _, x, keys: found.draw(x, keys))
+        kind = "real-valued, uniform noise in cells" if found.is_noisy else "real-valued"
+        return Dequantization({"data": kind}, lambda _, x, keys: found.draw(x, keys))
     if kind == "uniform":
         return Dequantization({"dequantisation": kind}, lambda _, x, keys: found.draw(x, keys))
     if kind == "variational":
@@ -165,7 +166,7 @@ def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
     encoding = experiment.evaluation_encoding
     t_min = noise.start or settings.training.smallest_time
     noised, number = _starts_noised(settings) and not noise.start, settings.eval.num_importance
-    if number > 1 and experiment.dataset.levels is None and not noised:
+    if number > 1 and isinstance(encoding, Reals) and not (encoding.is_noisy or noised):
         raise ValueError(
             f"eval.num_importance={number} with real-valued data: there is no noise to draw; "
             "allowed: 1, or eval.ode_start='noised'"

@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 import datasets
 import losses
 import marginals
+import real_arrays
+import standardization
 from checks import choose, in_section, require
 from dequantization import Encoding, FlowDequantizer, Pixels, Reals
 from fokker_planck import FokkerPlanck
@@ -119,7 +121,7 @@ class Experiment:
         if head is None:
             return params
         if not isinstance(head, Levels):
-            batches = _encoded(self.encoding, batches)
+            batches = self.encoded_examples()
         name = self.settings.model.parameterization
         logger.info("the prior of model.parameterization=%r is taken from the training data", name)
         return params | {"prior": head.prior(self.dataset.shape, batches)}
@@ -147,12 +149,48 @@ class Experiment:
             batches = self.dataset.eval_batches("train", batch_size=PRIOR_BATCH)
         yield from marginals.arrays(batches)
 
+    def encoded_examples(self) -> Iterator[np.ndarray]:
+        """The same in model space, with noise in their cells."""
+        encode, first = jax.jit(self.encoding.encode), 0
+        for batch in self.training_examples():
+            keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(batch)))
+            yield np.asarray(encode(batch, keys))
+            first += len(batch)
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """What standardises data and context, by name; empty where nothing does.
+
+        A, A⁻¹ and m are `matrix`, `inverse` and `mean` [*d]; beside them are `columns` and
+        `cell_widths`, and of a context `context_mean`, `context_scale` and `context_names`.
+        """
+        context, encoding = self.dataset.context, self.encoding
+        found = {"columns": self.dataset.columns}
+        if isinstance(encoding, Reals):
+            found["cell_widths"] = encoding.widths
+            affine = encoding.affine
+            if affine is not None:
+                found |= {"mean": affine.mean, "matrix": affine.matrix, "inverse": affine.inverse}
+        if context is not None:
+            found |= {f"context_{n}": getattr(context, n) for n in ("mean", "scale", "names")}
+        return {n: np.asarray(v) for n, v in found.items() if v is not None and len(v)}
+
+    @property
+    def is_standardized(self) -> bool:
+        """Whether data or context are standardised, so that figures depend on the training split.
+
+        They depend on its examples beyond the parameters of the network.
+        """
+        return not {"mean", "context_mean"}.isdisjoint(self.statistics())
+
     @functools.cached_property
     def encoding(self) -> Encoding:
-        """Pixels for quantised data, Reals otherwise."""
-        data = self.settings.data
+        """Pixels for quantised data; Reals otherwise, standardised by the training split."""
+        data, shape = self.settings.data, self.dataset.shape
         if self.dataset.levels is None:
-            return Reals()
+            widths, kind = real_arrays.cell_widths(data, shape), data.standardize
+            return Reals(
+                standardization.fitted(kind, self.training_examples(), shape, widths), widths
+            )
         return Pixels(
             self.dataset.levels,
             centered=data.centered,
@@ -298,15 +336,6 @@ class Experiment:
                 f"which is 0 at t = 0 for training.sde={sde!r}; need 'drift' or 'score', or "
                 "eval.bound"
             )
-
-
-def _encoded(encoding: Encoding, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The batches in model space."""
-    encode, first = jax.jit(encoding.encode), 0
-    for batch in batches:
-        keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(batch)))
-        yield np.asarray(encode(batch, keys))
-        first += len(batch)
 
 
 def _high_order(training: TrainingConfig) -> HighOrder | None:

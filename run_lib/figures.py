@@ -7,6 +7,7 @@ Mean ± standard error over examples, the repeats of an example averaged first. 
 depends on the rows only, in whatever order they were computed; `bits_<step>.png` shows it.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -39,12 +40,22 @@ HISTOGRAM = "histogram"  # the baseline that the figure shows
 
 
 def save_toy(experiment: Experiment, params: Any, samples: np.ndarray, workdir: Path) -> None:
-    """density.png, trajectories.png and, on a line, score.png, in the run folder."""
+    """density.png, trajectories.png and, on a line, score.png, in the run folder.
+
+    All are of model space: data that the config standardises are shown standardised.
+    """
     shape = experiment.dataset.shape
     if shape == (1,):
-        _save_on_a_line(experiment, params, samples, workdir)
+        _save_on_a_line(experiment, params, _encoded(experiment, samples), workdir)
     elif shape == (2,):
-        _save_in_the_plane(experiment, params, samples, workdir)
+        _save_in_the_plane(experiment, params, _encoded(experiment, samples), workdir)
+
+
+def _encoded(experiment: Experiment, x: np.ndarray) -> np.ndarray:
+    """The points in model space, without noise in their cells."""
+    encoding = dataclasses.replace(experiment.encoding, widths=None)
+    keys = fold_in_each(jax.random.key(0), jnp.arange(len(x)))
+    return np.asarray(encoding.encode(jnp.asarray(x), keys))
 
 
 def _density(experiment: Experiment, params: Any, points: np.ndarray) -> np.ndarray:
@@ -123,7 +134,7 @@ def _save_paths(experiment: Experiment, params: Any, workdir: Path) -> None:
     t_min, sde = settings.training.smallest_time, settings.sde
     times = np.linspace(sde.T, t_min, len(LINE_STOPS))
     batch = next(experiment.dataset.eval_batches("test", batch_size=POINTS))
-    x0 = jnp.asarray(batch["image"][batch["mask"]])
+    x0 = jnp.asarray(_encoded(experiment, batch["image"][batch["mask"]]))
     keys = fold_in_each(experiment.keys["forward"], jnp.arange(len(x0)))
     z = standard_normal(keys, x0)
     forward = [sde.perturb(x0, jnp.full((len(x0),), t, x0.dtype), z)[:, 0] for t in times]

@@ -31,7 +31,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "nu
 FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer", "deq")
 FREE = (
     "model.ema_rate", "model.dropout", "model.num_scales", "model.dtype", "model.remat",
-    "data.num_test", "data.path", "deq.n_iters", "deq.ema_rate", "deq.num_times", "deq.init_from",
+    "data.num_test", "data.path", "data.test_ids", "deq.n_iters", "deq.ema_rate",
+    "deq.num_times", "deq.init_from",
 )  # fmt: skip
 
 

@@ -92,12 +92,14 @@ def settings_digest(experiment: Experiment) -> str:
     skipped = set(WITHOUT_EFFECT)
     if training.continuous and settings.model.time_label not in ("level", "reverse_index"):
         skipped.add("num_scales")  # then it is the number of steps of a sampler, no more
+    real = {"standardize": data.standardize, "cell_width": data.cell_width}
     return _digest(
         # Without defaults, so that a field that a later version adds changes no identity.
         {k: v for k, v in model.items() if k not in skipped and v != defaults.get(k)},
         (training.sde, training.continuous),
         (data.levels, data.centered, data.logit),
         settings.seed,
+        *([real] if real != {"standardize": "none", "cell_width": ()} else []),
     )
 
 

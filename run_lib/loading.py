@@ -31,7 +31,9 @@ def checkpoints_of(
     settings, target = experiment.settings, workdir / eval_folder
     check(experiment, workdir, eval_folder)
     steps = _wanted(settings)
-    ignore = ("eval", "sampling", "optim", "deq", "data.num_train")
+    ignore = ("eval", "sampling", "optim", "deq")
+    if not experiment.is_standardized:
+        ignore += ("data.num_train",)
     folder.reconcile(workdir, settings.resolved(), ignore=ignore)
     identities.claim(experiment, workdir)
     folder.same_seed(target, settings.seed)

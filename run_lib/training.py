@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import importers
+import npz_files
 import plotting
 from checkpoints import Checkpoints, whole_steps
 from checks import path_of, require
@@ -41,6 +42,8 @@ def train(experiment: Experiment, workdir: str | Path) -> TrainState:
         identities.claim(experiment, workdir)
         folder.write_json(workdir / "config.json", settings.resolved())
         folder.write_json(workdir / "versions.json", folder.versions())
+        if devices.is_first() and (found := experiment.statistics()):
+            npz_files.write(workdir / "standardization.npz", found)
         trainer.run()
     if devices.is_first():
         report.write(workdir)

@@ -21,8 +21,9 @@ LEVELS = {
     "fokker_planck": 3, "ode": 3, "terms": 4, "losses": 5, "likelihood": 4, "elbo": 7,
     "sampling": 6, "train_state": 6, "records": 6, "diagnostics": 6, "checkpoints": 7,
     "streams": 3, "point_samplers": 3, "restarted": 2, "datasets": 7, "plotting": 7, "version": -2,
-    "marginals": 0, "tails": 0, "heads": 1.5, "real_heads": 1.7, "baselines": 3, "run_lib": 8,
-    "main": 9,
+    "marginals": 0, "tails": 0, "standardization": 1, "splits": 5,
+    "real_arrays": 6, "array_files": 6.5, "tables": 6, "heads": 1.5, "real_heads": 1.7,
+    "baselines": 3, "run_lib": 8, "main": 9,
 }  # fmt: skip
 RUN_LIB = {
     "settings": 0, "config_files": 1, "devices": 1, "folder": 2, "comparison": 2,

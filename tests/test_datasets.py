@@ -435,8 +435,8 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path):
     np.savez(path, x_train=good // 16, x_test=good // 16)
     assert load(config("npz", path=path, levels=16)).levels == good.max() // 16 + 1
     refused(r"data\.levels=15: need more than .*, 15", "npz", path=path, levels=15)
-    np.savez(path, x_train=good, y=good)
-    refused(r"lacks \['x_test'\]; its keys are \['x_train', 'y'\]", "npz", path=path)
+    np.savez(path, x_test=good, y=good)
+    refused(r"lacks \['x_train'\]; its keys are \['x_test', 'y'\]", "npz", path=path)
 
 
 def test_classes_belong_to_their_images_and_are_cut_with_them(make, tmp_path):

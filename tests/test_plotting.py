@@ -98,11 +98,19 @@ def test_samples_of_points_are_a_density(tmp_path):
     assert pixels(tmp_path / "points.png").shape == (550, 550, 3)
 
 
+@pytest.mark.parametrize("shape", [(1,), (3,), (6, 2), (5, 4, 1), (5, 4, 3), (4, 4, 4, 1)])
+def test_samples_of_real_values_of_any_shape_are_shown(tmp_path, shape):
+    """In the units of the user, which may be far from zero."""
+    samples = 1000.0 + np.random.default_rng(0).standard_normal((50, *shape))
+    plotting.save_samples(tmp_path / "reals.png", samples.astype(np.float32), None)
+    assert pixels(tmp_path / "reals.png").std() > 5.0
+
+
 def test_density_is_bright_where_the_points_are(tmp_path):
-    """x₁ to the right, x₂ upwards: one cluster at (1, 1), one point far left and below."""
+    """x₁ to the right, x₂ upwards: one cluster at (1, 1), five points far left and below."""
     rng = np.random.default_rng(0)
     points = 0.1 * rng.standard_normal((2_000, 2)) + [1.0, 1.0]
-    plotting.save_density(tmp_path / "density.png", np.concatenate([points, [[-1.2, -1.2]]]))
+    plotting.save_density(tmp_path / "density.png", np.concatenate([points, [[-1.2, -1.2]] * 5]))
     bright = pixels(tmp_path / "density.png").astype(int).sum(axis=2)
     inside = bright[60:480, 80:500]
     top, bottom = inside[:210], inside[210:]

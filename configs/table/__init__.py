@@ -1,0 +1,1 @@
+"""Experiments on tables and arrays of real values."""
