@@ -13,16 +13,17 @@ import numpy as np
 
 import decoding
 import npz_files
-from checks import choose, path_of, require
-from image_arrays import as_classes, as_images
+from checks import choose, one_of, path_of, require
+from image_arrays import as_classes, as_floats, as_images
 from image_files import header, split_files
 from lazy_tensorflow import tensorflow
 from point_samplers import SAMPLERS
-from streams import Dataset, Finite, Fresh, Sampler, Shape
+from streams import Context, Dataset, Finite, Fresh, Sampler, Shape
 from tfrecords import Records
 from toy_data import LAWS
 
 logger = logging.getLogger("fokker")
+LARGE = 30.0  # of a context in standard units
 MOST_POINTS = 10_000_000  # of a split of a toy set, which is held in memory
 
 
@@ -43,6 +44,7 @@ class DataConfig:
     num_test: int  # the first so many examples; 0 = all (toy sets: at least 1)
     num_validation: int = 0  # training examples, drawn at random, that are a split of their own
     category: str = ""  # of lsun, as church_outdoor
+    context: str = ""  # of p(x | c): class, or values (arrays of an npz); '': none
 
 
 def _points(config: DataConfig, sampler: Sampler) -> Dataset:
@@ -114,8 +116,26 @@ def _image_set(
     train = dataclasses.replace(train, flip=config.random_flip)
     return Dataset(
         config.dataset.lower(), shape, config.levels, train, test, validation=validation,
-        source=origin.text, left_out=tuple(left_out),
+        source=origin.text, left_out=tuple(left_out), context=_kind(splits),
     )  # fmt: skip
+
+
+def _kind(splits: dict[str, Finite]) -> Context | None:
+    """What the contexts of all splits are, before any is cut; None unless all splits have some."""
+    found = [split.context for split in splits.values()]
+    if any(context is None for context in found):
+        return None
+    if all(np.issubdtype(context.dtype, np.integer) for context in found):
+        return Context((), max(int(classes.max()) for classes in found) + 1)
+    shapes = [context.shape[1:] for context in found]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"the contexts of {', '.join(splits)} have shapes {shapes}: need equal ones"
+        )
+    largest = max(float(np.abs(context).max()) for context in found)
+    if largest > LARGE:
+        logger.warning("the contexts reach %g: networks learn best from numbers near 1", largest)
+    return Context(shapes[0])
 
 
 def _held_out(config: DataConfig, train: Finite) -> tuple[Finite, Finite | None]:
@@ -164,6 +184,7 @@ def _arrays(
     test: np.ndarray,
     labels: Labels,
     origin: Origin,
+    values: Labels = (None, None),
 ) -> Dataset:
     source = config.path or config.dataset.lower()
     train = _check_array(f"x_train of {source}", train, config)
@@ -173,9 +194,12 @@ def _arrays(
         raise ValueError(f"x_test of {source} has images {found}: need {shape}, as in x_train")
     _check_values(config, int(max(train.max(), test.max())), shape)
     keys = (f"y_train of {source}", f"y_test of {source}")
+    arrays = zip((train, test), labels, strict=True)
+    classes = [as_classes(key, y, len(x)) for key, (x, y) in zip(keys, arrays, strict=True)]
+    given = {"class": classes, "values": values}.get(config.context, (None, None))
     splits = [
-        Finite(len(x), x.__getitem__, labels=as_classes(key, y, len(x)))
-        for key, x, y in zip(keys, (train, test), labels, strict=True)
+        Finite(len(x), x.__getitem__, labels=y, context=c)
+        for x, y, c in zip((train, test), classes, given, strict=True)
     ]
     return _image_set(config, shape, dict(zip(("train", "test"), splits, strict=True)), origin)
 
@@ -213,18 +237,24 @@ def _digits(config: DataConfig) -> Dataset:
 def _npz(config: DataConfig) -> Dataset:
     """The arrays x_train and x_test, uint8 [n, H, W] or [n, H, W, C], of an .npz file.
 
-    Classes, y_train and y_test, may be there, too.
+    Classes, y_train and y_test, may be there, too, and with data.context='values' context_train and
+    context_test, numbers [n, *c].
     """
     require(config.path != "", "data.path", config.path, "an .npz file for data.dataset='npz'")
     path, classes = path_of("data.path", config.path), ("y_train", "y_test")
+    contexts = ("context_train", "context_test") if config.context == "values" else ()
     try:
-        found = npz_files.read(path, ("x_train", "x_test"), classes)
+        found = npz_files.read(path, ("x_train", "x_test", *contexts), classes)
     except ValueError as error:
         raise ValueError(f"data.path: {error}") from None
     others = tuple(f"array {key}" for key in npz_files.names(path) if key not in found)
     origin = Origin(f"arrays x_train and x_test of {path}", others)
     labels = found.get("y_train"), found.get("y_test")
-    return _arrays(config, found["x_train"], found["x_test"], labels, origin)
+    values = [
+        as_floats(f"{key} of {path}", found[key], len(found[key.replace("context", "x")]))
+        for key in contexts
+    ]
+    return _arrays(config, found["x_train"], found["x_test"], labels, origin, tuple(values))
 
 
 def _folder(config: DataConfig) -> Dataset:
@@ -398,11 +428,22 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
+CONTEXTS = {  # what data.context may be, and which data have it
+    "": "",
+    "class": "'class' takes y_train and y_test of an npz, or digits, mnist, cifar10, svhn",
+    "values": "'values' takes context_train and context_test of an npz",
+}
+
+
 def load(config: DataConfig) -> Dataset:
     """The data set of that name, its arrays or the headers of its files checked.
 
     Raises ValueError for an unknown name or a field that does not fit the data; it names the field.
     """
+    one_of("data.context", config.context, CONTEXTS)
     dataset = choose(DATASETS, config.dataset.lower(), "data.dataset")(config)
+    allowed = f"'' for data.dataset={config.dataset!r}, which has none; {CONTEXTS[config.context]}"
+    there = config.context == "" or dataset.context is not None
+    require(there, "data.context", config.context, allowed)
     logger.info("%s", dataset.describe())
     return dataset

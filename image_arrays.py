@@ -1,4 +1,4 @@
-"""Arrays of images and classes from outside: what they must be, and what makes them so."""
+"""Arrays of images, classes and numbers from outside: what they must be, what makes them so."""
 
 import numpy as np
 
@@ -69,3 +69,19 @@ def as_classes(name: str, labels: np.ndarray | None, size: int) -> np.ndarray | 
             f"{LARGEST_CLASS}, [{size}], one for each image{column}"
         )
     return labels.astype(np.int32)
+
+
+def as_floats(name: str, values: np.ndarray, size: int) -> np.ndarray:
+    """The numbers beside the examples of a split, float32 [size, *c].
+
+    Raises:
+        ValueError: they are no finite numbers, one row for each example.
+    """
+    numbers = values.dtype.kind in "iuf" and values.shape[:1] == (size,) and values.ndim > 1
+    if not numbers or values.size == 0 or not np.isfinite(values).all():
+        column = "; c[:, None] makes it so" if values.shape == (size,) else ""
+        raise ValueError(
+            f"{name} is {values.dtype} {values.shape}: need finite numbers [{size}, *c], a row for "
+            f"each example{column}"
+        )
+    return values.astype(np.float32)

@@ -213,7 +213,7 @@ def test_scalar_fp_chooses_the_terms(scalar_fp, names):
 class FieldModel(ScoreModel):
     """A model whose score is `score_fn`, whatever the parameters."""
 
-    def score(self, params, dropout_key=None):
+    def score(self, params, dropout_key=None, *, context=None):
         del params, dropout_key
         return score_fn
 
