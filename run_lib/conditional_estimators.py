@@ -36,9 +36,8 @@ def with_contexts(experiment: Experiment, table: list[Estimator]) -> list[Estima
     found = [dataclasses.replace(e, details=e.details | given) for e in table]
     if experiment.is_marginal:
         marginal = [_without_context(estimator) for estimator in table]
-        pairs = zip(found, marginal, strict=True)
-        found += marginal
-        found += [_information(experiment, *pair) for pair in pairs if pair[0].key == "eval"]
+        pairs = [pair for pair in zip(found, marginal, strict=True) if pair[0].key == "eval"]
+        found += [*marginal, *(_information(experiment, *pair) for pair in pairs)]
     return found + classes
 
 
