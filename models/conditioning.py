@@ -1,12 +1,14 @@
 """The context c of a density p(x | c) inside a network: a class, numbers, or an image beside x.
 
-    class    e = E[c],  E: [n + 1, width]; its last row stands for no context
+    class    e = E[c],  E: [n, width];  e = e_0 without a context
     numbers  e = W_2 act(W_1 [m c, m] + b_1) + b_2,  m = 1, or 0 without a context
     image    [x, m c, m] by channels, for images of the height and the width of x
 
-e is added to the embedding of the label. E, W_2 and b_2 start at zero: before training the output
-is the same for all of these contexts. In a batch the class −1, and NaN among the numbers, say that
-an example has no context: the network then gives the score of p(x), if it was trained to.
+e is added to the embedding of the label. Without a context e starts at zero: before training the
+network then is the one that has no contexts. E starts at N(0, 1), which costs the near-zero start
+of the output nothing: from zero, the classes of the digits took many times as long to learn. In a
+batch the class −1, and NaN among the numbers, say that an example has no context: the network then
+gives the score of p(x), if it was trained to.
 Reference: Ho and Salimans 2021, https://arxiv.org/abs/2207.12598 (one network for both scores).
 """
 
@@ -103,14 +105,14 @@ class ContextEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, context: ContextArray) -> Float[Array, "b width"]:
-        """Map classes [B] or numbers [B, n] to [B, width]; zero at the start."""
-        zeros = nn.initializers.zeros
+        """Map classes [B] or numbers [B, n] to [B, width]; no context to zero at the start."""
         if self.classes:
-            table = self.param("classes", zeros, (self.classes + 1, self.width))
-            return table[jnp.where(context < 0, self.classes, context)]
+            table = self.param("classes", nn.initializers.normal(1.0), (self.classes, self.width))
+            none = self.param("none", nn.initializers.zeros, (self.width,))
+            return jnp.where(context[:, None] < 0, none[None], table[jnp.maximum(context, 0)])
         known, there = _known(context)
         h = nn.Dense(self.width)(jnp.concatenate([known, there[:, None]], axis=-1))
-        return nn.Dense(self.width, kernel_init=zeros)(ACTIVATIONS[self.activation](h))
+        return nn.Dense(self.width)(ACTIVATIONS[self.activation](h))
 
 
 def _known(context: Float[Array, "b *c"]) -> tuple[Float[Array, "b *c"], Float[Array, " b"]]:

@@ -83,7 +83,7 @@ def none_of(context):
 
 @embedded
 def test_before_training_the_context_changes_nothing(case):
-    """Output and parameters are those of the network without a context, bit by bit."""
+    """Nearly, as outputs start near zero; without one nothing, nor in the other parameters."""
     net, x, label, context = case
     key = jax.random.key(0, impl="rbg")
     params = jax.jit(net.init)(key, x, label)["params"]
@@ -94,8 +94,8 @@ def test_before_training_the_context_changes_nothing(case):
         np.testing.assert_array_equal, {k: v for k, v in params.items() if k in before}, before
     )
     expected = apply(plain, before, x, label)
-    for given in (context, none_of(context), None):
-        np.testing.assert_array_equal(apply(net, params, x, label, given), expected)
+    np.testing.assert_array_equal(apply(net, params, x, label), expected)
+    np.testing.assert_allclose(apply(net, params, x, label, context), expected, atol=1e-4)
 
 
 def test_every_example_sees_its_own_context_and_no_other(case):
@@ -139,8 +139,8 @@ def test_the_gradient_reaches_the_context(case):
     found = grads["context_embedding"]
     if net.context.classes:
         rows = jnp.max(jnp.abs(found["classes"]), axis=1) > 0.0
-        expected = {int(c) if c >= 0 else 3 for c in context}
-        assert set(np.flatnonzero(rows).tolist()) == expected
+        assert set(np.flatnonzero(rows).tolist()) == {int(c) for c in context if c >= 0}
+        assert float(jnp.max(jnp.abs(found["none"]))) > 0.0
     else:
         assert all(float(jnp.max(jnp.abs(leaf))) > 0.0 for leaf in jax.tree.leaves(found))
 
@@ -188,9 +188,7 @@ def test_models_bind_the_context():
     for model in (plain, headed):
         params = jax.tree.map(lambda a: a + 0.1, model.init(jax.random.key(0), (2,)))
         tree = params["network"] if model is headed else params
-        assert tree["context_embedding"]["classes"].shape == (4, 8)
-        rows = jnp.arange(4 * 8.0).reshape(4, 8) / 32.0
-        tree["context_embedding"]["classes"] = rows
+        assert tree["context_embedding"]["classes"].shape == (3, 8)
         given = [model.score(params, context=jnp.full(2, c))(x, t) for c in (0, 2)]
         none = model.score(params)(x, t)
         assert float(jnp.min(jnp.abs(given[0] - given[1]))) > 1e-4
