@@ -16,18 +16,19 @@ import npz_files
 import tables
 from array_files import stored_rows
 from array_records import ArrayRecords
-from checks import choose, path_of, require
+from checks import choose, one_of, path_of, require
 from image_arrays import as_classes, as_images
 from image_files import header, split_files
 from lazy_tensorflow import tensorflow
 from point_samplers import SAMPLERS
-from real_arrays import is_real, real_set, with_classes, with_context
-from splits import DataConfig, Origin, assembled, divided
-from streams import Dataset, Finite, Fresh, Sampler, Shape
+from real_arrays import is_real, real_set, with_classes, with_context, with_scaled_context
+from splits import DataConfig, Origin, Rows, assembled, divided
+from streams import Context, Dataset, Finite, Fresh, Sampler, Shape
 from tfrecords import Records
 from toy_data import LAWS
 
 logger = logging.getLogger("fokker")
+LARGE = 30.0  # of a context in standard units
 MOST_POINTS = 10_000_000  # of a split of a toy set, which is held in memory
 
 
@@ -63,6 +64,19 @@ def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:
     require(2 <= config.levels <= 256, "data.levels", config.levels, "2 to 256")
 
 
+def _kind(splits: dict[str, Finite]) -> Context | None:
+    """What the contexts of all splits are, before any is cut; None unless all splits have some."""
+    found = [split.context for split in splits.values()]
+    if any(context is None for context in found):
+        return None
+    if all(np.issubdtype(context.dtype, np.integer) for context in found):
+        return Context((), max(int(classes.max()) for classes in found) + 1)
+    largest = max(float(np.abs(context).max()) for context in found)
+    if found[0].ndim > 2 and largest > LARGE:
+        logger.warning("the contexts reach %g: networks learn best from numbers near 1", largest)
+    return Context(found[0].shape[1:])
+
+
 def _check_array(name: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
     """The images [n, H, W, C], whose shape and levels are those of the config."""
     array = as_images(name, array)
@@ -81,6 +95,7 @@ def _arrays(
     test: np.ndarray,
     labels: Labels,
     origin: Origin,
+    values: Labels = (None, None),
 ) -> Dataset:
     source = config.path or config.dataset.lower()
     train = _check_array(f"x_train of {source}", train, config)
@@ -90,12 +105,18 @@ def _arrays(
         raise ValueError(f"x_test of {source} has images {found}: need {shape}, as in x_train")
     _check_values(config, int(max(train.max(), test.max())), shape)
     keys = (f"y_train of {source}", f"y_test of {source}")
+    arrays = zip((train, test), labels, strict=True)
+    classes = [as_classes(key, y, len(x)) for key, (x, y) in zip(keys, arrays, strict=True)]
+    given = {"class": classes, "values": values}.get(config.context, (None, None))
     splits = [
-        Finite(len(x), x.__getitem__, labels=as_classes(key, y, len(x)))
-        for key, x, y in zip(keys, (train, test), labels, strict=True)
+        Finite(len(x), x.__getitem__, labels=y, context=c)
+        for x, y, c in zip((train, test), classes, given, strict=True)
     ]
     pairs = dict(zip(("train", "test"), splits, strict=True))
-    return assembled(config, shape, pairs, origin, config.levels)
+    found = assembled(config, shape, pairs, origin, config.levels)
+    found = dataclasses.replace(found, context=_kind(pairs))
+    is_vector = found.context is not None and len(found.context.shape) == 1
+    return with_scaled_context(found) if is_vector else found
 
 
 def _check_values(config: DataConfig, largest: int, shape: Shape) -> None:
@@ -132,26 +153,45 @@ def _npz(config: DataConfig) -> Dataset:
     """The arrays x_train and x_test of an .npz file, or x alone, or the array of an .npy file.
 
     uint8 [n, H, W] or [n, H, W, C] are images with grey levels, other numbers [n, *d] real values.
-    Beside them may be classes, y_train and y_test or y; contexts of real values, context_train and
-    context_test or context; and test_ids, which of the x alone are for the test.
+    Beside them may be classes, y_train and y_test or y; with data.context='values' the contexts
+    context_train and context_test or context; and test_ids, which of the x alone are for the test.
     """
     require(config.path != "", "data.path", config.path, "an .npz file for data.dataset='npz'")
     path = path_of("data.path", config.path)
     rows, origin = stored_rows(config, path)
+    rows, origin = _with_wanted_context(config, rows, origin)
     train, test = rows["train"], rows["test"]
     if is_real(train.x) and is_real(test.x):
         rows, origin = with_classes(rows, origin)
+        if config.context == "class":
+            rows = {name: row._replace(context=row.labels) for name, row in rows.items()}
         rows, context = with_context(rows)
         return real_set(config, rows, origin, context)
     labels = train.labels, test.labels
     words = dataclasses.replace(origin, text=f"{origin.text}, grey levels")
-    return _arrays(config, train.x, test.x, labels, words)
+    return _arrays(config, train.x, test.x, labels, words, (train.context, test.context))
+
+
+def _with_wanted_context(
+    config: DataConfig, rows: dict[str, Rows], origin: Origin
+) -> tuple[dict[str, Rows], Origin]:
+    """The rows with finite contexts where data.context='values' asks for them, else without."""
+    there = [row.name for row in rows.values() if row.context is not None]
+    if config.context == "values":
+        allowed = "a file with context_train and context_test, or context, for 'values'"
+        require(len(there) == len(rows), "data.context", config.context, allowed)
+        return with_context(rows)[0], origin
+    left_out = ("the context (data.context='values' takes it)",) if there else ()
+    origin = dataclasses.replace(origin, left_out=(*origin.left_out, *left_out))
+    return {name: row._replace(context=None) for name, row in rows.items()}, origin
 
 
 def _table(config: DataConfig) -> Dataset:
     """The columns of a .csv or .parquet file."""
     allowed = "a .csv or .parquet file for data.dataset='table'"
     require(config.path != "", "data.path", config.path, allowed)
+    allowed = "'' for a table, whose context is data.context_columns"
+    require(config.context == "", "data.context", config.context, allowed)
     path = path_of("data.path", config.path)
     found = tables.examples(path, config.columns, config.context_columns)
     parts, origin = divided(config, found.rows, None, Origin(f"{path}", found.left_out))
@@ -333,6 +373,13 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
+CONTEXTS = {  # what data.context may be, and which data have it
+    "": "",
+    "class": "'class' takes y_train and y_test of an npz, or digits, mnist, cifar10, svhn",
+    "values": "'values' takes context_train and context_test of an npz",
+}
+
+
 def load(config: DataConfig) -> Dataset:
     """The data set of that name, its arrays or the headers of its files checked.
 
@@ -340,11 +387,15 @@ def load(config: DataConfig) -> Dataset:
     """
     name = config.dataset.lower()
     make = choose(DATASETS, name, "data.dataset")
+    one_of("data.context", config.context, CONTEXTS)
     if name != "table":
         for field in ("columns", "context_columns"):
             value = getattr(config, field)
             require(value == "", f"data.{field}", value, f"'' for {name}, which is no table")
     dataset = make(config)
+    allowed = f"'' for data.dataset={config.dataset!r}, which has none; {CONTEXTS[config.context]}"
+    there = config.context == "" or dataset.context is not None
+    require(there, "data.context", config.context, allowed)
     if dataset.levels is not None or name in SAMPLERS:
         _check_no_reals(config)
     logger.info("%s", dataset.describe())

@@ -6,10 +6,10 @@
 
 The terms are those of `terms`; order 1 is denoising or implicit score matching.
 
-A batch is {image: [B, *d], noise_id: int32 [B], mask: bool [B]}; a training step adds its number,
-`step`, and what an adaptive law of times has learned, `time_law`. The noise of an example is a
-function of (rng, noise_id) only. The importance proposal's constant Z is left out of the optimised
-loss.
+A batch is {image: [B, *d], noise_id: int32 [B], mask: bool [B]}, with context: [B, *c] for
+p(x | c); a training step adds its number, `step`, and what an adaptive law of times has learned,
+`time_law`. The noise of an example, and whether its context is dropped, is a function of
+(rng, noise_id) only. The importance proposal's constant Z is left out of the optimised loss.
 """
 
 import dataclasses
@@ -17,12 +17,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from checks import one_of, require
 from dequantization import Encoding, FlowDequantizer
 from likelihood import variational_bound
+from models.conditioning import without
 from operators import PerExample, fold_in_all, fold_in_each, standard_normal
 from parameterization import Params, ScoreFn, ScoreModel
 from sde_lib import SDE
@@ -93,6 +95,7 @@ class AdaptiveLaw(TimeLaw):
 
 
 NUM_BINS = 16
+NUM_KEYS = 5  # of an example's noise
 FLOOR = 0.2  # share of the times that are spread evenly over W, whatever was learned
 
 
@@ -196,6 +199,7 @@ def score_matching(
     *,
     batch_size: int,
     train: bool,
+    context_dropout: float = 0.0,
 ) -> PerExampleLoss:
     """The objective as one value per example.
 
@@ -207,6 +211,8 @@ def score_matching(
         batch_size: global batch size, the number of strata of stratified times.
         train: apply dropout, and take terms for the fraction of examples and steps that they ask
             for; otherwise all terms of all examples.
+        context_dropout: probability that an example is seen without its context in training, so
+            that the network learns p(x), too.
 
     Returns:
         (params, rng, batch) → (w(t) (order 1 + weighted orders 2, 3) + weighted residual,
@@ -219,7 +225,7 @@ def score_matching(
     def per_example(
         params: Params, rng: Key[Array, ""], batch: Batch
     ) -> tuple[PerExample, dict[str, PerExample]]:
-        key_data, key_time, key_noise, key_dropout, key_probe = jax.random.split(rng, 5)
+        key_data, key_time, key_noise, key_dropout, key_probe = jax.random.split(rng, NUM_KEYS)
         ids = batch["noise_id"]
         x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
         law_now = law.at(batch) if train else law
@@ -227,10 +233,17 @@ def score_matching(
         z = standard_normal(fold_in_each(key_noise, ids), x0)
         # Devices hold different ids, so their masks differ.
         key_dropout = jax.random.fold_in(key_dropout, ids[0])
-        score_fn = model.score(params, key_dropout if train else None)
+        context = batch.get("context")
+        if train and context_dropout > 0.0 and context is not None:
+            context = without(context, _dropped(rng, ids, context_dropout))
+
+        def score_of(rows: np.ndarray | slice) -> ScoreFn:
+            known = None if context is None else context[rows]
+            return model.score(params, key_dropout if train else None, context=known)
+
         x_t = sde.perturb(x0, t, z)
         point = Point(x_t, t, z, fold_in_each(key_probe, ids), model.target(x0, x_t, t, z))
-        parts = _parts_of_step(terms, score_fn, sde, point, batch)
+        parts = _parts_of_step(terms, score_of, sde, point, batch)
         to_uniform = 1.0 / (law_now.proposal.density(t) * law_now.proposal.length)
         weight = law_now.weight(t, sde)
         values = terms.weighted(parts, sde, t, weight, to_uniform)
@@ -241,24 +254,34 @@ def score_matching(
     return per_example
 
 
+def _dropped(rng: Key[Array, ""], ids: Int[Array, " b"], rate: float) -> Bool[Array, " b"]:
+    """Which examples are seen without their context; the key is none of those that rng gives."""
+    keys = fold_in_each(jax.random.fold_in(rng, NUM_KEYS), ids)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+
+
 def _parts_of_step(
-    terms: Terms, score_fn: ScoreFn, sde: SDE, point: Point, batch: Batch
+    terms: Terms,
+    score_of: Callable[[np.ndarray | slice], ScoreFn],
+    sde: SDE,
+    point: Point,
+    batch: Batch,
 ) -> dict[str, PerExample]:
     """The parts; those of the residual at every n-th step only, times n."""
-    residual = terms.fokker_planck
+    residual, score_fn = terms.fokker_planck, score_of(slice(None))
     if residual is None or residual.every == 1:
-        return terms.parts(score_fn, sde, point)
-    without = dataclasses.replace(terms, fokker_planck=None)
+        return terms.parts(score_fn, sde, point, score_of)
+    others = dataclasses.replace(terms, fokker_planck=None)
     absent = dict.fromkeys(residual.names, jnp.zeros_like(point.t))
 
     def with_residual() -> dict[str, PerExample]:
-        parts = terms.parts(score_fn, sde, point)
+        parts = terms.parts(score_fn, sde, point, score_of)
         return parts | {name: residual.every * parts[name] for name in residual.names}
 
     return jax.lax.cond(
         batch["step"] % residual.every == 0,
         with_residual,
-        lambda: without.parts(score_fn, sde, point) | absent,
+        lambda: others.parts(score_fn, sde, point, score_of) | absent,
     )
 
 
@@ -286,8 +309,8 @@ def dequantizer_loss(
         keys = fold_in_each(rng, batch["noise_id"])
         draw = dequantizer.draw(params, batch["image"], fold_in_all(keys, 0))
         bound = variational_bound(
-            model.score(score_params), model.sde, draw.x, fold_in_all(keys, 1),
-            proposal=proposal, num_times=num_times,
+            model.score(score_params, context=batch.get("context")), model.sde, draw.x,
+            fold_in_all(keys, 1), proposal=proposal, num_times=num_times,
         )  # fmt: skip
         bits = encoding.negative_log_likelihood(-bound.nll - draw.log_q, draw.x)
         log_q = -encoding.negative_log_likelihood(

@@ -19,6 +19,7 @@ estimate is 2^p − 1 times too large.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -139,8 +140,8 @@ class Solver:
     def _adaptive(self, slope: VectorField, state: State, args: Any) -> Solution:
         kind, per_step, at_start = SOLVERS[self.name]
         start = jnp.zeros(jax.tree.leaves(state)[0].shape[:1])
-        # Parameters that the field closes over become arguments: the batching rule needs them so.
-        closed_slope, constants = jax.closure_convert(slope, start, state, args)
+        # What the field closes over becomes an argument: the batching rule needs it so.
+        closed_slope, constants = _closed(slope, start, state, args)
         one = _one_example(closed_slope, start.shape[0])
         term = diffrax.ODETerm(lambda u, y, a: one(u, y, a, constants))
         controller = diffrax.PIDController(rtol=self.rtol, atol=self.atol, norm=_worst_leaf)
@@ -210,6 +211,28 @@ def _equal_steps(name: str, slope: VectorField, number: int, state: State, args:
         return stage
 
     return jax.lax.fori_loop(0, number, step, state)
+
+
+def _closed(
+    field: VectorField, start: PerExample, state: State, args: Any
+) -> tuple[Callable[..., State], list[Array]]:
+    """A field that takes what the field closes over as arguments behind its own; and these.
+
+    Unlike `jax.closure_convert` also the integers, as classes that a score is given.
+    """
+    closed, like = jax.make_jaxpr(field, return_shape=True)(start, state, args)
+    traced = [isinstance(constant, jax.core.Tracer) for constant in closed.consts]
+
+    def converted(t: PerExample, y: State, a: Any, *constants: Array) -> State:
+        rest = iter(constants)
+        consts = [
+            next(rest) if is_traced else c
+            for is_traced, c in zip(traced, closed.consts, strict=True)
+        ]
+        found = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((t, y, a)))
+        return jax.tree.unflatten(jax.tree.structure(like), found)
+
+    return converted, list(itertools.compress(closed.consts, traced))
 
 
 def _one_example(field: Callable[..., State], batch_size: int) -> Callable[..., State]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Key
 
 from checks import in_section
 from heads import Atoms, Cells
+from models.conditioning import ContextArray
 from models.layers import QUICK
 from operators import Batched, PerExample, scale
 from real_heads import Mixture, Whitened
@@ -160,18 +161,28 @@ class ScoreModel:
         x, t = jnp.zeros((1, *shape)), jnp.ones((1,))
         return self.network.init(key, x, self.label(t, self.sde, self.num_scales))["params"]
 
-    def score(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> ScoreFn:
-        """s(x, t) at these parameters; dropout is on when a key is given, one mask per key."""
+    def score(
+        self,
+        params: Params,
+        dropout_key: Key[Array, ""] | None = None,
+        *,
+        context: ContextArray | None = None,
+    ) -> ScoreFn:
+        """s(x, t), of p(x | c) for the context c of every example, at these parameters.
+
+        Dropout is on when a key is given, one mask per key. Without a context this is the score of
+        p(x), of a network that has contexts if it was trained for both.
+        """
 
         def score_fn(x: Batched, t: PerExample) -> Batched:
-            net = self._output(params, x, t, dropout_key)
+            net = self._output(params, x, t, dropout_key, context)
             return self.to_score(net, x, t, self.sde)
 
         return score_fn
 
-    def decoder(self, params: Params) -> DecoderFn | None:
+    def decoder(self, params: Params, *, context: ContextArray | None = None) -> DecoderFn | None:
         """(x0, x_t, t) ↦ log p(x0 | x_t) − log N(x_t/α; x0, σ²/α² I) of a head that has one."""
-        del params
+        del params, context
         return None
 
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
@@ -185,13 +196,15 @@ class ScoreModel:
         x: Batched,
         t: PerExample,
         dropout_key: Key[Array, ""] | None,
+        context: ContextArray | None,
         features: Array | None = None,
     ) -> Array:
         """The output of the network at its parameters."""
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
         label = self.label(t, self.sde, self.num_scales)
-        more = {} if features is None else {"features": features}
+        more = {"features": features, "context": context}
+        more = {name: value for name, value in more.items() if value is not None}
         return self.network.apply({"params": params}, x, label, train=train, rngs=rngs, **more)
 
 
@@ -209,20 +222,26 @@ class HeadModel(ScoreModel):
         label = self.label(t, self.sde, self.num_scales)
         return {"network": self.network.init(key, inputs, label, **more)["params"]} | arrays
 
-    def score(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> ScoreFn:
-        """s(x, t) at these parameters; dropout is on when a key is given, one mask per key."""
-        outputs, arrays = self._bound(params, dropout_key)
+    def score(
+        self,
+        params: Params,
+        dropout_key: Key[Array, ""] | None = None,
+        *,
+        context: ContextArray | None = None,
+    ) -> ScoreFn:
+        """s(x, t) at these parameters, as of any `ScoreModel`."""
+        outputs, arrays = self._bound(params, dropout_key, context)
 
         def score_fn(x: Batched, t: PerExample) -> Batched:
             return self.head.score(arrays, outputs(x, t), x, t, self.sde)
 
         return score_fn
 
-    def decoder(self, params: Params) -> DecoderFn | None:
+    def decoder(self, params: Params, *, context: ContextArray | None = None) -> DecoderFn | None:
         """(x0, x_t, t) ↦ log p(x0 | x_t) − log N(x_t/α; x0, σ²/α² I) of cells and mixtures."""
         if not isinstance(self.head, Cells | Mixture):
             return None
-        outputs, arrays = self._bound(params, None)
+        outputs, arrays = self._bound(params, None, context)
         return lambda x0, x, t: self.head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
@@ -230,13 +249,13 @@ class HeadModel(ScoreModel):
         known = isinstance(self.head, Cells)
         return self.head.known_noise(x0, x, t, self.sde) if known else z
 
-    def log_probability(self, params: Params) -> DecoderFn:
+    def log_probability(self, params: Params, *, context: ContextArray | None = None) -> DecoderFn:
         """(x0, x_t, t) ↦ log P(levels of x0 | x_t) of atoms."""
-        outputs, arrays = self._bound(params, None)
+        outputs, arrays = self._bound(params, None, context)
         return lambda x0, x, t: self.head.log_probability(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def _bound(
-        self, params: Params, dropout_key: Key[Array, ""] | None
+        self, params: Params, dropout_key: Key[Array, ""] | None, context: ContextArray | None
     ) -> tuple[ScoreFn, dict[str, Any]]:
         """(the network's output as a function of x and t, the arrays of the head).
 
@@ -247,6 +266,6 @@ class HeadModel(ScoreModel):
 
         def outputs(x: Batched, t: PerExample) -> Array:
             inputs, features = self.head.inputs(arrays, x, t, self.sde)
-            return self._output(params["network"], inputs, t, dropout_key, features)
+            return self._output(params["network"], inputs, t, dropout_key, context, features)
 
         return outputs, arrays

@@ -75,7 +75,7 @@ def real_set(
     if context.classes:
         _check_classes(found)
         return found
-    return _with_scaled_context(found)
+    return with_scaled_context(found)
 
 
 def _split(rows: Rows, shape: Shape) -> Finite:
@@ -300,7 +300,7 @@ def _check_classes(data: Dataset) -> None:
             )  # fmt: skip
 
 
-def _with_scaled_context(data: Dataset) -> Dataset:
+def with_scaled_context(data: Dataset) -> Dataset:
     """The data set with the context at zero mean and unit variance in the training split."""
     given = data.train.context.astype(np.float64)
     mean, scale = given.mean(axis=0), given.std(axis=0)

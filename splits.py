@@ -43,6 +43,7 @@ class DataConfig:
     context_columns: str = ""  # of a table: what the densities are conditioned on
     standardize: str = "none"  # real values: a name in standardization.KINDS
     cell_width: tuple[float, ...] = ()  # real values: of the cells they are known to lie in
+    context: str = ""  # of p(x | c): class, or values (arrays of an npz); '': none
 
     def __post_init__(self) -> None:
         one_of("standardize", self.standardize, standardization.KINDS)

@@ -319,6 +319,13 @@ class Dataset:
         """Those examples of a finite split, unaugmented."""
         return self._split(split).examples(ids)
 
+    def contexts(self, split: str, ids: np.ndarray) -> np.ndarray | None:
+        """The contexts of those examples of a finite split, counted over and over; None without."""
+        data = self._split(split)
+        if self.context is None:
+            return None
+        return data.context[np.asarray(ids) % data.size]
+
     def train_batches(
         self, *, batch_size: int, seed: int, first_step: int, host: Host = Host()
     ) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ evaluation of the network, its dropout mask and the probes: one sweep per probe 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -107,8 +108,17 @@ class Terms:
             _stride(self.fokker_planck, "fp_fraction"),
         )
 
-    def parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
+    def parts(
+        self,
+        score_fn: ScoreFn,
+        sde: SDE,
+        point: Point,
+        score_of: Callable[[np.ndarray], ScoreFn] | None = None,
+    ) -> Parts:
         """Unweighted terms of every example of a batch.
+
+        `score_of` gives the score of some rows of the batch, where that is another function, as
+        with a context; otherwise it is `score_fn`.
 
         A term that is taken for a fraction 1/n of the examples is n times its value there and zero
         elsewhere, so that its mean over the batch has the same expectation.
@@ -127,7 +137,8 @@ class Terms:
                 high_order=self.high_order if with_high else None,
                 fokker_planck=self.fokker_planck if with_residual else None,
             )
-            for name, values in terms.shared_parts(score_fn, sde, point.rows(rows)).items():
+            score = score_fn if score_of is None else score_of(rows)
+            for name, values in terms.shared_parts(score, sde, point.rows(rows)).items():
                 start = whole.get(name, jnp.zeros(number, values.dtype))
                 whole[name] = start.at[rows].set(values)
         return {name: factors.get(name, 1) * values for name, values in whole.items()}

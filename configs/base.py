@@ -32,6 +32,9 @@ def _data() -> ConfigDict:
             "image_size": 0,  # pixels on a side; 0: as the data are
             "num_channels": 1,  # 1 (grey) | 3 (colour)
             "category": "",  # of lsun, as church_outdoor
+            # c of p(x | c): class (y_train, y_test of an npz; digits, mnist, cifar10, svhn) |
+            # values (context_train, context_test of an npz: numbers [n, *c]); '': p(x)
+            "context": "",
             "levels": 256,  # number of grey levels
             "centered": True,  # the network sees [−1, 1]; False: [0, 1]
             "logit": False,  # logit transform instead of centring
@@ -145,6 +148,9 @@ def _training() -> ConfigDict:
             # law of the times by name, for likelihood_weighting: uniform | importance | debias |
             # velocity (log σ² uniform) | adaptive (learns where the loss varies); '': as switched
             "time_law": "",
+            # probability that an example is seen without its context: then p(x) is learned, too,
+            # and evaluated beside p(x | c), with the information log p(x | c) - log p(x)
+            "context_dropout": 0.0,
             "score_matching_order": 1,  # 1 | 2 | 3; order k contains order k − 1
             # Of orders 2 and 3:
             "second_order_weight": 1.0,  # of frobenius + trace_weight × trace
@@ -257,6 +263,9 @@ def _eval() -> ConfigDict:
             "elbo": False,  # ELBO of the plug-in reverse SDE on [0, T] (drift networks)
             "elbo_estimator": "low_variance",  # low_variance | published
             "baselines": True,  # beside likelihoods: uniform, histogram, Gaussians of training data
+            # class of every example by Bayes' rule, from p(x | c) of all classes, by the ODE where
+            # it is enabled, otherwise by the bound
+            "classify": False,
             "enable_loss": False,  # training objective
             "enable_sampling": True,  # draw samples, and score them if features are given
             "num_samples": 100,  # how many, in all

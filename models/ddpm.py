@@ -21,6 +21,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from checks import require
+from models.conditioning import ContextArray, plus_context
 from models.layers import (
     ACTIVATIONS,
     DOWNSAMPLE_PADDING,
@@ -140,13 +141,22 @@ class PublishedUNet(WalkedUNet):
 
     @nn.nowrap
     def condition(
-        self, label: Float[Array, " b"], x: Image, features: Features | None, train: bool
+        self,
+        label: Float[Array, " b"],
+        x: Image,
+        features: Features | None,
+        context: ContextArray | None,
+        train: bool,
     ) -> Embedding | None:
-        """Embed the label: W_2 act(W_1 embedding(label) + b_1) + b_2, shape [B, 4 nf]."""
-        if not self.conditional:
+        """Embed label, W_2 act(W_1 embedding(label) + b_1) + b_2, and context: [B, 4 nf]."""
+        if not self.conditional and (context is None or context.ndim > 2):
             return None
-        embedding, act = self.embedding(label).astype(x.dtype), ACTIVATIONS[self.nonlinearity]
-        return embed(embedding, self.nf, act, self.init_mode, self.dtype)
+        if not self.conditional:
+            cond = jnp.zeros((x.shape[0], 4 * self.nf), x.dtype)
+        else:
+            embedding, act = self.embedding(label).astype(x.dtype), ACTIVATIONS[self.nonlinearity]
+            cond = embed(embedding, self.nf, act, self.init_mode, self.dtype)
+        return plus_context(cond, self.context, context, self.nonlinearity)
 
     @nn.nowrap
     def embedding(self, label: Float[Array, " b"]) -> Embedding:

@@ -2,9 +2,10 @@
 
     h_0 = W_x x + W_t τ,     τ = embedding(label)
     h_{l+1} = h_l + W_2 dropout(act(W_1 [LN(h_l) ⊙ (1 + γ_l) + δ_l])),   (γ_l, δ_l) = W_l c
-    out = W_out h_L + gain ⊙ x,     gain = W_g c,     c = act(W act(W' τ))
+    out = W_out h_L + gain ⊙ x,     gain = W_g c,     c = act(W act(W' τ) + e)
 
-(all but W_t have a bias; LN is `layers.standardize` over the width). LN(h_0) is smooth thanks to
+(all but W_t have a bias; LN is `layers.standardize` over the width; e is the embedding of a
+context, see `conditioning`, if there is one). LN(h_0) is smooth thanks to
 W_t τ: of W_x x alone it would have a kink at x = 0. The gain represents the score of a Gaussian,
 linear in x at every time. The modulation γ, δ, the last layer of each block, W_out and the gain
 start near zero. With a smooth activation (swish, gelu) every derivative in x and label exists.
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from models.conditioning import ContextArray, Kind, contexts, plus_context
 from models.layers import (
     ACTIVATIONS,
     default_init,
@@ -58,6 +60,7 @@ class MLP(Network):
         dropout: rate, in [0, 1), inside each block.
         activation: a name in `layers.ACTIVATIONS`.
         outputs: numbers K per coordinate that a head asks for; there is no gain with several.
+        context: what the contexts are; None: there are none.
 
     Raises:
         ValueError: a field has a value that is not allowed; names the field and what is allowed.
@@ -69,6 +72,7 @@ class MLP(Network):
     dropout: float = 0.0
     activation: str = "swish"
     outputs: int = 1
+    context: Kind | None = None
 
     @nn.compact
     def __call__(
@@ -77,17 +81,23 @@ class MLP(Network):
         label: Float[Array, " b"],
         train: bool = False,
         features: Float[Array, "b *d f"] | None = None,
+        context: ContextArray | None = None,
     ) -> Float[Array, "b *d_and_k"]:
         """Map x: [B, *d] and label: [B] to [B, *d], or [B, *d, K] for a head.
 
-        `features` are more numbers per coordinate, as input; dropout only if `train`.
+        `features` are more numbers per coordinate, as input; dropout only if `train`. `context` is
+        a class or floats for every example.
         """
         act = ACTIVATIONS[self.activation]
         dim = math.prod(x.shape[1:])
         flat = x.reshape(x.shape[0], dim)
         tau = sinusoidal_embedding(label, self.embed_dim)
         cond = act(nn.Dense(self.hidden, name="cond_in")(tau))
-        cond = act(nn.Dense(self.hidden, name="cond_out")(cond))
+        cond = nn.Dense(self.hidden, name="cond_out")(cond)
+        known = contexts(self.context, context, x)
+        if known is not None and known.ndim > 2:
+            known = known.reshape(x.shape[0], -1)
+        cond = act(plus_context(cond, self.context, known, self.activation))
         seen = joined(x, features).reshape(x.shape[0], -1)
         h = nn.Dense(self.hidden, name="input")(seen)
         h = h + nn.Dense(self.hidden, use_bias=False, name="time")(tau)

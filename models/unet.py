@@ -22,6 +22,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from checks import require
+from models.conditioning import ContextArray, beside, plus_context
 from models.layers import (
     ACTIVATIONS,
     DTYPES,
@@ -105,15 +106,21 @@ class UNet(WalkedUNet):
 
     @nn.nowrap
     def condition(
-        self, label: Float[Array, " b"], x: Image, features: Features | None, train: bool
+        self,
+        label: Float[Array, " b"],
+        x: Image,
+        features: Features | None,
+        context: ContextArray | None,
+        train: bool,
     ) -> Float[Array, "b c"]:
-        """Embed the label, and with `summary` the whole input: what modulates the blocks."""
+        """Embed label, context and, with `summary`, the whole input: what modulates the blocks."""
         act, width = ACTIVATIONS[self.activation], self.embed_dim
         cond = act(nn.Dense(width)(sinusoidal_embedding(label, self.embed_dim)))
-        cond = act(nn.Dense(width)(cond))
+        cond = nn.Dense(width)(cond)
+        cond = act(plus_context(cond, self.context, context, self.activation))
         if self.summary:
             mixed = None if features is None else nn.Dense(1)(features)
-            flat = joined(x, mixed).reshape(x.shape[0], -1)
+            flat = beside(joined(x, mixed), context).reshape(x.shape[0], -1)
             q = nn.Dense(self.summary)(flat) + nn.Dense(self.summary, use_bias=False)(cond)
             for _ in range(2):
                 q = Dropout(self.dropout)(act(q), train)

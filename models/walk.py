@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from models.conditioning import ContextArray, Kind, beside, contexts
 from models.layers import Features, Image, joined, per_coordinate
 from models.network import Network
 
@@ -70,20 +71,23 @@ class WalkedUNet(Network):
     """A U-Net for x: [B, H, W, C].
 
     A subclass defines the five functions of `Levels`, and besides them `levels`, their number,
-    `check_shape` of x, `condition`, the embedding of the label, which may look at x and its
-    features, `stem`, from the image to what travels, and `image`, from what travels to the output.
+    `check_shape` of x, `condition`, the embedding of the label and of the context, which may look
+    at x and its features, `stem`, from the image to what travels, and `image`, from what travels to
+    the output.
 
     Attributes:
         dropout: rate, in [0, 1), inside each block.
         dtype: of convolutions and products, `float32` (as the input) or `bfloat16`.
         remat: what the reverse pass computes again, a name in `layers.REMAT`.
         outputs: numbers K per coordinate that a head asks for.
+        context: what the contexts are; None: there are none.
     """
 
     dropout: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
     outputs: int = 1
+    context: Kind | None = None
 
     @nn.compact
     def __call__(
@@ -92,18 +96,21 @@ class WalkedUNet(Network):
         label: Float[Array, " b"],
         train: bool = False,
         features: Features | None = None,
+        context: ContextArray | None = None,
     ) -> Array:
         """Map x: [B, H, W, C] and label: [B] to the same shape, or [B, H, W, C, K] for a head.
 
-        `features` are more numbers per coordinate, as input; dropout only if `train`.
+        `features` are more numbers per coordinate, as input; dropout only if `train`. `context` is
+        a class or floats for every example; an image is joined to x by channels.
 
         Raises:
             ValueError: x is not a batch of images, or H or W cannot be halved by every level.
         """
         self.check_shape(x.shape)
-        cond = self.condition(label, x, features, train)
+        known = contexts(self.context, context, x)
+        cond = self.condition(label, x, features, known, train)
         given = Given(cond, train, x.shape[-1] * self.outputs)
-        h = self.stem(joined(self.scaled(x), features))
+        h = self.stem(beside(joined(self.scaled(x), features), known))
         h = walk(self, self.levels(), h, given)
         return per_coordinate(self.image(h, given), self.outputs).astype(x.dtype)
 

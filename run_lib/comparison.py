@@ -15,6 +15,10 @@ MODELS = {
     "discrete bound": "The discrete bound of the model",
     "-ELBO": "The -ELBO of the model",
 }
+MODELS |= {
+    f"{name} unconditional": text.replace("The", "The unconditional", 1)
+    for name, text in MODELS.items()
+}
 BASELINES = {  # what each is, and what it sees, from the least to the most
     "uniform": ("the uniform law over all values", "a model that has seen no data"),
     "histogram": (

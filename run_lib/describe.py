@@ -125,10 +125,11 @@ def markdown() -> str:
     lines = [
         "# Fields of a config",
         "",
-        "Every field can be set on the command line, as `--config.training.batch_size=64`. `None` gives a",
-        "field its default again. In the section `model`, a field without a default belongs to some of the",
-        "networks, SDEs or heads, which have defaults of their own. This page is made from `configs/base.py` by",
-        "`python -m run_lib.describe`; `main.py --config=... --describe` shows the values of a config.",
+        "Every field can be set on the command line, as `--config.training.batch_size=64`.",
+        "`None` gives a field its default again. In the section `model`, a field without a",
+        "default belongs to some of the networks, SDEs or heads, which have defaults of their",
+        "own. This page is made from `configs/base.py` by `python -m run_lib.describe`;",
+        "`main.py --config=... --describe` shows the values of a config.",
     ]
     before = None
     for field in fields():

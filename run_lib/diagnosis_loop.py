@@ -16,6 +16,7 @@ import diagnostics
 import plotting
 from elbo import gap_factor
 from operators import fold_in_all, fold_in_each, standard_normal
+from parameterization import ScoreFn
 from run_lib import devices, evaluation_loop, identities, loading, report
 from run_lib.experiment import Experiment
 from terms import Point
@@ -98,7 +99,10 @@ def diagnosis(experiment: Experiment, params: Any) -> Diagnosis:
 
 @dataclasses.dataclass
 class Sampled:
-    """Functions of (params, point), averaged over the noised examples of the split at one time."""
+    """Functions of (score, t, point) at the noised examples of the split at one time.
+
+    The score is that of p(x | c), given the context of every example, where there is one.
+    """
 
     experiment: Experiment
     params: Any
@@ -138,7 +142,8 @@ class Sampled:
         times = jnp.full(x0.shape[:1], t, x0.dtype)
         z = standard_normal(fold_in_all(keys, 1), x0)
         x = self.experiment.settings.sde.perturb(x0, times, z)
-        return params, t, Point(x, times, z, fold_in_all(keys, 2))
+        score_fn = self.experiment.model.score(params, context=batch.get("context"))
+        return score_fn, t, Point(x, times, z, fold_in_all(keys, 2))
 
 
 def _mean(values: np.ndarray) -> Mean:
@@ -148,11 +153,10 @@ def _mean(values: np.ndarray) -> Mean:
 
 def _curves_function(experiment: Experiment) -> Callable[..., dict]:
     """Values of all curves at the points of one time."""
-    model, law, sde = experiment.model, experiment.dataset.law, experiment.settings.sde
+    law, sde = experiment.dataset.law, experiment.settings.sde
     solver = experiment.solver
 
-    def function(params: Any, t: jax.Array, point: Point) -> dict:
-        score_fn = model.score(params)
+    def function(score_fn: ScoreFn, t: jax.Array, point: Point) -> dict:
         found = diagnostics.error_curves(score_fn, sde, point)
         if law is None:
             return found
@@ -179,16 +183,16 @@ def _check_converged(converged: np.ndarray | None, index: np.ndarray, t: jax.Arr
 
 def _ends(experiment: Experiment, at: Sampled) -> Values:
     """log q/p at t_min, log q/π at T and −log q at t_min of every example."""
-    settings, model, law = experiment.settings, experiment.model, experiment.dataset.law
+    settings, law = experiment.settings, experiment.dataset.law
     sde, solver, t_min = settings.sde, experiment.solver, settings.training.smallest_time
 
-    def at_data(params: Any, t: jax.Array, point: Point) -> dict:
-        own = diagnostics.ode_score(model.score(params), sde, point.x, t, solver)
+    def at_data(score_fn: ScoreFn, t: jax.Array, point: Point) -> dict:
+        own = diagnostics.ode_score(score_fn, sde, point.x, t, solver)
         log_q = law.log_prob(point.x, point.t, sde)
         return {"kl": log_q - own.log_p, "entropy": -log_q, "converged": own.converged}
 
-    def at_prior(params: Any, t: jax.Array, point: Point) -> dict:
-        del params, t
+    def at_prior(score_fn: ScoreFn, t: jax.Array, point: Point) -> dict:
+        del score_fn, t
         return {"start": law.log_prob(point.x, point.t, sde) - sde.prior_logp(point.x)}
 
     number = settings.eval.curve_times
@@ -263,7 +267,7 @@ def _rows(experiment: Experiment, found: Diagnosis, step: int) -> Iterator[dict[
     common = {
         "step": step, "split": config.dataset, "n": found.examples,
         "protocol": f"{config.solver}, rtol {config.rtol:g}, atol {config.atol:g}, "
-                    f"t_min {t_min:g}, {config.curve_times} times",
+                    f"t_min {t_min:g}, {config.curve_times} times{_given(experiment)}",
     }  # fmt: skip
     for name, curve in found.curves.items():
         for t, weight, value in zip(found.t, found.weights, curve, strict=True):
@@ -273,3 +277,9 @@ def _rows(experiment: Experiment, found: Diagnosis, step: int) -> Iterator[dict[
             }  # fmt: skip
     for name, value in found.totals.items():
         yield common | {"total": name, "mean": value.mean, "standard_error": value.error}
+
+
+def _given(experiment: Experiment) -> str:
+    """What the density is given, as the end of a protocol."""
+    name = experiment.given_name
+    return f", given {name}" if name else ""

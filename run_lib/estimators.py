@@ -1,6 +1,7 @@
 """What an evaluation estimates of every example: likelihoods under each dequantisation, the loss.
 
-An estimator is a function of (parameters, key, batch) with the protocol that defines it. The noise
+An estimator is a function of (parameters, key, batch) with the protocol that defines it. It is of
+p(x | c) where the batch has contexts, otherwise of p(x). The noise
 of an example depends on (seed, repeat, index) only, and all estimators of a dequantisation share
 its draw.
 """
@@ -70,6 +71,9 @@ class Estimator:
     edges: tuple[float, ...] = ()  # of a bound: log(σ/α) at the ends of its bins
     # of parameters of its own, in place of the model's; called where a row is missing
     fit: Callable[[], Any] | None = None
+    # two others: its rows are the values of the first minus those of the second, times `factor`
+    difference_of: tuple["Estimator", "Estimator"] | None = None
+    factor: float = 1.0
 
     @property
     def protocol(self) -> str:
@@ -154,7 +158,7 @@ def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]
             table.append(_elbo(experiment, noise))
     if config.bound and isinstance(settings.head, Atoms):
         table.append(_discrete_bound(experiment))
-    if config.enable_bpd and experiment.dataset.law is not None:
+    if config.enable_bpd and experiment.dataset.law is not None and experiment.context is None:
         table.append(_divergence_from_data(experiment))
     if config.enable_loss:
         table.append(_loss(experiment))
@@ -173,13 +177,15 @@ def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
         )
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
-        keys, score_fn = fold_in_each(key, batch["noise_id"]), model.score(params.score)
+        keys, context = fold_in_each(key, batch["noise_id"]), batch.get("context")
+        score_fn = model.score(params.score, context=context)
+        own_decoder = model.decoder(params.score, context=context)
 
         def log_weight(k: jax.Array) -> tuple[jax.Array, tuple]:
             draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, k))
             if noised:
                 keys_start = fold_in_all(fold_in_all(keys, 4), k)
-                decoder = model.decoder(params.score) or gaussian_decoder(score_fn, model.sde)
+                decoder = own_decoder or gaussian_decoder(score_fn, model.sde)
                 draw = noised_start(decoder, model.sde, draw, keys_start, t_min)
             # The probes are those of k = 0 for all: their error is then common to all weights,
             # and its exponential does not raise their mean.
@@ -268,10 +274,12 @@ def _bound(experiment: Experiment, noise: Dequantization) -> Estimator:
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_each(key, batch["noise_id"])
         draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, 0))
-        decoder = None if noise.start else model.decoder(params.score)
+        context = batch.get("context")
+        decoder = None if noise.start else model.decoder(params.score, context=context)
         bound = variational_bound(
-            model.score(params.score), sde, draw.x, fold_in_all(keys, 2), proposal=proposal,
-            num_times=number, divergence=divergence, decoder=decoder, offset=offset,
+            model.score(params.score, context=context), sde, draw.x, fold_in_all(keys, 2),
+            proposal=proposal, num_times=number, divergence=divergence, decoder=decoder,
+            offset=offset,
         )  # fmt: skip
         row = _bound_row(bound, draw.log_q, encoding, batch["image"], number + offset)
         return _without_cells(row, shares, encoding, batch["image"])
@@ -291,8 +299,10 @@ def _discrete_bound(experiment: Experiment) -> Estimator:
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_all(fold_in_each(key, batch["noise_id"]), 2)
+        context = batch.get("context")
         bound = discrete_bound(
-            model.score(params.score), model.log_probability(params.score), model.sde,
+            model.score(params.score, context=context),
+            model.log_probability(params.score, context=context), model.sde,
             encoding.encode(batch["image"], keys), keys, distance=settings.head.width,
             proposal=proposal, num_times=number,
         )  # fmt: skip
@@ -366,8 +376,8 @@ def _elbo(experiment: Experiment, noise: Dequantization) -> Estimator:
         keys = fold_in_each(key, batch["noise_id"])
         draw = noise.draw(params.dequantizer, batch["image"], draw_keys(keys, 0))
         log_p = ESTIMATORS[name](
-            model.score(params.score), model.sde, draw.x, fold_in_all(keys, 3),
-            num_times=number, divergence=divergence,
+            model.score(params.score, context=batch.get("context")), model.sde, draw.x,
+            fold_in_all(keys, 3), num_times=number, divergence=divergence,
         )  # fmt: skip
         value = encoding.negative_log_likelihood(log_p - draw.log_q, batch["image"])
         nfe = jnp.full(value.shape, number)

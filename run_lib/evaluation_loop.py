@@ -18,8 +18,9 @@ import numpy as np
 
 import plotting
 from records import Records, Row, Running, by, summarize
-from run_lib import devices, figures, folder, identities, loading, quality, report
+from run_lib import classification, devices, figures, folder, identities, loading, quality, report
 from run_lib.baseline_estimators import baseline_estimators
+from run_lib.conditional_estimators import with_contexts
 from run_lib.dequantizer_training import check_dequantizer, load_dequantizer
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
@@ -77,7 +78,7 @@ def evaluate(
             dequantizer, name = load_dequantizer(experiment, workdir, deq_folder)
             found = Parameters(params, dequantizer)
         trivial = trivial or baseline_estimators(experiment)
-        table = [*estimators(experiment, name), *trivial]
+        table = [*with_contexts(experiment, estimators(experiment, name)), *trivial]
         model = identities.of_model(experiment, params, step)
         checkpoint = Checkpoint(
             step, found, target, model, identities.of_baselines(experiment, step)
@@ -110,7 +111,7 @@ def check(
     variational = "variational" in experiment.settings.eval.dequantizations
     if variational and not {"train_deq", "import"} & set(earlier):
         check_dequantizer(experiment, workdir, deq_folder)
-    estimators(experiment), baseline_estimators(experiment)
+    with_contexts(experiment, estimators(experiment)), baseline_estimators(experiment)
     quality.check(experiment, will_have_statistics="fid_stats" in earlier)
 
 
@@ -119,9 +120,13 @@ def _tell(workdir: Path, eval_folder: str) -> list[report.Result]:
     target = workdir / eval_folder
     results = report.summaries(target)
     report.write_summaries(target, results)
+    classes = classification.write(target)
     logger.info("\n%s", report.table_text(results))
     for sentence in report.sentences(results):
         logger.warning("%s", sentence)
+    if classes:
+        lines = map(classification.cells, classes)
+        logger.info("\n%s", report.aligned(classification.HEADER, lines))
     if rows := quality.read(target):
         logger.info("\n%s", report.aligned(quality.HEADER, map(quality.cells, rows)))
     logger.info("open %s", report.write(workdir))
@@ -137,7 +142,8 @@ def evaluate_checkpoint(
     if devices.is_first():
         _write_protocols(target, table)
     for estimator in table:
-        fill_rows(experiment, checkpoint, estimator, records)
+        fill = fill_rows if estimator.difference_of is None else fill_differences
+        fill(experiment, checkpoint, estimator, records)
     devices.wait_for_all(f"rows of {step}")
     if devices.is_first():
         figures.save_parts(target, step, table)
@@ -211,6 +217,27 @@ def fill_rows(
                 there.add(row["index"], row["value"])
             progress.update(there.rows, there.so_far(estimator.name))
     progress.close()
+
+
+def fill_differences(
+    experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator, records: Records
+) -> None:
+    """The rows of a difference, from those of this process that both of its estimators have."""
+    mine = _of_this_process(experiment.settings.eval.batch_size, _number(experiment))
+    first, second = (
+        {(row["index"], row["repeat"]): row for row in records.select(**checkpoint.key_of(one))}
+        for one in estimator.difference_of
+    )
+    more = {"unit": estimator.unit, "nfe": 0, "seconds": 0.0, "commit": folder.git_commit()}
+    shared = checkpoint.key_of(estimator)
+    records.append(
+        shared
+        | {"index": index, "repeat": repeat}
+        | {"value": estimator.factor * (row["value"] - second[index, repeat]["value"])}
+        | more
+        for (index, repeat), row in first.items()
+        if index in mine and (index, repeat) in second
+    )
 
 
 def _timed(

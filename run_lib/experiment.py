@@ -24,6 +24,7 @@ from fokker_planck import FokkerPlanck
 from heads import Levels
 from high_order import HighOrder
 from likelihood import Divergence
+from models import MODELS
 from ode import Solver
 from operators import fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
@@ -31,7 +32,7 @@ from point_samplers import SAMPLERS
 from run_lib.devices import AXIS_NAME
 from run_lib.settings import SamplingConfig, Settings, TrainingConfig
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
-from streams import Dataset
+from streams import Context, Dataset
 from terms import Terms
 from time_sampling import Importance
 from train_state import TrainState, create
@@ -75,9 +76,44 @@ class Experiment:
     def shape(self) -> tuple[int, ...]:
         """Of one example; the data are read only where the config leaves it to them."""
         data = self.settings.data
-        told = data.image_size and data.dataset.lower() not in SAMPLERS and self.given is None
         size = (data.image_size, data.image_size, data.num_channels)
-        return size if told else self.dataset.shape
+        return size if self._told else self.dataset.shape
+
+    @property
+    def _told(self) -> bool:
+        """Whether the config says what the examples are."""
+        data = self.settings.data
+        return data.image_size > 0 and data.dataset.lower() not in SAMPLERS and self.given is None
+
+    @functools.cached_property
+    def context(self) -> Context | None:
+        """What the model is conditioned on; None: on nothing.
+
+        Raises:
+            ValueError: the network takes no context, or there is none to drop.
+        """
+        settings = self.settings
+        unasked = self._told and not settings.data.context
+        found = None if unasked else self.dataset.context
+        able = sorted(name for name, network in MODELS.items() if hasattr(network, "context"))
+        fits = found is None or settings.model.name in able
+        allowed = f"one of {able}: the data have a context, {found and found.describe()}"
+        require(fits, "model.name", settings.model.name, allowed)
+        dropout, allowed = settings.training.context_dropout, "0 without a context (data.context)"
+        require(found is not None or dropout == 0.0, "training.context_dropout", dropout, allowed)
+        return found
+
+    @property
+    def is_marginal(self) -> bool:
+        """Whether the model gives p(x), alone or beside p(x | c)."""
+        return self.context is None or self.settings.training.context_dropout > 0.0
+
+    @property
+    def given_name(self) -> str:
+        """What p(x | c) is given, in one word; '' for p(x)."""
+        if self.context is None:
+            return ""
+        return "class" if self.context.classes else self.settings.data.context or "values"
 
     @functools.cached_property
     def keys(self) -> dict[str, Key[Array, ""]]:
@@ -90,14 +126,16 @@ class Experiment:
     @functools.cached_property
     def model(self) -> ScoreModel:
         """Network, SDE, parameterisation and time label: the model of all likelihoods."""
-        settings = self.settings
+        settings, network = self.settings, self.settings.network
+        if self.context is not None:
+            network = network.clone(context=self.context)
         number, label = settings.model.num_scales, TIME_LABELS[settings.model.time_label]
         if settings.head is not None:
             return HeadModel(
-                settings.network, settings.sde, label=label, num_scales=number, head=settings.head
+                network, settings.sde, label=label, num_scales=number, head=settings.head
             )
         to_score = PARAMETERIZATIONS[settings.model.parameterization]
-        return ScoreModel(settings.network, settings.sde, to_score, label, number)
+        return ScoreModel(network, settings.sde, to_score, label, number)
 
     @functools.cached_property
     def chain_model(self) -> ScoreModel:
@@ -273,6 +311,7 @@ class Experiment:
             self.terms,
             batch_size=training.batch_size,
             train=train,
+            context_dropout=training.context_dropout,
         )
 
     @functools.cached_property

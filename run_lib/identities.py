@@ -97,7 +97,7 @@ def settings_digest(experiment: Experiment) -> str:
         # Without defaults, so that a field that a later version adds changes no identity.
         {k: v for k, v in model.items() if k not in skipped and v != defaults.get(k)},
         (training.sde, training.continuous),
-        (data.levels, data.centered, data.logit),
+        (data.levels, data.centered, data.logit, *((data.context,) if data.context else ())),
         settings.seed,
         *([real] if real != {"standardize": "none", "cell_width": ()} else []),
     )

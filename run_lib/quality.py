@@ -169,7 +169,8 @@ def sample(
     config = experiment.settings.eval
     where, number = _folder(target, model.step), config.num_samples
     identity = identities.of_samples(model).identity
-    generate = Generator(experiment, experiment.keys["samples"], config.batch_size)
+    key = experiment.keys["samples"]
+    generate = Generator(experiment, key, config.batch_size, config.dataset)
     sampling_loop.draw(generate, params, where, number, identity)
     if scorer is not None:
         extract_all(scorer.extractor, where, number)
@@ -200,7 +201,7 @@ def _show(experiment: Experiment, params: Any, where: Path, workdir: Path) -> No
     samples = np.concatenate([rows["samples"] for rows in sampling_loop.read(where, shown)])
     if devices.is_first():
         plotting.save_samples(workdir / "samples.png", samples, levels)
-    if levels is None:  # densities are computed by all devices
+    if levels is None and experiment.is_marginal:  # densities are computed by all devices
         figures.save_toy(experiment, params, samples, workdir)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import json_files
 import plotting
 from records import Records, Row, Summary, by, largest_share, summarize
-from run_lib import comparison, folder, identities, metrics, quality
+from run_lib import classification, comparison, folder, identities, metrics, quality
 
 
 class Result(NamedTuple):
@@ -210,6 +210,7 @@ def save_curves(workdir: Path) -> Path | None:
 
 
 OF = "The figures are of these parameters, data and settings (digests)."
+CONFUSION = "Rows are true classes, columns those with the largest posterior; counts of examples."
 BITS = "The figure shows how much each noise level adds to the bound."
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
 color:#222}table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3em
@@ -226,6 +227,7 @@ def write(workdir: Path) -> Path:
         parts += [table_html(summaries(rows.parent))]
         parts += map(_image, _pictures(rows.parent, "extremes").values())
         parts += _bits(rows.parent)
+        parts += _classes(rows.parent)
         parts += _identities(rows.parent)
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
@@ -233,7 +235,8 @@ def write(workdir: Path) -> Path:
             "noise of the protocol. bound: variational upper bound on the negative log-likelihood; "
             "bound at t_min: the same of the noised data; -ELBO: that of the plug-in reverse SDE. "
             "uniform, histogram, Gaussian: trivial models fitted on the training data. "
-            "Lower is better.</p>"
+            "Lower is better. information: log p(x | c) − log p(x), what the context says of x; "
+            "higher is more.</p>"
         ]
     for path in sorted(workdir.glob(f"*/{quality.FILE}")):
         parts += [f"<h2>Sample quality: {html.escape(path.parent.name)}</h2>"]
@@ -273,6 +276,16 @@ def _bits(eval_folder: Path) -> list[str]:
     if not images:
         return []
     return ["<h3>Where the bits are spent</h3>", f"<p>{BITS}</p>", _image(images[max(images)])]
+
+
+def _classes(eval_folder: Path) -> list[str]:
+    """What Bayes' rule makes of the likelihoods of all classes."""
+    parts = []
+    for found in classification.read(eval_folder):
+        parts += ["<h3>Classes by Bayes' rule</h3>"]
+        parts += [as_html(classification.HEADER, [classification.cells(found)])]
+        parts += [f"<p>{CONFUSION}</p>", as_html(*classification.confusion_cells(found))]
+    return parts
 
 
 def _pictures(eval_folder: Path, kind: str) -> dict[int, Path]:

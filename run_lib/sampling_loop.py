@@ -31,21 +31,23 @@ Samples = tuple[np.ndarray, np.ndarray]  # uint8 images or real points; evaluati
 class Generator:
     """Samples as the data are: uint8 images or real points.
 
-    Sample i depends on (key, i) only, but for the `langevin` corrector, whose step size is a mean
-    over the batch.
+    Sample i depends on (key, i) only, and given a context on that of example i of a split; but for
+    the `langevin` corrector, whose step size is a mean over the batch.
     """
 
     experiment: Experiment
     key: jax.Array
     batch_size: int
+    split: str = "test"  # whose contexts, in order, the samples of p(x | c) have
 
     def __post_init__(self) -> None:
         sampler, model = self.experiment.sampler, self.experiment.sampled_model
         shape = self.experiment.dataset.shape
 
-        def generate(params: Any, key: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-            like = jnp.zeros((ids.shape[0], *shape), jnp.float32)
-            samples = sampler(model.score(params), model.sde, fold_in_each(key, ids), like)
+        def generate(params: Any, key: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array]:
+            like = jnp.zeros((batch["ids"].shape[0], *shape), jnp.float32)
+            score_fn = model.score(params, context=batch["context"])
+            samples = sampler(score_fn, model.sde, fold_in_each(key, batch["ids"]), like)
             return samples.x, samples.nfe
 
         self._mapped = devices.map_over_devices(generate, in_axes=(None, None, 0), out_axes=0)
@@ -67,7 +69,8 @@ class Generator:
             FloatingPointError: a sample is not finite (the solver ran out of steps, or the network
                 is not usable yet); names the samples.
         """
-        split = devices.split(ids.astype(np.int32))
+        context = self.experiment.dataset.contexts(self.split, ids)
+        split = devices.split({"ids": ids.astype(np.int32), "context": context})
         x, nfe = (y[ids < end] for y in devices.join(self._mapped(params, self.key, split)))
         bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), int(np.prod(x.shape[1:])))).all(axis=1))
         if bad.size:
@@ -111,6 +114,8 @@ def sampling_protocol(experiment: Experiment) -> str:
     words += ["denoised" if fields.pop("noise_removal") else "not denoised"]
     fields.pop("axis_name", None)
     words += [f"{name} {value}" for name, value in fields.items()]
+    if given := experiment.given_name:
+        words += [f"given {given} of {experiment.settings.eval.dataset}"]
     return ", ".join(filter(None, words))
 
 

@@ -62,6 +62,7 @@ class TrainingConfig:
     debias: bool
     stratified: bool
     time_law: str
+    context_dropout: float
     score_matching_order: int
     second_order_weight: float
     frobenius_weight: float
@@ -103,6 +104,7 @@ class TrainingConfig:
         size = self.microbatch or self.batch_size
         allowed = f"a divisor of training.batch_size={self.batch_size}, or 0 for all of it"
         require(size >= 1 and self.batch_size % size == 0, "microbatch", size, allowed)
+        rate("context_dropout", self.context_dropout)
         require(self.profile_steps >= 0, "profile_steps", self.profile_steps, "0 or more")
 
 
@@ -174,6 +176,7 @@ class EvalConfig:
     elbo: bool
     elbo_estimator: str
     baselines: bool
+    classify: bool
     enable_loss: bool
     enable_sampling: bool
     num_samples: int
@@ -354,7 +357,7 @@ def _network(model: ModelConfig, network: Any, head: Head | None) -> Any:
 
 
 # What follows from other fields, and is no field of the config.
-IMPLIED = ("parent", "name", "outputs", "levels", "low", "high")
+IMPLIED = ("parent", "name", "outputs", "context", "levels", "low", "high")
 
 
 def _field_names(cls: type) -> set[str]:

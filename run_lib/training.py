@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import importers
 import npz_files
@@ -74,6 +75,8 @@ def check(experiment: Experiment, workdir: Path) -> None:
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "time_law": jax.ShapeDtypeStruct((2, NUM_BINS), jnp.float32),
     }
+    if (known := dataset.contexts(dataset.held_out, np.zeros(1, int))) is not None:
+        batch["context"] = jax.ShapeDtypeStruct((*rows.shape, *known.shape[1:]), known.dtype)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), dataset.shape))
     per_example = experiment.per_example_loss(train=True)
     jax.eval_shape(per_example, params, jax.random.key(0), batch)
@@ -98,7 +101,8 @@ def score_trainer(experiment: Experiment, workdir: Path) -> Trainer:
 def score_task(experiment: Experiment, workdir: Path) -> Task:
     """The training objective, the held-out loss and snapshots of samples."""
     settings = experiment.settings
-    generate = Generator(experiment, experiment.keys["snapshot"], settings.training.batch_size)
+    key, batch_size = experiment.keys["snapshot"], settings.training.batch_size
+    generate = Generator(experiment, key, batch_size, "train")
 
     def snapshot(ema_params: Any, step: int) -> None:
         """Samples, as samples/step_<step>.png; training goes on without."""

@@ -100,7 +100,9 @@ def test_the_loss_trains_the_flow_towards_the_density_of_the_score() -> None:
     class Pull(ScoreModel):
         """A model whose data sit at 0.8 of each cell of these very images."""
 
-        def score(self, params: dict, dropout_key: jax.Array | None = None) -> Callable:
+        def score(
+            self, params: dict, dropout_key: jax.Array | None = None, *, context: None = None
+        ) -> Callable:
             def score_fn(x: jax.Array, t: jax.Array) -> jax.Array:
                 shape = (-1, 1, 1, 1)
                 alpha, sigma = (c(t).reshape(shape) for c in (self.sde.alpha, self.sde.sigma))

@@ -474,3 +474,41 @@ def test_the_label_of_smld_counts_levels_from_the_largest():
     np.testing.assert_array_equal(label, np.arange(231, -1, -1))
     sigmas = np.exp(np.linspace(np.log(50.0), np.log(0.01), 232))
     np.testing.assert_allclose(VESDE().sigma(t), sigmas[np.asarray(label, int)], rtol=1e-5)
+
+
+class SeesContext(ScoreModel):
+    """A score of zero, and of 1/σ in every coordinate without a context: σ s + z tells which."""
+
+    def score(self, params, dropout_key=None, *, context=None):
+        del params, dropout_key
+        return lambda x, t: jnp.where(
+            (context < 0)[:, None], jnp.broadcast_to(1.0 / self.sde.sigma(t)[:, None], x.shape), 0.0
+        )
+
+
+def test_contexts_are_dropped_by_example_whatever_batch_it_is_in():
+    """At the stated rate, by (rng, noise_id); never in evaluation, nor without dropout."""
+    n, rate = 4000, 0.2
+    model = SeesContext(gaussian_model(VP, 0.25).network, VP)
+    batch = gaussian_batch(n, 1.0) | {"context": jnp.zeros(n, jnp.int32)}
+
+    def dsm(rng, batch, *, train=True, **dropout):
+        per_example = score_matching(
+            model, Reals(), law(VP, "noise"), Terms(), batch_size=n, train=train, **dropout
+        )
+        return np.asarray(jax.jit(per_example)({}, rng, batch)[1]["dsm"])
+
+    key = jax.random.key(0)
+    kept = dsm(key, batch)
+    np.testing.assert_array_equal(dsm(key, batch, train=False, context_dropout=rate), kept)
+    whole = dsm(key, batch, context_dropout=rate)
+    dropped = whole != kept
+    assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
+    halves = [
+        dsm(key, {name: leaf[rows] for name, leaf in batch.items()}, context_dropout=rate)
+        for rows in (slice(n // 2), slice(n // 2, n))
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves), whole)
+    other = dsm(jax.random.key(1), batch, context_dropout=rate) != dsm(jax.random.key(1), batch)
+    both = np.mean(other & dropped)  # independent of the step before
+    assert abs(both - rate**2) < 4 * (rate**2 / n) ** 0.5

@@ -210,10 +210,28 @@ def test_scalar_fp_chooses_the_terms(scalar_fp, names):
     assert set(parts(fokker_planck=residual)) == {"dsm", *names}
 
 
+def test_a_fraction_of_the_examples_keeps_their_own_score():
+    """With a score that differs by example, as given a context, parts are those of the whole."""
+    sde, n = SDE, 6
+    factors = jnp.linspace(0.5, 2.0, n)
+    score_of = lambda rows: lambda x, t: factors[rows][:, None] * score_fn(x, t)  # noqa: E731
+    rng = np.random.default_rng(0)
+    x, z = (jnp.asarray(rng.standard_normal((n, 3)), jnp.float32) for _ in range(2))
+    keys = jax.random.split(jax.random.key(0), n)
+    point = Point(x, jnp.full(n, 0.5), z, keys)
+    terms = Terms(high_order=HighOrder(2, fraction=0.5))
+    some = terms.parts(score_of(slice(None)), sde, point, score_of)
+    whole = terms.everywhere().parts(score_of(slice(None)), sde, point, score_of)
+    np.testing.assert_allclose(some["dsm"], whole["dsm"], rtol=1e-6)
+    for name in ("frobenius", "trace"):
+        np.testing.assert_allclose(some[name][::2], 2.0 * whole[name][::2], rtol=1e-5)
+        np.testing.assert_array_equal(some[name][1::2], 0.0)
+
+
 class FieldModel(ScoreModel):
     """A model whose score is `score_fn`, whatever the parameters."""
 
-    def score(self, params, dropout_key=None):
+    def score(self, params, dropout_key=None, *, context=None):
         del params, dropout_key
         return score_fn
 

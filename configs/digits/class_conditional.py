@@ -1,0 +1,19 @@
+"""Handwritten digits given their class: p(x | c), p(x) by the same network, and c by Bayes' rule.
+
+Command: python main.py --config=configs/digits/class_conditional.py --workdir=runs/digits_class
+         --mode=train,eval
+Every tenth example is seen without its class. Network and training are those of digits/vp.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.digits import vp
+
+
+def get_config() -> ConfigDict:
+    """The classes 0 to 9 as context, dropped for a tenth of the examples, and evaluated."""
+    config = vp.get_config()
+    config.data.update(context="class")
+    config.training.update(context_dropout=0.1)
+    config.eval.update(classify=True, num_times=64)
+    return config
