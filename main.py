@@ -2,11 +2,13 @@
 
   python main.py --config=configs/digits/vp.py --workdir=runs/digits --mode=train
   python main.py --config=configs/digits/vp.py --workdir=runs/digits --mode=eval
+  python main.py --workdir=runs/digits --mode=sample --config.sampling.task=inpaint
   python main.py --config=configs/toy/mog1d_ve_order3.py --workdir=runs/m --mode=train,eval,diagnose
 
 Every field of the config can be changed on the command line, e.g. --config.training.batch_size=64
 --config.training.likelihood_weighting=True --config.eval.num_repeats=5; configs/base.py lists all
-fields, and None gives a field its default. The config.json of a run folder is a config, too.
+fields, and None gives a field its default. The config.json of a run folder is a config, too, and
+that of --workdir is the default for all modes but train.
 A run continues where it was when it is started again with the same --workdir.
 
 Exit codes: 0 done; 2 a mistake in command, config or data, or no room for it; 3 another process of
@@ -45,12 +47,17 @@ from run_lib.experiment import Experiment
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("fokker")
-flags.DEFINE_string("config", None, "A file under configs/, or the config.json of a run folder.")
+flags.DEFINE_string(
+    "config",
+    None,
+    "A file under configs/, or the config.json of a run folder; default for all modes but train is "
+    "that of --workdir.",
+)
 flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
 flags.DEFINE_string(
     "mode",
     None,
-    "train | train_deq | eval | diagnose | import | fid_stats, or several: train,eval.",
+    "train | train_deq | eval | sample | diagnose | import | fid_stats, or several: train,eval.",
 )
 flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir.")
 flags.DEFINE_string("deq_folder", "flowpp_dequantizer", "Dequantiser's folder, in --workdir.")
@@ -65,7 +72,7 @@ flags.DEFINE_string(
     "Compiled programs, used again by later starts; default .compilation_cache beside --workdir, "
     "'' for none.",
 )
-flags.mark_flags_as_required(["config", "workdir", "mode"])
+flags.mark_flags_as_required(["workdir", "mode"])
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
@@ -78,6 +85,16 @@ def _modes() -> list[str]:
     for name in names:
         choose(modes.MODES, name, "--mode")
     return names
+
+
+def _config_of(workdir: Path, names: list[str]) -> str:
+    """The config of a run folder, where --config is left out."""
+    path = workdir / "config.json"
+    allowed = "a file under configs/: a training says what it is of"
+    require("train" not in names, "--config", None, allowed)
+    allowed = f"a file under configs/, as there is no {path}: run --mode=train first"
+    require(path.is_file(), "--config", None, allowed)
+    return str(path)
 
 
 def _keep_compiled(workdir: Path) -> None:
@@ -109,7 +126,7 @@ def _run(fields: list[str]) -> None:
     for name in ("eval_folder", "deq_folder", "coordinator"):
         of_type(f"--{name}", FLAGS[name].value, str)
     names, workdir = _modes(), path_of("--workdir", FLAGS.workdir)
-    config = config_files.load(FLAGS.config)
+    config = config_files.load(FLAGS.config or _config_of(workdir, names))
     pairs = [field.partition("=") for field in fields]
     changed = {name: config_files.change(config, name, text) for name, _, text in pairs}
     devices.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
@@ -119,7 +136,7 @@ def _run(fields: list[str]) -> None:
         require(modes.MODES[name].processes, "--mode", name, allowed)
     _keep_compiled(workdir)
     experiment = Experiment.from_config(config)
-    there = workdir.is_dir() or names[0] not in ("eval", "diagnose", "train_deq")
+    there = workdir.is_dir() or names[0] not in ("eval", "sample", "diagnose", "train_deq")
     require(there, "--workdir", str(workdir), "a folder that exists: run --mode=train first")
     _log_start(workdir, names, changed)
     steps, warmup = experiment.settings.training.n_iters, experiment.settings.optim.warmup

@@ -69,13 +69,24 @@ class Experiment:
         """
         return self.given or datasets.load(self.settings.data)
 
+    @property
+    def _told(self) -> bool:
+        """Whether the config tells what an example is, before the data are read."""
+        data = self.settings.data
+        is_image = data.dataset.lower() not in SAMPLERS
+        return bool(data.image_size) and is_image and self.given is None
+
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Of one example; the data are read only where the config leaves it to them."""
         data = self.settings.data
-        told = data.image_size and data.dataset.lower() not in SAMPLERS and self.given is None
         size = (data.image_size, data.image_size, data.num_channels)
-        return size if told else self.dataset.shape
+        return size if self._told else self.dataset.shape
+
+    @property
+    def levels(self) -> int | None:
+        """The number of grey levels, None of real values; the data are read only as for `shape`."""
+        return self.settings.data.levels if self._told else self.dataset.levels
 
     @functools.cached_property
     def keys(self) -> dict[str, Key[Array, ""]]:
@@ -151,10 +162,10 @@ class Experiment:
     def encoding(self) -> Encoding:
         """Pixels for quantised data, Reals otherwise."""
         data = self.settings.data
-        if self.dataset.levels is None:
+        if self.levels is None:
             return Reals()
         return Pixels(
-            self.dataset.levels,
+            self.levels,
             centered=data.centered,
             logit=data.logit,
             dequantize_uniformly=data.uniform_dequantization,

@@ -1,12 +1,13 @@
 """Posterior sampling against closed forms, in float64.
 
-    x0 ~ N(m, C), y = A x0 + γ n      x0 | y ~ N(m', C'),   S = A C Aᵀ + γ² I,
-                                      m' = m + C Aᵀ S⁻¹ (y − A m),   C' = C − C Aᵀ S⁻¹ A C
-    x0 ~ Σ_k w_k N(m_k, v_k I)        a mixture of these, w_k' ∝ w_k N(y; A m_k, S_k), whose
-                                      normaliser is p(y)
+x0 ~ N(m, C), y = A x0 + γ n      x0 | y ~ N(m', C'),   S = A C Aᵀ + γ² I,
+                                  m' = m + C Aᵀ S⁻¹ (y − A m),   C' = C − C Aᵀ S⁻¹ A C
+x0 ~ Σ_k w_k N(m_k, v_k I)        a mixture of these, w_k' ∝ w_k N(y; A m_k, S_k), whose
+                                  normaliser is p(y)
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +15,17 @@ import numpy as np
 import pytest
 from jax.scipy.stats import multivariate_normal
 
-from measurements import Denoise, Inpaint, Linear, Measurement
-from operators import fold_in_each, scale
-from posterior_sampling import (
-    DiffusionPosteriorSampling,
-    MomentMatching,
-    Replacement,
-    TwistedSampler,
-    classifier_free,
-    classifier_guided,
-    combine_evidence,
-    effective_number,
-    systematic,
-)
-from sampling import OdeSampler, PredictorCorrector, ReverseSDE
+from measurements import Inpaint, Linear, Measurement
 from ode import Solver
-from sde_lib import VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE, SDE
+from operators import fold_in_each
+from posterior_sampling import (
+    MomentMatching,
+    TwistedSampler,
+    combine_evidence,
+)
+from sampling import OdeSampler
+from sde_base import SDE
+from sde_lib import VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
 from toy_data import Mixture
 
 KINDS = {
@@ -103,7 +99,7 @@ def mixture_given(
     return np.asarray(jax.nn.softmax(logs)), parts, float(jax.nn.logsumexp(logs))
 
 
-def score_of(law: Mixture | Gaussian, sde: SDE):
+def score_of(law: Mixture | Gaussian, sde: SDE) -> Callable:
     return lambda x, t: law.score(x, t, sde)
 
 
@@ -149,3 +145,45 @@ def test_any_sampler_takes_the_guided_score(x64: None) -> None:
     assert np.all(np.abs(x.mean(axis=0) - posterior.mean) < 4.0 * standard_error)
     scatter = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)) * 2.0 / number)
     assert np.all(np.abs(np.cov(x.T) - covariance) < 4.0 * scatter + 1e-3)
+
+
+# Twisted sequential Monte Carlo.
+
+
+def three_modes(d: int) -> Mixture:
+    means = np.random.default_rng(7).normal(size=(3, d))
+    return Mixture(jnp.asarray([0.5, 0.3, 0.2]), jnp.asarray(means), jnp.asarray([0.05, 0.1, 0.2]))
+
+
+def responsibilities(x: jax.Array, weights: np.ndarray, parts: list[Gaussian]) -> jax.Array:
+    """P(component | x) under the posterior mixture, for x: [..., d]."""
+    flat = x.reshape(-1, x.shape[-1])
+    logs = [multivariate_normal.logpdf(flat, p.mean[None], p.covariance[None]) for p in parts]
+    shares = jax.nn.softmax(jnp.stack(logs, axis=-1) + jnp.log(weights)[None], axis=-1)
+    return shares.reshape(*x.shape[:-1], len(parts))
+
+
+@pytest.mark.parametrize(
+    ("kind", "d", "m", "covariance"),
+    [("ve", 2, 1, "exact"), ("vp", 8, 3, "exact"), ("linear", 4, 2, "row_sums")],
+)
+def test_twisted_particles_have_the_weights_of_the_modes_and_the_evidence(
+    kind: str, d: int, m: int, covariance: str, x64: None
+) -> None:
+    sde, law, a, runs = KINDS[kind], three_modes(d), linear(0.2, d, m), 16
+    y = a.draw(law.sample(jax.random.key(3), 1), fold_in_each(jax.random.key(4), jnp.arange(1)))
+    weights, parts, log_p = mixture_given(law, a, y[0])
+    sampler = TwistedSampler(a, jnp.repeat(y, runs, axis=0), 200, 1e-3, 256, covariance)
+    keys = fold_in_each(jax.random.key(5), jnp.arange(runs))
+    run = jax.jit(lambda keys: sampler.run(score_of(law, sde), sde, keys, jnp.zeros((runs, d))))
+    found = run(keys)
+
+    evidence, error = combine_evidence(found.log_evidence)
+    assert error < 0.02
+    assert abs(evidence - log_p) < min(0.05, 3.0 * error + 0.01)  # 0.01: 200 levels
+
+    shares = responsibilities(found.x, weights, parts)
+    each = jnp.sum(jax.nn.softmax(found.log_weights, axis=1)[..., None] * shares, axis=1)
+    error = each.std(axis=0, ddof=1) / np.sqrt(runs)
+    assert np.all(np.abs(each.mean(axis=0) - weights) < 3.0 * error + 0.002)
+    assert float(found.smallest_ess.min()) > 64
