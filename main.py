@@ -4,6 +4,7 @@
   python main.py --config.training.score_matching_order=3  the same with other fields
   python main.py --config=configs/mnist/vp.py --config.data.path=mine.npz      your own images
   python main.py --workdir=runs/digits_vp --mode=eval      evaluate, or go on with, what is there
+  python main.py --workdir=runs/digits_vp --mode=sample    draw samples of it
   python main.py --config=configs/mnist/vp.py --describe   every field, what it means, what is set
 
 Every field of the config can be changed; None gives it its default. A command that is given again
@@ -64,8 +65,8 @@ OWN_FLAGS = (
     flags.DEFINE_string(
         "mode",
         None,
-        "train | train_deq | eval | diagnose | import | fid_stats, or several in turn. By default "
-        "train,eval.",
+        "train | train_deq | eval | sample | diagnose | import | fid_stats, or several in turn. By "
+        "default train,eval.",
     ),
     flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir."),
     flags.DEFINE_string(
@@ -148,7 +149,7 @@ def _run(fields: list[str]) -> None:
         require(modes.MODES[name].processes, "--mode", name, allowed)
     _keep_compiled(workdir)
     experiment = Experiment.from_config(chosen.config)
-    there = workdir.is_dir() or names[0] not in ("eval", "diagnose", "train_deq")
+    there = workdir.is_dir() or names[0] not in ("eval", "sample", "diagnose", "train_deq")
     require(there, "--workdir", str(workdir), "a folder that exists: run --mode=train first")
     _log_start(chosen)
     steps, warmup = experiment.settings.training.n_iters, experiment.settings.optim.warmup

@@ -24,10 +24,12 @@ def _panels(
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def image_grid(images: np.ndarray, white: int, padding: int = 1) -> np.ndarray:
-    """Tile images [n, H, W, C] row by row into one of about square shape, `white` between them."""
+def image_grid(
+    images: np.ndarray, white: int, padding: int = 1, columns: int | None = None
+) -> np.ndarray:
+    """Tile images [n, H, W, C] row by row into one, `white` between them; about square if None."""
     n, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     canvas = np.full(
         (rows * (height + padding) + padding, columns * (width + padding) + padding, channels),
@@ -63,9 +65,11 @@ def save_samples(path: str | Path, samples: np.ndarray, levels: int | None) -> N
         save_density(path, points[:, :2])
 
 
-def save_images(path: str | Path, images: np.ndarray, levels: int) -> None:
+def save_images(
+    path: str | Path, images: np.ndarray, levels: int, columns: int | None = None
+) -> None:
     """A PNG of an image grid, small images enlarged without smoothing."""
-    grid = image_grid(images, levels - 1).astype(np.float64) / (levels - 1)
+    grid = image_grid(images, levels - 1, columns=columns).astype(np.float64) / (levels - 1)
     enlarge = max(1, 640 // max(grid.shape[:2]))
     grid = np.clip(np.kron(grid, np.ones((enlarge, enlarge, 1))), 0.0, 1.0)
     imsave(path, np.repeat(grid, 3, axis=2) if grid.shape[2] == 1 else grid)
@@ -104,6 +108,30 @@ def save_density(path: str | Path, points: np.ndarray, bins: int = 200) -> None:
         cmap="magma",
     )
     axes.set(xlabel="x₁", ylabel="x₂", title=f"{len(points)} points")
+    figure.savefig(path, dpi=110)
+
+
+def save_posteriors(path: str | Path, samples: np.ndarray, originals: np.ndarray | None) -> None:
+    """A PNG with one panel per measurement: its samples [n, s, d] and the original [n, d].
+
+    Of points on the line the histogram, of others the first two coordinates.
+    """
+    columns = min(4, len(samples))
+    rows = math.ceil(len(samples) / columns)
+    figure, all_axes = _panels(rows, columns, figsize=(3.2 * columns, 3.0 * rows))
+    for axes in all_axes.ravel()[len(samples) :]:
+        axes.axis("off")
+    for i, (axes, points) in enumerate(zip(all_axes.ravel(), samples, strict=False)):
+        if samples.shape[-1] == 1:
+            axes.hist(points[:, 0], bins=40, density=True, color="0.7", label="samples")
+            if originals is not None:
+                axes.axvline(originals[i, 0], color="C3", label="original")
+        else:
+            axes.plot(points[:, 0], points[:, 1], ".", markersize=3, label="samples")
+            if originals is not None:
+                axes.plot(*originals[i, :2], "x", color="C3", label="original")
+        axes.set_title(f"measurement {i}", fontsize="small")
+    all_axes[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 

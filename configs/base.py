@@ -235,6 +235,21 @@ def _sampling() -> ConfigDict:
             "solver": "tsit5",  # ode: tsit5 | dopri5 | dopri8 | bosh3 | heun
             "rtol": 1e-4,  # ode: relative tolerance of a step
             "atol": 1e-4,  # ode: absolute tolerance of a step
+            # --mode=sample:
+            "num_samples": 16,  # in all; with a task, of every measurement
+            "context": "",  # a class | test (that of test examples) | an .npy file; '': none
+            "guidance": 1.0,  # w of s + w (s_c - s), with a context; 1: the conditional score
+            # what y = A x + noise is: inpaint | colourise | super_resolve | denoise | linear
+            "task": "",  # '': no y
+            # replacement | dps | moment_matching | twisted (exact for many particles)
+            "task_method": "moment_matching",
+            "measurements": "",  # an .npy file of y; '': made of the first test examples
+            "num_measured": 4,  # how many of them
+            "mask": "",  # inpaint: what is missing, top,left,height,width or an .npy of booleans
+            "factor": 2,  # super_resolve: pixels on a side of a block
+            "matrix": "",  # linear: an .npy file of A, one row per measured number
+            "noise": 0.05,  # of y, in the units of the model: images have [-1, 1]
+            "particles": 64,  # twisted: of every sample
         }
     )
 

@@ -72,6 +72,13 @@ class Experiment:
         """
         return self.given or datasets.load(self.settings.data)
 
+    @property
+    def _told(self) -> bool:
+        """Whether the config tells what an example is, before the data are read."""
+        data = self.settings.data
+        is_image = data.dataset.lower() not in SAMPLERS
+        return bool(data.image_size) and is_image and self.given is None
+
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Of one example; the data are read only where the config leaves it to them."""
@@ -80,10 +87,9 @@ class Experiment:
         return size if self._told else self.dataset.shape
 
     @property
-    def _told(self) -> bool:
-        """Whether the config says what the examples are."""
-        data = self.settings.data
-        return data.image_size > 0 and data.dataset.lower() not in SAMPLERS and self.given is None
+    def levels(self) -> int | None:
+        """The number of grey levels, None of real values; the data are read only as for `shape`."""
+        return self.settings.data.levels if self._told else self.dataset.levels
 
     @functools.cached_property
     def context(self) -> Context | None:
@@ -223,14 +229,15 @@ class Experiment:
     @functools.cached_property
     def encoding(self) -> Encoding:
         """Pixels for quantised data; Reals otherwise, standardised by the training split."""
-        data, shape = self.settings.data, self.dataset.shape
-        if self.dataset.levels is None:
+        data = self.settings.data
+        if self.levels is None:
+            shape = self.dataset.shape
             widths, kind = real_arrays.cell_widths(data, shape), data.standardize
             return Reals(
                 standardization.fitted(kind, self.training_examples(), shape, widths), widths
             )
         return Pixels(
-            self.dataset.levels,
+            self.levels,
             centered=data.centered,
             logit=data.logit,
             dequantize_uniformly=data.uniform_dequantization,

@@ -30,18 +30,32 @@ def checkpoints_of(
     """
     settings, target = experiment.settings, workdir / eval_folder
     check(experiment, workdir, eval_folder)
-    steps = _wanted(settings)
-    ignore = ("eval", "sampling", "optim", "deq")
-    if not experiment.is_standardized:
-        ignore += ("data.num_train",)
-    folder.reconcile(workdir, settings.resolved(), ignore=ignore)
+    reconcile(experiment, workdir)
     identities.claim(experiment, workdir)
     folder.same_seed(target, settings.seed)
     with folder.alone(target):
         folder.write_json(target / "config.json", settings.resolved())
-        for wanted in steps or [None]:
-            state = load_state(experiment, workdir, wanted)
-            yield int(state.step), state.ema_params, target
+        for step, params in parameters_of(experiment, workdir):
+            yield step, params, target
+
+
+def reconcile(experiment: Experiment, workdir: Path) -> None:
+    """Compare the config with that of the run folder, in what its checkpoints depend on.
+
+    Raises:
+        ValueError: they are of another model or SDE.
+    """
+    ignore = ("eval", "sampling", "optim", "deq")
+    if not experiment.is_standardized:
+        ignore += ("data.num_train",)
+    folder.reconcile(workdir, experiment.settings.resolved(), ignore=ignore)
+
+
+def parameters_of(experiment: Experiment, workdir: Path) -> Iterator[tuple[int, Any]]:
+    """(step, moving average of the parameters) of every checkpoint that the config asks for."""
+    for wanted in _wanted(experiment.settings) or [None]:
+        state = load_state(experiment, workdir, wanted)
+        yield int(state.step), state.ema_params
 
 
 def check(
@@ -55,12 +69,21 @@ def check(
     """
     config = experiment.settings.eval
     folder.results_folder(workdir, eval_folder)
-    if "train" in earlier:
-        _check_after_training(experiment.settings)
-    elif "import" not in earlier:
-        _wait_for_checkpoints(experiment.settings, workdir)
+    check_checkpoints(experiment.settings, workdir, earlier)
     devices.check_batch_size(config.batch_size, "eval.batch_size")
     _check_split(config, experiment.dataset)
+
+
+def check_checkpoints(settings: Settings, workdir: Path, earlier: Collection[str] = ()) -> None:
+    """The checkpoints are there that are asked for, or modes before will make them.
+
+    Raises:
+        ValueError: they are not, and will not be.
+    """
+    if "train" in earlier:
+        _check_after_training(settings)
+    elif "import" not in earlier:
+        _wait_for_checkpoints(settings, workdir)
 
 
 def _check_split(config: EvalConfig, dataset: Dataset) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from run_lib import (
     dequantizer_training,
     diagnosis_loop,
+    drawing,
     evaluation_loop,
     loading,
     quality,
@@ -56,6 +57,10 @@ MODES = {
     "fid_stats": Mode(
         lambda e, c: quality.fid_stats(e),
         lambda e, c, _: quality.check_fid_stats(e),
+    ),
+    "sample": Mode(
+        lambda e, c: drawing.draw_samples(e, c.workdir),
+        lambda e, c, earlier: drawing.check(e, c.workdir, earlier),
     ),
     "diagnose": Mode(
         lambda e, c: diagnosis_loop.diagnose(e, c.workdir, c.eval_folder),

@@ -56,7 +56,7 @@ def scorer(experiment: Experiment, target: Path, step: int) -> Scorer | None:
     config = experiment.settings.eval
     if not config.enable_sampling:
         return None
-    sampling_loop.check_samples(experiment, _folder(target, step))
+    sampling_loop.check_samples(sampling_loop.protocol(experiment), _folder(target, step))
     return _scorer(experiment) if config.features else None
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,23 @@ from run_lib import devices, folder
 from run_lib.experiment import Experiment
 
 logger = logging.getLogger("fokker")
-Samples = tuple[np.ndarray, np.ndarray]  # uint8 images or real points; evaluations of each
+
+
+class Source(Protocol):
+    """What draws the samples of shards."""
+
+    batch_size: int
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What fixes the law of the samples and their noise, beside the network."""
+
+    def batch(self, params: Any, ids: np.ndarray, end: int) -> npz_files.Arrays:
+        """Arrays by name, `samples` among them: rows of those consecutive ids that are below end.
+
+        Raises:
+            FloatingPointError: a sample is not finite.
+        """
 
 
 @dataclasses.dataclass
@@ -57,13 +73,18 @@ class Generator:
         """Samples 0, …, number − 1; raises as `batch` does."""
         size = whole_batch(self.batch_size, number, jax.local_device_count())
         batches = [
-            self.batch(params, np.arange(first, first + size), number)[0]
+            self.batch(params, np.arange(first, first + size), number)["samples"]
             for first in range(0, number, size)
         ]
         return np.concatenate(batches)
 
-    def batch(self, params: Any, ids: np.ndarray, end: int) -> Samples:
-        """Samples of those consecutive ids that are below `end`; all are drawn.
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What fixes the law of the samples and their noise, beside the network."""
+        return protocol(self.experiment)
+
+    def batch(self, params: Any, ids: np.ndarray, end: int) -> npz_files.Arrays:
+        """`samples` and `nfe` of those consecutive ids that are below `end`; all are drawn.
 
         Raises:
             FloatingPointError: a sample is not finite (the solver ran out of steps, or the network
@@ -72,14 +93,23 @@ class Generator:
         context = self.experiment.dataset.contexts(self.split, ids)
         split = devices.split({"ids": ids.astype(np.int32), "context": context})
         x, nfe = (y[ids < end] for y in devices.join(self._mapped(params, self.key, split)))
-        bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), int(np.prod(x.shape[1:])))).all(axis=1))
-        if bad.size:
-            raise FloatingPointError(
-                f"{bad.size} of samples {ids[0]} to {ids[0] + len(x) - 1} are not finite (first: "
-                f"{(ids[0] + bad[:5]).tolist()}); raise sampling.rtol and sampling.atol, or use "
-                "sampling.method='pc'"
-            )
-        return np.asarray(self._encoding.decode(jnp.asarray(x))), nfe
+        check_finite(x, ids)
+        return {"samples": np.asarray(self._encoding.decode(jnp.asarray(x))), "nfe": nfe}
+
+
+def check_finite(x: np.ndarray, ids: np.ndarray) -> None:
+    """Refuse samples that are not finite; x holds those of the first so many ids.
+
+    Raises:
+        FloatingPointError: one is not; names the samples.
+    """
+    bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), int(np.prod(x.shape[1:])))).all(axis=1))
+    if bad.size:
+        raise FloatingPointError(
+            f"{bad.size} of samples {ids[0]} to {ids[0] + len(x) - 1} are not finite (first: "
+            f"{(ids[0] + bad[:5]).tolist()}); raise sampling.rtol and sampling.atol, or use "
+            "sampling.method='pc'"
+        )
 
 
 def whole_batch(batch_size: int, number: int, devices: int) -> int:
@@ -119,13 +149,13 @@ def sampling_protocol(experiment: Experiment) -> str:
     return ", ".join(filter(None, words))
 
 
-def check_samples(experiment: Experiment, where: Path) -> None:
+def check_samples(now: dict[str, Any], where: Path) -> None:
     """Refuse to add to samples of another sampler or seed.
 
     Raises:
         ValueError: the folder has such samples.
     """
-    then, now = _protocol_of(where), _protocol(experiment)
+    then = _protocol_of(where)
     if not shards(where) or not then:
         return
     then.pop("identity", None)
@@ -142,7 +172,8 @@ def _protocol_of(where: Path) -> dict[str, Any]:
     return json_files.read(path) if path.exists() else {}
 
 
-def _protocol(experiment: Experiment) -> dict[str, Any]:
+def protocol(experiment: Experiment) -> dict[str, Any]:
+    """What fixes the samples of an evaluation, beside the network."""
     return {"sampler": sampling_protocol(experiment), "seed": experiment.settings.seed}
 
 
@@ -158,7 +189,7 @@ def _set_aside(where: Path, identity: str) -> None:
     logger.info("samples of other parameters, or an older version, are now in %s", target)
 
 
-def draw(generate: Generator, params: Any, where: Path, number: int, identity: str) -> None:
+def draw(generate: Source, params: Any, where: Path, number: int, identity: str) -> None:
     """Draw the samples among 0, …, number − 1 that no shard holds, each batch saved as it comes.
 
     Args:
@@ -168,20 +199,19 @@ def draw(generate: Generator, params: Any, where: Path, number: int, identity: s
         number: of samples.
         identity: of the figures of this network.
     """
-    check_samples(generate.experiment, where)
+    check_samples(generate.protocol, where)
     host = devices.host()
     if devices.is_first():
         _set_aside(where, identity)
-        protocol = _protocol(generate.experiment) | {"identity": identity}
-        folder.write_json(where / "protocol.json", protocol)
+        folder.write_json(where / "protocol.json", generate.protocol | {"identity": identity})
     missing = devices.of_first_process(_missing(where, number))
     size = whole_batch(generate.batch_size, number, jax.device_count())
     for first, end in _ranges(missing, size):
         ids = (first + np.arange(size))[host.part(size)]
-        x, nfe = generate.batch(params, ids, end)
-        if len(x):
-            path = shard_path(where, ids[0], ids[0] + len(x) - 1)
-            npz_files.write(path, {"samples": x, "nfe": nfe, "identity": np.asarray(identity)})
+        arrays = generate.batch(params, ids, end)
+        if count := len(arrays["samples"]):
+            path = shard_path(where, ids[0], ids[0] + count - 1)
+            npz_files.write(path, arrays | {"identity": np.asarray(identity)})
         logger.info("samples %d to %d of %d are in %s", first, end - 1, number, where)
     devices.wait_for_all(f"samples {where}")
 

@@ -24,6 +24,8 @@ from train_state import OptimizerConfig
 T = TypeVar("T")
 SAMPLED_BY_WEIGHT = ("importance", "velocity", "adaptive")
 DEQUANTIZATIONS = ("uniform", "variational", "tn")
+TASKS = ("inpaint", "colourise", "super_resolve", "denoise", "linear")
+TASK_METHODS = ("replacement", "dps", "moment_matching", "twisted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +153,25 @@ class SamplingConfig:
     solver: str
     rtol: float
     atol: float
+    num_samples: int
+    context: str
+    guidance: float
+    task: str
+    task_method: str
+    measurements: str
+    num_measured: int
+    mask: str
+    factor: int
+    matrix: str
+    noise: float
+    particles: int
+
+    def __post_init__(self) -> None:
+        positive(num_samples=self.num_samples, num_measured=self.num_measured)
+        require(self.guidance >= 0.0, "guidance", self.guidance, "0 or more")
+        require(self.particles >= 2, "particles", self.particles, "at least 2")
+        one_of("task", self.task, ("", *TASKS))
+        one_of("task_method", self.task_method, TASK_METHODS)
 
 
 @dataclasses.dataclass(frozen=True)

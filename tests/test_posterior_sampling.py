@@ -1,0 +1,189 @@
+"""Posterior sampling against closed forms, in float64.
+
+x0 ~ N(m, C), y = A x0 + γ n      x0 | y ~ N(m', C'),   S = A C Aᵀ + γ² I,
+                                  m' = m + C Aᵀ S⁻¹ (y − A m),   C' = C − C Aᵀ S⁻¹ A C
+x0 ~ Σ_k w_k N(m_k, v_k I)        a mixture of these, w_k' ∝ w_k N(y; A m_k, S_k), whose
+                                  normaliser is p(y)
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.stats import multivariate_normal
+
+from measurements import Inpaint, Linear, Measurement
+from ode import Solver
+from operators import fold_in_each
+from posterior_sampling import (
+    MomentMatching,
+    TwistedSampler,
+    combine_evidence,
+)
+from sampling import OdeSampler
+from sde_base import SDE
+from sde_lib import VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
+from toy_data import Mixture
+
+KINDS = {
+    "vp": VPSDE(),
+    "subvp": SubVPSDE(),
+    "ve": VESDE(0.01, 20.0),
+    "linearve": LinearVESDE(20.0),
+    "linear": LinearPath(),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+D = 4
+
+
+def linear(noise: float = 0.3, d: int = D, m: int = 2) -> Linear:
+    return Linear((d,), noise, np.random.default_rng(3).normal(size=(m, d)) / np.sqrt(d))
+
+
+def matrix_of(a: Measurement) -> np.ndarray:
+    size = int(np.prod(a.shape))
+    columns = a.forward(jnp.eye(size).reshape(size, *a.shape))
+    return np.asarray(columns).reshape(size, -1).T
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussian:
+    """N(m, C) with any covariance."""
+
+    mean: jax.Array
+    covariance: jax.Array
+
+    def at(self, t: jax.Array, sde: SDE) -> tuple[jax.Array, jax.Array]:
+        """Mean and covariance of x_t, for one t."""
+        eye = jnp.eye(len(self.mean))
+        alpha, sigma = sde.alpha(t), sde.sigma(t)
+        return alpha * self.mean, alpha**2 * self.covariance + sigma**2 * eye
+
+    def score(self, x: jax.Array, t: jax.Array, sde: SDE) -> jax.Array:
+        def one(x: jax.Array, t: jax.Array) -> jax.Array:
+            mean, covariance = self.at(t, sde)
+            return jnp.linalg.solve(covariance, mean - x)
+
+        return jax.vmap(one)(x, t)
+
+    def given(self, a: Measurement, y: jax.Array) -> tuple["Gaussian", float]:
+        """(law given y, log p(y))."""
+        A = jnp.asarray(matrix_of(a))
+        S = A @ self.covariance @ A.T + a.noise**2 * jnp.eye(len(A))
+        gain = self.covariance @ A.T @ jnp.linalg.inv(S)
+        law = Gaussian(
+            self.mean + gain @ (y - A @ self.mean), self.covariance - gain @ A @ self.covariance
+        )
+        return law, multivariate_normal.logpdf(y, A @ self.mean, S)
+
+
+def gaussian(d: int = D) -> Gaussian:
+    root = np.random.default_rng(4).normal(size=(d, d)) / np.sqrt(d)
+    return Gaussian(jnp.linspace(-1.0, 1.0, d), jnp.asarray(root @ root.T + 0.1 * np.eye(d)))
+
+
+def mixture_given(
+    law: Mixture, a: Measurement, y: jax.Array
+) -> tuple[np.ndarray, list[Gaussian], float]:
+    """(weights, components, log p(y)) of x0 given y."""
+    parts, logs = [], []
+    for weight, mean, variance in zip(law.weights, law.means, law.variances, strict=True):
+        prior = Gaussian(mean, variance * jnp.eye(len(mean)))
+        part, log_p = prior.given(a, y)
+        parts.append(part)
+        logs.append(jnp.log(weight) + log_p)
+    logs = np.asarray(logs)
+    return np.asarray(jax.nn.softmax(logs)), parts, float(jax.nn.logsumexp(logs))
+
+
+def score_of(law: Mixture | Gaussian, sde: SDE) -> Callable:
+    return lambda x, t: law.score(x, t, sde)
+
+
+@every_kind
+@pytest.mark.parametrize("t", [0.05, 0.4, 0.9])
+def test_moment_matching_is_exact_for_gaussian_data(kind: str, t: float, x64: None) -> None:
+    sde, law, a = KINDS[kind], gaussian(), linear()
+    x = 2.0 * jax.random.normal(jax.random.key(0), (3, D))
+    y, times = jnp.asarray([[0.5, -1.0]] * 3), jnp.full((3,), t)
+    found = MomentMatching(a, y)(score_of(law, sde), sde, x, times)
+    posterior, log_p = law.given(a, y[0])
+    expected = posterior.score(x, times, sde)
+    np.testing.assert_allclose(found.score + found.guidance, expected, rtol=1e-10, atol=1e-10)
+    mean, covariance = posterior.at(times[0], sde)
+    given_y = multivariate_normal.logpdf(x, mean[None], covariance[None])
+    mean, covariance = law.at(times[0], sde)
+    log_likelihood = log_p + given_y - multivariate_normal.logpdf(x, mean[None], covariance[None])
+    np.testing.assert_allclose(found.log_likelihood, log_likelihood, rtol=1e-10, atol=1e-9)
+
+
+def test_row_sums_are_exact_where_the_covariance_is_diagonal(x64: None) -> None:
+    sde = VPSDE()
+    law = Mixture(jnp.ones(1), jnp.ones((1, 2, 3)), jnp.full(1, 0.5))
+    a = Inpaint((2, 3), 0.2, np.asarray([[True, False, False], [False, True, True]]))
+    x, y = jax.random.normal(jax.random.key(0), (5, 2, 3)), jnp.ones((5, 3))
+    t = jnp.linspace(0.1, 0.9, 5)
+    both = [MomentMatching(a, y, c)(score_of(law, sde), sde, x, t) for c in ("exact", "row_sums")]
+    for one, other in zip(*both, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10)
+
+
+def test_any_sampler_takes_the_guided_score(x64: None) -> None:
+    sde, law, a = VPSDE(), gaussian(), linear()
+    number = 2000
+    y = jnp.tile(jnp.asarray([[0.5, -1.0]]), (number, 1))
+    score = MomentMatching(a, y).guided(score_of(law, sde), sde)
+    keys = fold_in_each(jax.random.key(5), jnp.arange(number))
+    sampler = OdeSampler(Solver("dopri5", 1e-5, 1e-5), 1e-3)
+    x = np.asarray(sampler(score, sde, keys, jnp.zeros((number, D))).x)
+    posterior, _ = law.given(a, y[0])
+    covariance = np.asarray(posterior.covariance)
+    standard_error = np.sqrt(np.diag(covariance) / number)
+    assert np.all(np.abs(x.mean(axis=0) - posterior.mean) < 4.0 * standard_error)
+    scatter = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)) * 2.0 / number)
+    assert np.all(np.abs(np.cov(x.T) - covariance) < 4.0 * scatter + 1e-3)
+
+
+# Twisted sequential Monte Carlo.
+
+
+def three_modes(d: int) -> Mixture:
+    means = np.random.default_rng(7).normal(size=(3, d))
+    return Mixture(jnp.asarray([0.5, 0.3, 0.2]), jnp.asarray(means), jnp.asarray([0.05, 0.1, 0.2]))
+
+
+def responsibilities(x: jax.Array, weights: np.ndarray, parts: list[Gaussian]) -> jax.Array:
+    """P(component | x) under the posterior mixture, for x: [..., d]."""
+    flat = x.reshape(-1, x.shape[-1])
+    logs = [multivariate_normal.logpdf(flat, p.mean[None], p.covariance[None]) for p in parts]
+    shares = jax.nn.softmax(jnp.stack(logs, axis=-1) + jnp.log(weights)[None], axis=-1)
+    return shares.reshape(*x.shape[:-1], len(parts))
+
+
+@pytest.mark.parametrize(
+    ("kind", "d", "m", "covariance"),
+    [("ve", 2, 1, "exact"), ("vp", 8, 3, "exact"), ("linear", 4, 2, "row_sums")],
+)
+def test_twisted_particles_have_the_weights_of_the_modes_and_the_evidence(
+    kind: str, d: int, m: int, covariance: str, x64: None
+) -> None:
+    sde, law, a, runs = KINDS[kind], three_modes(d), linear(0.2, d, m), 16
+    y = a.draw(law.sample(jax.random.key(3), 1), fold_in_each(jax.random.key(4), jnp.arange(1)))
+    weights, parts, log_p = mixture_given(law, a, y[0])
+    sampler = TwistedSampler(a, jnp.repeat(y, runs, axis=0), 200, 1e-3, 256, covariance)
+    keys = fold_in_each(jax.random.key(5), jnp.arange(runs))
+    run = jax.jit(lambda keys: sampler.run(score_of(law, sde), sde, keys, jnp.zeros((runs, d))))
+    found = run(keys)
+
+    evidence, error = combine_evidence(found.log_evidence)
+    assert error < 0.02
+    assert abs(evidence - log_p) < min(0.05, 3.0 * error + 0.01)  # 0.01: 200 levels
+
+    shares = responsibilities(found.x, weights, parts)
+    each = jnp.sum(jax.nn.softmax(found.log_weights, axis=1)[..., None] * shares, axis=1)
+    error = each.std(axis=0, ddof=1) / np.sqrt(runs)
+    assert np.all(np.abs(each.mean(axis=0) - weights) < 3.0 * error + 0.002)
+    assert float(found.smallest_ess.min()) > 64
