@@ -67,7 +67,7 @@ def test_is_a_short_documented_delta_that_resolves(name):
     text = module(name).__doc__
     assert "Command: " in text
     assert "Expected: " in text or name.startswith("digits")
-    assert "Paper: " in text or name.startswith(("digits", "mnist", "toy"))
+    assert "Paper: " in text or name.startswith(("digits", "mnist", "table", "toy"))
 
 
 @every_config
@@ -84,7 +84,7 @@ def test_its_command_parses(name):
         for flag in flags.keys() - {"config", "workdir", "mode"}:
             section, field = flag.removeprefix("config.").split(".")
             assert field in known[section]
-        needs_path = get_config(name).data.dataset in ("npz", "ffhq", "celebahq")
+        needs_path = get_config(name).data.dataset in ("npz", "table", "ffhq", "celebahq")
         assert ("config.data.path" in flags) == needs_path
 
 
@@ -189,10 +189,11 @@ def tiny_data(settings: Settings) -> Dataset:
     data: DataConfig = settings.data
     points = {"mog1d": 1}.get(data.dataset, 2)
     images = settings.network.__class__.__name__ not in ("ConcatMLP",) and data.dataset not in (
-        "swissroll", "checkerboard", "mog1d",
+        "swissroll", "checkerboard", "mog1d", "table",
     )  # fmt: skip
     shape = (8, 8, data.num_channels) if images else (points,)
-    split = Finite(4, np.zeros((4, *shape), np.uint8 if images else np.float32).__getitem__)
+    noise = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
+    split = Finite(4, (np.zeros((4, *shape), np.uint8) if images else noise).__getitem__)
     return Dataset(data.dataset, shape, data.levels if images else None, split, split)
 
 
