@@ -7,6 +7,7 @@ x0 ~ Σ_k w_k N(m_k, v_k I)        a mixture of these, w_k' ∝ w_k N(y; A m_k, 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -15,15 +16,22 @@ import numpy as np
 import pytest
 from jax.scipy.stats import multivariate_normal
 
-from measurements import Inpaint, Linear, Measurement
+from measurements import Denoise, Inpaint, Linear, Measurement
 from ode import Solver
 from operators import fold_in_each
 from posterior_sampling import (
+    DiffusionPosteriorSampling,
+    Guided,
     MomentMatching,
+    Replacement,
     TwistedSampler,
+    classifier_free,
+    classifier_guided,
     combine_evidence,
+    effective_number,
+    systematic,
 )
-from sampling import OdeSampler
+from sampling import OdeSampler, ReverseSDE
 from sde_base import SDE
 from sde_lib import VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
 from toy_data import Mixture
@@ -187,3 +195,164 @@ def test_twisted_particles_have_the_weights_of_the_modes_and_the_evidence(
     error = each.std(axis=0, ddof=1) / np.sqrt(runs)
     assert np.all(np.abs(each.mean(axis=0) - weights) < 3.0 * error + 0.002)
     assert float(found.smallest_ess.min()) > 64
+
+
+def evidence_of_levels(
+    law: Gaussian, a: Measurement, y: jax.Array, sde: SDE, times: jax.Array
+) -> float:
+    """log p(y) of the model of these levels, whose steps are linear for Gaussian data.
+
+    x_s = (x_t + q s(x_t))/c + √v n, and at the end y = A x̂ + N(0, γ² I + A V Aᵀ).
+    """
+    eye = jnp.eye(len(law.mean))
+    mean, covariance = jnp.zeros_like(law.mean), sde.prior_std**2 * eye
+    for t, s in itertools.pairwise(times):
+        c = sde.alpha(t) / sde.alpha(s)
+        q = sde.sigma(t) ** 2 - c**2 * sde.sigma(s) ** 2
+        centre, spread = law.at(t, sde)
+        step = (eye - q * jnp.linalg.inv(spread)) / c
+        mean = step @ mean + q * jnp.linalg.solve(spread, centre) / c
+        covariance = step @ covariance @ step.T + q * sde.sigma(s) / sde.sigma(t) * eye
+    alpha, variance = sde.alpha(times[-1]), sde.sigma(times[-1]) ** 2
+    centre, spread = law.at(times[-1], sde)
+    jacobian = (eye - variance * jnp.linalg.inv(spread)) / alpha
+    mean = jacobian @ mean + variance * jnp.linalg.solve(spread, centre) / alpha
+    covariance = jacobian @ covariance @ jacobian.T + variance / alpha * jacobian
+    A = jnp.asarray(matrix_of(a))
+    noise = a.noise**2 * jnp.eye(len(A))
+    return float(multivariate_normal.logpdf(y, A @ mean, A @ covariance @ A.T + noise))
+
+
+@pytest.mark.parametrize("covariance", ["exact", "row_sums"])
+def test_the_evidence_is_unbiased_however_few_the_particles(covariance: str, x64: None) -> None:
+    sde, law, a, runs = VPSDE(), gaussian(2), linear(0.3, 2, 2), 2000
+    y = jnp.tile(jnp.asarray([[0.3, -0.4]]), (runs, 1))
+    sampler = TwistedSampler(a, y, 20, 1e-2, 3, covariance)
+    like = jnp.zeros((runs, 2))
+    found = sampler.run(score_of(law, sde), sde, keys_of(runs), like)
+    evidence, error = combine_evidence(found.log_evidence)
+    expected = evidence_of_levels(law, a, y[0], sde, sampler._times(sde, like))
+    assert error < 0.03
+    assert abs(evidence - expected) < 3.0 * error
+
+
+def keys_of(number: int) -> jax.Array:
+    return fold_in_each(jax.random.key(5), jnp.arange(number))
+
+
+def test_systematic_resampling_takes_each_particle_by_its_share(x64: None) -> None:
+    weights = jnp.asarray([0.5, 0.25, 0.2, 0.05])
+    draws = jax.vmap(lambda key: systematic(key, jnp.log(weights)))(keys_of(4000))
+    counts = jax.vmap(lambda d: jnp.bincount(d, length=4))(draws)
+    counts = counts.astype(jnp.float64)
+    assert jnp.all(jnp.abs(counts - 4.0 * weights[None]) < 1.0 + 1e-12)
+    assert jnp.all(jnp.abs(counts.mean(axis=0) - 4.0 * weights) < 4.0 * 0.5 / np.sqrt(4000))
+    ess = effective_number(jnp.log(jnp.stack([weights, jnp.full(4, 0.25)])))
+    np.testing.assert_allclose(ess, [1.0 / float(jnp.sum(weights**2)), 4.0])
+
+
+# What the other methods are wrong by. Two modes, of which y makes one a hundred times less likely.
+
+
+def two_modes() -> tuple[Mixture, Inpaint, jax.Array]:
+    means = jnp.asarray([[-1.0, -1.0], [1.0, 1.0]])
+    law = Mixture(jnp.full(2, 0.5), means, jnp.full(2, 0.1))
+    return law, Inpaint((2,), 0.05, np.asarray([False, True])), jnp.asarray([[0.25]])
+
+
+def share_of_the_wrong_mode(method: str, number: int = 1000) -> float:
+    law, a, one = two_modes()
+    sde, y, steps = VPSDE(), jnp.repeat(one, number, axis=0), 100
+    pc = {"predictor": "euler_maruyama", "corrector": "none", "num_steps": steps, "t_min": 1e-3}
+    sampler = {
+        "replacement": lambda: Replacement(**pc, measurement=a, y=y),
+        "dps": lambda: DiffusionPosteriorSampling(**pc, measurement=a, y=y),
+        "moment_matching": lambda: Guided(ReverseSDE(steps, 1e-3), MomentMatching(a, y)),
+        "twisted": lambda: TwistedSampler(a, y, steps, 1e-3, 16),
+    }[method]()
+    x = sampler(score_of(law, sde), sde, keys_of(number), jnp.zeros((number, 2))).x
+    weights, parts, _ = mixture_given(law, a, one[0])
+    return float(responsibilities(x, weights, parts)[:, 0].mean())
+
+
+def test_three_methods_are_biased_and_the_fourth_much_less(x64: None) -> None:
+    law, a, y = two_modes()
+    weights, _, _ = mixture_given(law, a, y[0])
+    assert weights[0] < 0.01
+    found = {
+        name: share_of_the_wrong_mode(name)
+        for name in ("replacement", "dps", "moment_matching", "twisted")
+    }
+    error = np.sqrt(0.25 / 1000)
+    assert found["replacement"] > 0.2  # 0.30: it sees y through the score alone
+    assert found["moment_matching"] > 0.1  # 0.20: p(y | x_t) is not Gaussian where modes part
+    assert found["dps"] > weights[0] + 4.0 * error  # of 100 steps; that of 1000 is smaller
+    assert found["twisted"] < 0.5 * min(found["replacement"], found["moment_matching"]), found
+
+
+def test_replacement_ends_with_y_in_its_place(x64: None) -> None:
+    law, a, y = two_modes()
+    y, sde = jnp.repeat(y, 5, axis=0), VPSDE()
+    sampler = Replacement("euler_maruyama", "langevin", 30, 1e-3, measurement=a, y=y)
+    x = sampler(score_of(law, sde), sde, keys_of(5), jnp.zeros((5, 2))).x
+    np.testing.assert_allclose(a.forward(x), y, rtol=1e-12)
+
+
+def test_replacement_is_exact_where_nothing_depends_on_y(x64: None) -> None:
+    # The coordinates are independent: the others must keep the law of a sampler of p(x).
+    sde, number = VESDE(0.01, 20.0), 3000
+    law = Mixture(jnp.ones(1), jnp.asarray([[1.0, -2.0]]), jnp.full(1, 0.5))
+    a = Inpaint((2,), 0.0, np.asarray([False, True]))
+    pc = {"predictor": "reverse_diffusion", "corrector": "none", "num_steps": 200, "t_min": 1e-3}
+    sampler = Replacement(**pc, measurement=a, y=jnp.zeros((number, 1)))
+    x = sampler(score_of(law, sde), sde, keys_of(number), jnp.zeros((number, 2))).x[:, 1]
+    assert abs(float(x.mean()) + 2.0) < 4.0 * np.sqrt(0.5 / number)
+    assert abs(float(x.var()) - 0.5) < 4.0 * 0.5 * np.sqrt(2.0 / number) + 0.02
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda a, y: MomentMatching(dataclasses.replace(a, noise=0.0), y),
+            r"sampling\.noise=0\.0",
+        ),
+        (lambda a, y: MomentMatching(a, y, "all"), r"covariance='all': allowed"),
+        (lambda a, y: TwistedSampler(a, y, 10, 1e-3, 1), r"sampling\.particles=1: need at least 2"),
+        (lambda a, y: TwistedSampler(a, y, 1, 1e-3, 2), r"model\.num_scales=1: need at least 2"),
+        (
+            lambda a, y: Replacement(
+                "euler_maruyama", "none", 9, 1e-3, measurement=Denoise((2,), 0.1), y=y
+            ),
+            r"sampling\.task_method='replacement': need another",
+        ),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(make: Callable, message: str) -> None:
+    a = Inpaint((2,), 0.05, np.asarray([False, True]))
+    with pytest.raises(ValueError, match=message):
+        make(a, jnp.zeros((1, 1)))
+
+
+# Guidance by a class.
+
+
+@every_kind
+def test_the_score_and_the_gradient_of_a_true_classifier_are_the_score_of_the_class(
+    kind: str, x64: None
+) -> None:
+    sde, law = KINDS[kind], three_modes(3)
+    x, t = jax.random.normal(jax.random.key(1), (4, 3)), jnp.asarray([0.1, 0.3, 0.6, 0.9])
+
+    def log_prob(x: jax.Array, t: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(law.log_components(x, t, sde), axis=1)[:, 1]
+
+    of_class = Mixture(jnp.ones(1), law.means[1:2], law.variances[1:2])
+    found = classifier_guided(score_of(law, sde), log_prob, 1.0)(x, t)
+    np.testing.assert_allclose(found, of_class.score(x, t, sde), rtol=1e-8, atol=1e-8)
+
+    both = score_of(of_class, sde), score_of(law, sde)
+    for weight, expected in ((0.0, both[1](x, t)), (1.0, both[0](x, t))):
+        np.testing.assert_allclose(classifier_free(*both, weight)(x, t), expected, rtol=1e-12)
+    by_gradient = classifier_guided(both[1], log_prob, 2.5)(x, t)
+    np.testing.assert_allclose(classifier_free(*both, 2.5)(x, t), by_gradient, rtol=1e-7, atol=1e-7)
