@@ -11,6 +11,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 
 import setup
 from tests.test_architecture import imported
@@ -116,6 +117,16 @@ def test_every_requirement_stands_in_one_file() -> None:
     names = [re.split(r"[<>=\[]", line)[0] for text in files.values() for line in text.split("\n")]
     names = [name for name in names if name and name[0] != "#" and name != "jax"]
     assert len(names) == len(set(names))
+
+
+def test_changes_and_citation_are_of_this_version() -> None:
+    (first, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert first == citation["version"] == VERSION
+    assert citation["license"] == project["license"] == "Apache-2.0"
+    assert citation["authors"] == project["authors"] == [{"name": "The Fokker authors"}]
+    assert all(work["url"].startswith("https://arxiv.org/abs/") for work in citation["references"])
 
 
 @pytest.mark.parametrize(
