@@ -2,7 +2,8 @@
 # make check  lint, and the tests that matter for most changes; a few minutes
 # make test   install what the tests need, then lint and run every test
 # make docs   build the pages of docs/ into runs/site
-# make clean  remove the virtual environment
+# make wheel  build the package, dist/fokker-VERSION-py3-none-any.whl
+# make clean  remove the virtual environment, and what building the package left
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,7 +15,7 @@ QUICK  := architecture checkpoints configs dequantization fokker_planck high_ord
           losses operators parameterization records sde_lib taylor time_sampling train_state
 WHOLE  := metrics_hold_each_step_once_after_a_resume run_folder_holds_what_the_readme_says
 
-.PHONY: demo install check test lint docs clean
+.PHONY: demo install check test lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,11 +38,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 
 docs: | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
+wheel: | $(BIN)/python
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist *.egg-info
 
 # A stamp file newer than the requirements means that nothing is left to install.
 $(BIN)/python:
@@ -49,10 +53,12 @@ $(BIN)/python:
 	  { echo "error: $(PYTHON) is older than Python 3.11; call make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt | $(BIN)/python
+REQUIRED := requirements.txt $(wildcard requirements/*.txt)
+
+$(VENV)/.installed: $(REQUIRED) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-test: requirements-test.txt requirements.txt | $(BIN)/python
+$(VENV)/.installed-test: requirements-test.txt $(REQUIRED) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $(VENV)/.installed $@

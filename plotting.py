@@ -278,13 +278,7 @@ def save_trajectories(path: str | Path, rows: dict[str, np.ndarray], names: list
     """A PNG of densities of points [k, n, 2] at k moments (columns), one row per process."""
     last = next(iter(rows.values()))[-1]
     radius = 1.2 * float(np.quantile(np.abs(last), 0.999))
-    figure, all_axes = _panels(
-        len(rows),
-        len(names),
-        figsize=(1.7 * len(names), 1.8 * len(rows)),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, all_axes = _panels(len(rows), len(names), figsize=(1.7 * len(names), 1.8 * len(rows)))
     for row, (label, moments) in enumerate(rows.items()):
         for column, points in enumerate(moments):
             limits = [[-radius, radius]] * 2

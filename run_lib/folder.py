@@ -22,6 +22,7 @@ from typing import Any
 import json_files
 from checkpoints import whole_steps
 from run_lib import devices
+from version import VERSION
 
 logger = logging.getLogger("fokker")
 LOG_BYTES = 10_000_000
@@ -197,9 +198,10 @@ def replace_file(path: Path, lines: Iterable[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the libraries, and the git commit ('unknown' outside git)."""
+    """Versions of Fokker, Python and the libraries, and the git commit ('unknown' outside git)."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "git_commit": git_commit(), **found}
+    own = {"fokker": VERSION, "git_commit": git_commit()}
+    return own | {"python": platform.python_version()} | found
 
 
 def git_commit(root: Path = ROOT) -> str:

@@ -129,6 +129,27 @@ def test_curves_have_one_panel_per_quantity(tmp_path):
     assert pixels(two).std() > 0
 
 
+LINE = np.linspace(-1.0, 1.0, 20)
+POINTS = np.random.default_rng(0).standard_normal((3, 50, 2))
+FIGURES = {
+    "save_named_images": (numbered(4), 17, list("abcd"), "title"),
+    "save_error_curves": (LINE[1:] + 2.0, {"dsm": {"order 1": (np.ones(19), 0.1 * np.ones(19))}}),
+    "save_density_on_a_line": (POINTS[0, :, 0], {"law": (LINE, LINE**2)}),
+    "save_density_images": ({"law": np.ones((9, 9)), "model": np.eye(9)}, 2.0),
+    "save_trajectories": ({"ODE": POINTS, "SDE": POINTS}, ["0", "1", "2"]),
+    "save_paths_on_a_line": ({"ODE": POINTS[..., 0], "SDE": POINTS[..., 1]}, np.arange(3.0)),
+    "save_score_on_a_line": (LINE, {"t = 1": {"score": LINE, "truth": -LINE}}),
+    "save_comparison": ({"ODE": {"a": [1.0, 2.0], "b": [3.0]}, "bound": {"a": [1.0]}},),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_can_be_drawn(tmp_path, name):
+    """On a path that is a text."""
+    getattr(plotting, name)(str(tmp_path / "figure.png"), *FIGURES[name])
+    assert pixels(tmp_path / "figure.png").std() > 0
+
+
 IN_A_NOTEBOOK = """
 import sys
 import matplotlib

@@ -27,6 +27,7 @@ from run_lib.trainer import PendingMetrics
 from run_lib.training import score_trainer
 from sde_lib import SDES
 from tests import tiny
+from version import VERSION
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -274,6 +275,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_holds_what_the_readme_says(trained: Path) -> None:
     for name in ("config.json", "versions.json", "metrics.jsonl", "curves.png", "report.html"):
         assert (trained / name).stat().st_size > 0, name
+    versions = json.loads((trained / "versions.json").read_text())
+    assert versions["fokker"] == VERSION
     assert list((trained / "tensorboard").glob("events*"))
     assert (trained / "samples" / "step_0000020.png").exists()
     assert json.loads((trained / "config.json").read_text())["model"]["beta_max"] == 20.0

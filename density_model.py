@@ -1,0 +1,321 @@
+"""log p(x) and log p(x | context) of arrays, in the conventions of scikit-learn.
+
+    model = DensityModel().fit(x_train)
+    model.score_samples(x_test)
+
+A fitted model is a run folder like any other: the command line evaluates it, and `log_prob` gives
+the values that an evaluation would write in its rows.
+"""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.utils.validation import check_is_fitted
+
+import npz_files
+import run_lib
+from checks import require
+from configs.mnist import sharp as images
+from configs.table import vp as table
+from dequantization import Pixels
+from operators import dimension, fold_in_each
+from run_lib import config_files, loading, metrics
+from run_lib.estimators import Estimator, Parameters, estimators
+from run_lib.experiment import Experiment
+
+HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is chosen
+MOST_HELD_OUT = 2000  # examples
+CHECKPOINTS = 8
+FEW = 5000  # examples; more have more steps
+EXACT_UP_TO = 16  # coordinates, whose divergence needs no probe
+FOLDER = "fokker-"  # of a model without a folder of its own: the start of its name
+
+
+class DensityModel(DensityMixin, BaseEstimator):
+    """A diffusion model of p(x) or p(x | context), fitted by maximum likelihood.
+
+    Real values of any shape have a residual MLP that gives a mixture of Gaussians for each
+    standardised coordinate; uint8 images have a U-Net that gives the law of each grey level. A
+    tenth of the examples is kept out of training, and of eight checkpoints the one with the least
+    loss on them is taken. The same data and `random_state` give the same model.
+
+    Args:
+        config: a config to start from, as a file or as an object; None: by the kind of the data.
+        changes: fields of the config by name, as {"training.n_iters": 2000}.
+        workdir: the run folder; an interrupted `fit` goes on there. None: a temporary folder.
+        random_state: the seed of everything that is drawn.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | ConfigDict | None = None,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        workdir: str | Path | None = None,
+        random_state: int = 0,
+    ) -> None:
+        self.config = config
+        self.changes = changes
+        self.workdir = workdir
+        self.random_state = random_state
+
+    def fit(
+        self, X: np.ndarray, y: None = None, *, context: np.ndarray | None = None
+    ) -> "DensityModel":
+        """Train on examples X [n, *d].
+
+        Args:
+            X: real values of any shape, or uint8 images [n, H, W] or [n, H, W, C].
+            y: not used; scikit-learn passes it.
+            context: what the density is conditioned on: classes, int [n], or numbers [n, *c].
+
+        Raises:
+            ValueError: X or context holds what has no density, as NaN or a constant coordinate, or
+                a field of the config is wrong.
+        """
+        del y
+        X = np.asarray(X)
+        require(X.ndim > 1 and len(X) > 1, "X", X.shape, "at least two examples, [n, *d]")
+        workdir = Path(self.workdir or tempfile.mkdtemp(prefix=FOLDER)).absolute()
+        if self.workdir is None:
+            weakref.finalize(self, shutil.rmtree, workdir, ignore_errors=True)
+        workdir.mkdir(parents=True, exist_ok=True)
+        npz_files.write(workdir / "data.npz", _split(X, context, self.random_state))
+        config = self._config(X, workdir, conditional=context is not None)
+        experiment = Experiment.from_config(config)
+        run_lib.train(experiment, workdir)
+        return self._of(experiment, workdir, _best_step(workdir, experiment))
+
+    def log_prob(
+        self, X: np.ndarray, context: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """log p(x) of every example by the ODE, in nats, and an estimate of the solver's error.
+
+        Of real values it is the density in the units of X; of images the probability of their grey
+        levels, bounded from below by one draw of the noise within their cells.
+
+        Args:
+            X: examples [n, *d], as in `fit`.
+            context: one for each example, as in `fit`.
+
+        Returns:
+            (log p, error), both float64 [n].
+
+        Raises:
+            ValueError: the shape or the kind of X or context is another than in `fit`.
+            FloatingPointError: the solver gave no value for an example.
+        """
+        estimator = self._estimator()
+        found = [self._batch(estimator, batch) for batch in self._batches(X, context, self._size())]
+        values, errors = (
+            np.concatenate(part).astype(np.float64) for part in zip(*found, strict=True)
+        )
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise FloatingPointError(
+                f"no value for examples {bad[:10].tolist()}: raise eval.num_steps"
+            )
+        return values, errors
+
+    def score_samples(self, X: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
+        """log p(x), or log p(x | context), of every example in nats, [n]."""
+        return self.log_prob(X, context)[0]
+
+    def score(self, X: np.ndarray, y: None = None, *, context: np.ndarray | None = None) -> float:
+        """The mean over the examples of log p(x) in nats."""
+        del y
+        return float(self.score_samples(X, context).mean())
+
+    def sample(
+        self, n_samples: int = 1, context: np.ndarray | None = None, *, random_state: int = 0
+    ) -> np.ndarray:
+        """Draw samples [n_samples, *d], in the units and of the kind of X.
+
+        Args:
+            n_samples: how many.
+            context: one for each sample, as in `fit`.
+            random_state: the seed; sample i depends on it, on i and on its context only.
+
+        Raises:
+            ValueError: a context is missing, or not as in `fit`.
+        """
+        check_is_fitted(self)
+        experiment, key = self.experiment_, jax.random.key(random_state)
+        context = self._context(context, n_samples)
+        model, size = experiment.sampled_model, min(self._size(), n_samples)
+
+        @jax.jit
+        def draw(params: Any, ids: jax.Array, context: jax.Array | None) -> jax.Array:
+            like = jnp.zeros((len(ids), *experiment.dataset.shape), jnp.float32)
+            score_fn = model.score(params, context=context)
+            x = experiment.sampler(score_fn, model.sde, fold_in_each(key, ids), like).x
+            return experiment.encoding.decode(x)
+
+        found = []
+        for first in range(0, n_samples, size):
+            ids = np.minimum(np.arange(first, first + size), n_samples - 1)
+            given = None if context is None else context[ids]
+            found.append(np.asarray(draw(self.params_, ids, given)))
+        return np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the run folder, with the data that the model was fitted on.
+
+        Raises:
+            FileExistsError: the folder is there.
+        """
+        check_is_fitted(self)
+        shutil.copytree(self.workdir_, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "DensityModel":
+        """The model of a folder that `save` or `fit` has written.
+
+        Raises:
+            ValueError: there is no such model, or it is damaged.
+        """
+        folder = Path(folder).absolute()
+        config = config_files.load(str(folder / "config.json"))
+        config.data.path = str(folder / "data.npz")
+        experiment = Experiment.from_config(config)
+        seed = experiment.settings.seed
+        model = cls(config=config, workdir=folder, random_state=seed)
+        return model._of(experiment, folder, _best_step(folder, experiment))
+
+    def _of(self, experiment: Experiment, workdir: Path, step: int) -> "DensityModel":
+        """Itself, with what is fitted."""
+        self.experiment_, self.workdir_, self.step_ = experiment, workdir, step
+        self.params_ = loading.load_parameters(experiment, workdir, step)
+        stored = npz_files.read(workdir / "data.npz", ("x_train",))["x_train"]
+        self.shape_ = stored.shape[1:]
+        return self
+
+    def _config(self, X: np.ndarray, workdir: Path, *, conditional: bool) -> ConfigDict:
+        """The config of the data, with the changes that were asked for."""
+        config = self.config
+        if config is None:
+            config = _of_images(X) if X.dtype == np.uint8 else _of_reals(X)
+        elif not isinstance(config, ConfigDict):
+            config = config_files.load(str(config))
+        config = config.copy_and_resolve_references()
+        config.seed = self.random_state
+        config.data.update(dataset="npz", path=str(workdir / "data.npz"))
+        config.data.context = "values" if conditional else ""
+        config.training.snapshot_sampling = False
+        for name, value in (self.changes or {}).items():
+            config_files.change(config, name, str(value))
+        training = config.training
+        every = max(training.n_iters // CHECKPOINTS // training.n_jitted_steps, 1)
+        training.update(snapshot_freq=every * training.n_jitted_steps)
+        training.update(eval_freq=training.snapshot_freq)
+        training.update(snapshot_freq_for_preemption=training.snapshot_freq)
+        return config
+
+    def _estimator(self) -> Estimator:
+        check_is_fitted(self)
+        found = estimators(self.experiment_)
+        return next(estimator for estimator in found if estimator.name == "ODE")
+
+    def _size(self) -> int:
+        return self.experiment_.settings.eval.batch_size
+
+    def _batches(self, X: np.ndarray, context: np.ndarray | None, size: int) -> list[dict]:
+        """Batches of equal size; the last one is filled up."""
+        X = np.asarray(X)
+        allowed = f"[n, {', '.join(map(str, self.shape_))}], as in fit"
+        require(X.shape[1:] == self.shape_ and len(X) > 0, "X", X.shape, allowed)
+        levels = self.experiment_.dataset.levels
+        require((levels is None) == (X.dtype != np.uint8), "X.dtype", X.dtype, "as in fit")
+        x = X.reshape(len(X), *self.experiment_.dataset.shape)
+        x = x if levels else x.astype(np.float32)
+        context, size = self._context(context, len(X)), min(size, len(X))
+        found = []
+        for first in range(0, len(x), size):
+            ids = np.arange(first, first + size)
+            there = np.minimum(ids, len(x) - 1)
+            batch = {"image": x[there], "noise_id": there.astype(np.int32), "mask": ids < len(x)}
+            found.append(batch if context is None else batch | {"context": context[there]})
+        return found
+
+    def _batch(self, estimator: Estimator, batch: dict) -> tuple[np.ndarray, np.ndarray]:
+        """(log p, error) in nats of the real examples of a batch."""
+        key = jax.random.fold_in(self.experiment_.keys[estimator.key], 0)  # of the first repeat
+        mask = batch.pop("mask")
+        result = _compiled(estimator)(Parameters(self.params_), key, batch)
+        pixels = isinstance(self.experiment_.encoding, Pixels)
+        unit = dimension(batch["image"]) * np.log(2.0) if pixels else 1.0
+        value = jnp.where(result["converged"], -unit * result["value"], jnp.nan)
+        error = unit * result.get("error", jnp.full_like(value, jnp.nan))
+        return np.asarray(value)[mask], np.asarray(error)[mask]
+
+    def _context(self, context: np.ndarray | None, number: int) -> np.ndarray | None:
+        """The context of so many examples, as a batch holds it."""
+        known = self.experiment_.context
+        allowed = "None: the model was fitted without" if known is None else known.describe()
+        require((known is None) == (context is None), "context", context, allowed)
+        if known is None:
+            return None
+        given = np.asarray(context)
+        given = given.reshape(number, 1) if known.shape == (1,) and given.ndim == 1 else given
+        allowed = f"{known.describe()}, one for each of {number} examples"
+        require(given.shape == (number, *known.shape), "context", given.shape, allowed)
+        if known.classes:
+            fits = given.dtype.kind in "iu" and 0 <= given.min() <= given.max() < known.classes
+            require(fits, "context", given, f"classes 0 to {known.classes - 1}")
+            return given.astype(np.int32)
+        return self.experiment_.dataset.context.standardized(given).astype(np.float32)
+
+
+def _compiled(estimator: Estimator) -> Any:
+    return jax.jit(estimator.function)
+
+
+def _split(X: np.ndarray, context: np.ndarray | None, seed: int) -> npz_files.Arrays:
+    """The arrays of data.npz: for training, and, drawn at random, to choose the checkpoint by."""
+    number = min(max(round(HELD_OUT * len(X)), 1), MOST_HELD_OUT)
+    drawn = np.random.default_rng([seed, 0, 0, 4]).permutation(len(X))
+    parts = {"train": np.sort(drawn[number:]), "test": np.sort(drawn[:number])}
+    arrays = {"x": X} | ({} if context is None else {"context": np.asarray(context)})
+    for name, array in arrays.items():
+        require(len(array) == len(X), name, array.shape, f"one for each of {len(X)} examples")
+    return {f"{name}_{part}": a[ids] for name, a in arrays.items() for part, ids in parts.items()}
+
+
+def _best_step(workdir: Path, experiment: Experiment) -> int:
+    """The step of the checkpoint with the least loss on the examples that were held out."""
+    kept = set(loading.steps_in(workdir))
+    losses = {
+        row["step"]: row["loss"]
+        for row in metrics.read_metrics(workdir)
+        if row["split"] == "held_out" and row["step"] in kept
+    }
+    return min(losses, key=losses.get) if losses else max(kept)
+
+
+def _of_reals(X: np.ndarray) -> ConfigDict:
+    """Real values: more steps for more examples."""
+    config, small = table.get_config(), X[0].size <= EXACT_UP_TO
+    config.data.update(validation_fraction=0.0)
+    config.training.update(n_iters=4000 if len(X) < FEW else 10_000)
+    config.training.update(batch_size=min(256, max(len(X) // 4, 1)))
+    config.eval.update(num_steps=32, divergence="exact" if small else "rademacher")
+    return config
+
+
+def _of_images(X: np.ndarray) -> ConfigDict:
+    """Grey levels: the U-Net, with as many levels as the sides can be halved."""
+    config = images.get_config()
+    halvings = next(k for k in (2, 1, 0) if all(side % 2**k == 0 for side in X.shape[1:3]))
+    config.data.update(image_size=0, num_channels=1 if X.ndim == 3 else X.shape[3])
+    config.model.update(channels=(32, 64, 96)[: halvings + 1], blocks=(1, 2, 2)[: halvings + 1])
+    config.eval.update(enable_bpd=True, num_steps=32)
+    return config
