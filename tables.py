@@ -39,34 +39,38 @@ def read(path: Path) -> Columns:
 
 def _csv(path: Path) -> Columns:
     """Columns of a text with one example in each line; without names they are 1, 2, …."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
-    first = text.partition("\n")[0]
-    delimiter = max(DELIMITERS, key=first.count)
-    try:
-        lines = [line for line in csv.reader(text.splitlines(), delimiter=delimiter) if line]
-    except csv.Error as error:
-        raise ValueError(f"{path} is no table: {error}") from None
-    if not lines:
-        raise ValueError(f"{path} is empty")
+    lines, delimiter = _lines(path)
     names = [name.strip() for name in lines[0]]
     if all(_is_number(name) for name in names):
         names = [str(number + 1) for number in range(len(names))]
     else:
         lines = lines[1:]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} has several columns of the names {twice}: need different ones")
     for number, line in enumerate(lines):
         if len(line) != len(names):
             raise ValueError(
                 f"{path}: row {number + 1} has {len(line)} entries, but there are {len(names)} "
                 f"columns, divided by {delimiter!r}"
             )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path} has several columns of the names {twice}: need different ones")
     entries = zip(*lines, strict=True) if lines else ((),) * len(names)
     return {name: _typed(list(column)) for name, column in zip(names, entries, strict=True)}
+
+
+def _lines(path: Path) -> tuple[list[list[str]], str]:
+    """The entries of all lines that have some, and what divides them."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
+        lines = [line for line in csv.reader(text.splitlines(), delimiter=delimiter) if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error}") from None
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    return lines, delimiter
 
 
 def _is_number(text: str) -> bool:
