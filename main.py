@@ -3,8 +3,7 @@
   python main.py                                           train and evaluate: handwritten digits
   python main.py --config.training.score_matching_order=3  the same with other fields
   python main.py --config=configs/mnist/vp.py --config.data.path=mine.npz      your own images
-  python main.py --workdir=runs/digits_vp --mode=eval      evaluate, or go on with, what is there
-  python main.py --workdir=runs/digits_vp --mode=sample    draw samples of it
+  python main.py --workdir=runs/digits_vp --mode=eval,sample  evaluate what is there, and sample it
   python main.py --config=configs/mnist/vp.py --describe   every field, what it means, what is set
 
 Every field of the config can be changed; None gives it its default. A command that is given again
