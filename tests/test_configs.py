@@ -147,7 +147,7 @@ def test_values_are_the_published_ones(name):
 @every_config
 def test_its_sampler_can_be_built(name):
     settings = Settings.from_config(get_config(name))
-    experiment = Experiment(settings)
+    experiment = Experiment(settings, tiny_data(settings))
     sampler, model = experiment.sampler, experiment.sampled_model
     if hasattr(sampler, "_check_chain"):
         sampler._check_chain(model.sde)
