@@ -18,7 +18,7 @@ from losses import mean_loss
 from run_lib import devices, modes
 from run_lib.experiment import Experiment
 from run_lib.settings import Settings
-from streams import Dataset, Finite
+from streams import Context, Dataset, Finite
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -192,8 +192,11 @@ def tiny_data(settings: Settings) -> Dataset:
         "swissroll", "checkerboard", "mog1d",
     )  # fmt: skip
     shape = (8, 8, data.num_channels) if images else (points,)
-    split = Finite(4, np.zeros((4, *shape), np.uint8 if images else np.float32).__getitem__)
-    return Dataset(data.dataset, shape, data.levels if images else None, split, split)
+    zeros = np.zeros((4, *shape), np.uint8 if images else np.float32)
+    given = {"": (None, None), "class": (Context((), 4), np.arange(4, dtype=np.int32))}
+    kind, context = given[data.context]
+    split, levels = Finite(4, zeros.__getitem__, context=context), data.levels if images else None
+    return Dataset(data.dataset, shape, levels, split, split, context=kind)
 
 
 @functools.cache
@@ -216,6 +219,8 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
         "noise_id": np.arange(4, dtype=np.int32),
         "mask": np.ones(4, bool),
     }
+    if dataset.context is not None:
+        batch["context"] = dataset.contexts("train", np.arange(4))
     one_device = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
     mapped = jax.vmap(step, (None, None, 0), axis_name=devices.AXIS_NAME)
     training = settings.training
