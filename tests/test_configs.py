@@ -18,7 +18,7 @@ from losses import mean_loss
 from run_lib import devices, modes
 from run_lib.experiment import Experiment
 from run_lib.settings import Settings
-from streams import Dataset, Finite
+from streams import Context, Dataset, Finite
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -193,8 +193,11 @@ def tiny_data(settings: Settings) -> Dataset:
     )  # fmt: skip
     shape = (8, 8, data.num_channels) if images else (points,)
     noise = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
-    split = Finite(4, (np.zeros((4, *shape), np.uint8) if images else noise).__getitem__)
-    return Dataset(data.dataset, shape, data.levels if images else None, split, split)
+    x = np.zeros((4, *shape), np.uint8) if images else noise
+    given = {"": (None, None), "class": (Context((), 4), np.arange(4, dtype=np.int32))}
+    kind, context = given[data.context]
+    split, levels = Finite(4, x.__getitem__, context=context), data.levels if images else None
+    return Dataset(data.dataset, shape, levels, split, split, context=kind)
 
 
 @functools.cache
@@ -217,6 +220,8 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
         "noise_id": np.arange(4, dtype=np.int32),
         "mask": np.ones(4, bool),
     }
+    if dataset.context is not None:
+        batch["context"] = dataset.contexts("train", np.arange(4))
     one_device = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
     mapped = jax.vmap(step, (None, None, 0), axis_name=devices.AXIS_NAME)
     training = settings.training
