@@ -31,7 +31,7 @@ from posterior_sampling import (
     effective_number,
     systematic,
 )
-from sampling import OdeSampler, ReverseSDE
+from sampling import Grid, OdeSampler, ReverseSDE
 from sde_base import SDE
 from sde_lib import VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
 from toy_data import Mixture
@@ -296,6 +296,21 @@ def test_replacement_ends_with_y_in_its_place(x64: None) -> None:
     sampler = Replacement("euler_maruyama", "langevin", 30, 1e-3, measurement=a, y=y)
     x = sampler(score_of(law, sde), sde, keys_of(5), jnp.zeros((5, 2))).x
     np.testing.assert_allclose(a.forward(x), y, rtol=1e-12)
+
+
+@every_kind
+def test_the_measured_part_has_the_noise_of_the_level_that_x_is_at(kind: str, x64: None) -> None:
+    sde, number, a = KINDS[kind], 4000, linear(0.0, 3, 2)
+    y, x = jnp.tile(jnp.asarray([[0.5, -1.0]]), (number, 1)), jnp.zeros((number, 3))
+    sampler = Replacement("euler_maruyama", "none", 30, 1e-3, measurement=a, y=y)
+    t, grid = jnp.full(number, 0.5), Grid(0.1, 30)
+    after = sampler.predict(score_of(gaussian(3), sde), sde, keys_of(number), x, t, grid)
+    t, A = jnp.asarray(0.4), matrix_of(a)
+    found, covariance = np.asarray(a.forward(after)), np.asarray(sde.sigma(t) ** 2) * A @ A.T
+    error = np.sqrt(np.diag(covariance) / number)
+    assert np.all(np.abs(found.mean(axis=0) - sde.alpha(t) * y[0]) < 4.0 * error)
+    error = np.sqrt(2.0 * np.outer(np.diag(covariance), np.diag(covariance)) / number)
+    assert np.all(np.abs(np.cov(found.T) - covariance) < 4.0 * error)
 
 
 def test_replacement_is_exact_where_nothing_depends_on_y(x64: None) -> None:
