@@ -22,7 +22,7 @@ LEVELS = {
     "sampling": 6, "train_state": 6, "records": 6, "diagnostics": 6, "checkpoints": 7,
     "streams": 3, "point_samplers": 3, "restarted": 2, "datasets": 7, "plotting": 7,
     "marginals": 0, "tails": 0, "heads": 1.5, "real_heads": 1.7, "baselines": 3, "run_lib": 8,
-    "main": 9, "measurements": 1, "posterior_sampling": 7,
+    "main": 9, "measurements": 1, "posterior_sampling": 7, "twisted": 7.5,
 }  # fmt: skip
 RUN_LIB = {
     "settings": 0, "config_files": 1, "devices": 1, "folder": 2, "comparison": 2,
