@@ -32,21 +32,20 @@ from posterior_sampling import (
     DiffusionPosteriorSampling,
     Guided,
     MomentMatching,
-    PosteriorSampler,
     Replacement,
-    TwistedSampler,
     classifier_free,
-    combine_evidence,
 )
 from run_lib import devices, folder, identities, loading, measured, sampling_loop
 from run_lib.experiment import METHODS, Experiment
 from run_lib.measured import Measured
 from sampling import PredictorCorrector
 from streams import Context
+from twisted import TwistedSampler, combine_evidence
 
 logger = logging.getLogger("fokker")
 EXACT_UP_TO = 16  # measured numbers: each costs a tangent of the network in every evaluation
 Arrays = dict[str, jax.Array]
+PosteriorSampler = Guided | Replacement | DiffusionPosteriorSampling | TwistedSampler
 
 
 @dataclasses.dataclass

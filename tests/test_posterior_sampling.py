@@ -24,17 +24,14 @@ from posterior_sampling import (
     Guided,
     MomentMatching,
     Replacement,
-    TwistedSampler,
     classifier_free,
     classifier_guided,
-    combine_evidence,
-    effective_number,
-    systematic,
 )
 from sampling import Grid, OdeSampler, ReverseSDE
 from sde_base import SDE
 from sde_lib import VESDE, VPSDE, LinearPath, LinearVESDE, SubVPSDE
 from toy_data import Mixture
+from twisted import TwistedSampler, combine_evidence, effective_number, systematic
 
 KINDS = {
     "vp": VPSDE(),
