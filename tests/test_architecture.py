@@ -25,7 +25,7 @@ LEVELS = {
     "marginals": 0, "tails": 0, "standardization": 1, "splits": 5,
     "real_arrays": 6, "array_files": 6.5, "tables": 6, "heads": 1.5, "real_heads": 1.7,
     "baselines": 3, "run_lib": 8, "density_model": 9, "main": 9, "measurements": 1,
-    "posterior_sampling": 7, "twisted": 8,
+    "posterior_sampling": 7, "twisted": 7.5,
 }  # fmt: skip
 RUN_LIB = {
     "settings": 0, "config_files": 1, "devices": 1, "folder": 2, "comparison": 2,
