@@ -1,0 +1,124 @@
+"""DensityModel: known densities, contexts, images, a folder that the command line evaluates."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from scipy.stats import multivariate_normal, norm
+from sklearn.base import clone
+
+import run_lib
+from density_model import DensityModel
+from records import Records
+from run_lib.experiment import Experiment
+
+MIX = np.array([[1.0, 0.5], [0.0, 2.0]])
+FEW = {"training.n_iters": 400, "model.hidden": 32, "model.depth": 1}
+
+
+def correlated(n, seed):
+    return 5.0 + np.random.default_rng(seed).standard_normal((n, 2)) @ MIX
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A model of a Gaussian with correlations, whitened: exact before its first step."""
+    changes = FEW | {"model.parameterization": "whitened"}
+    workdir = tmp_path_factory.mktemp("model") / "run"
+    return DensityModel(changes=changes, workdir=workdir).fit(correlated(2000, seed=0))
+
+
+def test_the_density_is_that_of_the_data_in_their_units(fitted):
+    x = correlated(200, seed=1)
+    values, errors = fitted.log_prob(x)
+    truth = multivariate_normal([5.0, 5.0], MIX.T @ MIX).logpdf(x)
+    assert values.shape == errors.shape == (200,)
+    assert (errors >= 0.0).all()
+    assert errors.max() < 0.05
+    gap = truth - values  # its mean is the divergence from the data to the model
+    assert -3 * gap.std() / 200**0.5 < gap.mean() < 0.05
+    assert_allclose(fitted.score_samples(x), values)
+    assert fitted.score(x) == pytest.approx(values.mean())
+    # A density does not depend on its batch.
+    assert_allclose(fitted.score_samples(x[:3])[1:], values[1:3], rtol=1e-4)
+
+
+def test_samples_follow_the_data(fitted):
+    x = fitted.sample(2000)
+    assert x.shape == (2000, 2)
+    assert_allclose(x.mean(0), 5.0, atol=0.25)
+    assert_allclose(np.cov(x.T), MIX.T @ MIX, atol=0.5)
+    assert_allclose(fitted.sample(3), x[:3], rtol=1e-3)
+    assert np.abs(fitted.sample(3, random_state=1) - x[:3]).min() > 1e-3
+
+
+def test_a_saved_model_is_the_same_and_the_command_line_evaluates_it(fitted, tmp_path):
+    fitted.save(tmp_path / "copy")
+    again, x = DensityModel.load(tmp_path / "copy"), correlated(7, seed=2)
+    assert_allclose(again.score_samples(x), fitted.score_samples(x), rtol=1e-6)
+    held_out = np.load(tmp_path / "copy" / "data.npz")["x_test"]
+    config = again.config.copy_and_resolve_references()
+    step = again.step_ // config.training.snapshot_freq
+    config.eval.update(begin_ckpt=step, end_ckpt=step, enable_sampling=False, bound=False)
+    run_lib.evaluate(Experiment.from_config(config), tmp_path / "copy", "eval")
+    rows = Records(tmp_path / "copy" / "eval").select(estimator="ODE")
+    values = [row["value"] for row in sorted(rows, key=lambda row: row["index"])]
+    assert_allclose(-again.score_samples(held_out), values, rtol=1e-4)
+    with pytest.raises(FileExistsError):
+        fitted.save(tmp_path / "copy")
+
+
+def test_a_density_given_numbers():
+    """y | c ~ N(3 c, ½²): the mean follows the context."""
+    rng = np.random.default_rng(3)
+    c = rng.standard_normal(3000)
+    y = 3.0 * c + 0.5 * rng.standard_normal(3000)
+    model = DensityModel(changes=FEW | {"training.n_iters": 1000}).fit(y[:, None], context=c)
+    given = np.array([-1.0, 0.0, 1.0]).repeat(100)
+    points = 3.0 * given + 0.5 * rng.standard_normal(300)
+    gap = norm(3.0 * given, 0.5).logpdf(points) - model.score_samples(points[:, None], given)
+    assert -3 * gap.std() / 300**0.5 < gap.mean() < 0.2
+    drawn = model.sample(300, given)[:, 0] - 3.0 * given
+    assert abs(drawn.mean()) < 0.2
+    assert 0.3 < drawn.std() < 0.8
+    with pytest.raises(ValueError, match="context=None: need floats"):
+        model.sample(3)
+    with pytest.raises(ValueError, match=r"one for each of 2 examples"):
+        model.score_samples(points[:2, None], given)
+
+
+def test_images_have_probabilities_of_grey_levels():
+    """Of one black and white pattern, the grey levels are certain: log P near 0 after training."""
+    images = np.zeros((60, 4, 4), np.uint8)
+    images[:, ::2] = 255
+    changes = {"training.n_iters": 8, "model.channels": "(4,)", "model.blocks": "(1,)",
+               "model.summary": 0, "model.embed_dim": 8, "optim.warmup": 1}  # fmt: skip
+    model = DensityModel(changes=changes).fit(images)
+    found, sample = model.score_samples(images[:4]), model.sample(2)
+    assert (found < 0.0).all()
+    assert found.mean() > -16 * np.log(256)  # better than the uniform law
+    assert sample.shape == (2, 4, 4)
+    assert sample.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "said"),
+    [
+        (np.array([[1.0, np.nan]] * 30), {}, r"value \[0, 1\] of x_"),
+        (np.ones(4), {}, r"X=\(4,\): need at least two examples"),
+        (np.eye(4), {"context": np.ones(3)}, r"context=\(3,\): need one for each of 4 examples"),
+    ],
+    ids=["NaN", "shape", "context"],
+)
+def test_what_has_no_density_is_refused(x, options, said):
+    with pytest.raises(ValueError, match=said):
+        DensityModel(changes=FEW).fit(x, **options)
+
+
+def test_a_misspelt_field_and_another_shape_are_refused(fitted):
+    with pytest.raises(ValueError, match=r"training\.n_iter='3'.*n_iters"):
+        DensityModel(changes={"training.n_iter": 3}).fit(np.random.default_rng(0).random((9, 2)))
+    with pytest.raises(ValueError, match=r"X=\(3, 5\): need \[n, 2\], as in fit"):
+        fitted.score_samples(np.ones((3, 5)))
+    with pytest.raises(ValueError, match="the model was fitted without"):
+        fitted.sample(2, context=np.ones(2))
+    assert clone(fitted).get_params() == fitted.get_params()
