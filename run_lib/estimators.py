@@ -148,7 +148,7 @@ def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]
     """
     settings, table = experiment.settings, []
     config = settings.eval
-    for kind in config.dequantizations:
+    for kind in _with_densities(experiment):
         noise = dequantization(experiment, kind, dequantizer)
         if config.enable_bpd:
             table.append(_ode(experiment, noise))
@@ -163,6 +163,22 @@ def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]
     if config.enable_loss:
         table.append(_loss(experiment))
     return table
+
+
+def _with_densities(experiment: Experiment) -> list[str]:
+    """The laws of noise under which the model has a density.
+
+    That of atoms is infinite at the levels and zero between them, where uniform noise lies.
+    """
+    kinds = experiment.settings.eval.dequantizations
+    if not isinstance(experiment.settings.head, Atoms):
+        return kinds
+    if set(kinds) != {"tn"}:
+        logger.info(
+            "atoms have the discrete bound; for ODE and bound of their density set "
+            "eval.dequantization=tn, noise of the diffusion itself"
+        )
+    return [kind for kind in kinds if kind == "tn"]
 
 
 def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:

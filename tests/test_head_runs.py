@@ -10,6 +10,7 @@ import pytest
 
 import run_lib
 from configs import base
+from run_lib.estimators import estimators
 from run_lib.experiment import Experiment
 from run_lib.loading import load_parameters
 from tests.tiny import config
@@ -84,6 +85,21 @@ def test_a_run_with_a_head_trains_evaluates_samples_and_is_diagnosed(
     prior = load_parameters(experiment, tmp_path, 10)["prior"]
     expected = experiment.with_prior({"network": {}})["prior"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), prior, expected)
+
+
+def test_atoms_have_no_density_under_uniform_noise() -> None:
+    """Their score pulls what lies between two levels to one of them, as fast as t_min allows."""
+    c = config("digits")
+    c.data.uniform_dequantization = False
+    c.model.update(parameterization="atoms")
+    names = {}
+    for kind in ("uniform", "uniform,tn"):
+        c.eval.update(dequantization=kind, enable_loss=False)
+        names[kind] = [e.name for e in estimators(Experiment.from_config(c))]
+    assert names == {
+        "uniform": ["discrete bound"],
+        "uniform,tn": ["ODE", "bound", "discrete bound"],
+    }
 
 
 def test_a_network_without_several_outputs_is_refused() -> None:
