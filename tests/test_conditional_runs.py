@@ -100,7 +100,7 @@ def test_a_run_with_values_and_their_samples(tmp_path: Path) -> None:
     )}  # fmt: skip
     draw = Generator(experiment, experiment.keys["samples"], 8, "test")
     whole = draw(params, 20)
-    later, _ = draw.batch(params, np.arange(16, 24), 20)
+    later = draw.batch(params, np.arange(16, 24), 20)["samples"]
     np.testing.assert_array_equal(later, whole[16:])
     vars(experiment.dataset)["test"].context[16 % 16] += 30.0
     changed = draw(params, 20)
@@ -149,7 +149,7 @@ def test_contexts_that_do_not_fit_are_refused_by_name(
 
 
 def test_values_of_a_file_are_checked(tmp_path: Path, caplog) -> None:
-    """Their number, their shapes, NaN; large ones are told."""
+    """Their number, their shapes, NaN; vectors are standardised, large images are told."""
     x = np.zeros((4, 4, 4), np.uint8)
     x[0] = 200
     good = np.ones((4, 2))
@@ -162,13 +162,19 @@ def test_values_of_a_file_are_checked(tmp_path: Path, caplog) -> None:
         assert experiment.dataset.context is not None
         return experiment
 
-    for bad in (good[:3], np.where(good > 0, np.nan, 0), good[:, 0], good.astype(str)):
-        with pytest.raises(ValueError, match=r"context_train of .*need finite numbers \[4, \*c\]"):
+    for bad, said in (
+        (good[:3], r"context_train of .*need one for each image or example of x_train, 4"),
+        (np.where(good > 0, np.nan, 0), r"value \[0, 0\] of the context beside x_train .* is nan"),
+        (good.astype(str), r"need numbers \[n, \*c\], alike in both splits"),
+        (np.ones((4, 3)), r"need numbers \[n, \*c\], alike in both splits"),
+    ):
+        with pytest.raises(ValueError, match=said):
             load(bad, good)
-    with pytest.raises(ValueError, match=r"have shapes \[\(2,\), \(3,\)\]: need equal ones"):
-        load(good, np.ones((4, 3)))
+    found = load(np.array([[1.0], [3.0], [1.0], [3.0]]), np.full((4, 1), 3.0)).dataset
+    np.testing.assert_array_equal(found.train.context[:, 0], [-1, 1, -1, 1])
+    np.testing.assert_array_equal(found.test.context, 1)
     with caplog.at_level(logging.WARNING, logger="fokker"):
-        load(1000 * good, good)
+        load(np.full((4, 4, 4, 1), 1000.0), np.ones((4, 4, 4, 1)))
     assert "the contexts reach 1000" in caplog.text
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import main
 import npz_files
 import run_lib
 from run_lib import drawing, measured, sampling_loop
@@ -164,12 +163,3 @@ def test_samples_of_a_context_repeat_it_by_measurement() -> None:
     np.testing.assert_array_equal(drawer._inputs(np.arange(6))["context"], [5, 5, 6, 6, 7, 7])
     drawer = dataclasses.replace(drawer, data=None, context=np.asarray([5, 6]))
     np.testing.assert_array_equal(drawer._inputs(np.arange(4))["context"], [5, 6, 5, 6])
-
-
-def test_the_config_of_the_run_is_the_default(runs: dict[str, Path], tmp_path: Path) -> None:
-    expected = str(runs["digits"] / "config.json")
-    assert main._config_of(runs["digits"], ["sample"]) == expected
-    with pytest.raises(ValueError, match=r"--config=None: need a file .* a training says"):
-        main._config_of(runs["digits"], ["train", "eval"])
-    with pytest.raises(ValueError, match=r"--config=None: need .* there is no .*config\.json"):
-        main._config_of(tmp_path, ["eval"])

@@ -161,7 +161,8 @@ def test_splits_of_different_shapes_are_refused(tmp_path: Path) -> None:
 def test_contexts_of_arrays_are_floats_or_classes(tmp_path, context, shape, classes) -> None:
     given = {"x_train": X[:30], "x_test": X[30:]}
     given |= {"context_train": context[:30], "context_test": context[30:]}
-    data = load(tmp_path, **given)
+    assert load(tmp_path, **given).context is None
+    data = load(tmp_path, {"context": "values"}, **given)
     assert (data.context.shape, data.context.classes) == (shape, classes)
     batch = next(data.eval_batches("test", batch_size=4))
     if classes:
@@ -175,21 +176,23 @@ def test_contexts_of_arrays_are_floats_or_classes(tmp_path, context, shape, clas
 
 
 def test_contexts_and_classes_that_do_not_fit(tmp_path: Path) -> None:
-    pair = {"x_train": X[:30], "x_test": X[30:]}
-    with pytest.raises(ValueError, match=r"the context is .*alike in both splits"):
-        load(tmp_path, **pair, context_train=X[:30, 0])
+    pair, wanted = {"x_train": X[:30], "x_test": X[30:]}, {"context": "values"}
+    with pytest.raises(ValueError, match=r"data.context='values': need a file with context_train"):
+        load(tmp_path, wanted, **pair, context_train=X[:30, 0])
     with pytest.raises(ValueError, match=r"context_train of .* \(29, 3\): need one for each image"):
-        load(tmp_path, **pair, context_train=X[:29, 0], context_test=X[30:, 0])
+        load(tmp_path, wanted, **pair, context_train=X[:29, 0], context_test=X[30:, 0])
     bad = HOLE[:, 1]
     with pytest.raises(
         ValueError, match=r"value \[16, 2\] of the context beside x_train of .* nan"
     ):
-        load(tmp_path, **pair, context_train=bad[:30], context_test=bad[30:])
+        load(tmp_path, wanted, **pair, context_train=bad[:30], context_test=bad[30:])
     data = load(tmp_path, x=X, y=X[:, 0, 0])  # a target of regression
     assert data.train.labels is None
     assert "y, no classes" in data.describe()
-    labelled = load(tmp_path, x=X, y=np.arange(40) % 3)
+    labelled = load(tmp_path, {"context": "class"}, x=X, y=np.arange(40) % 3)
     assert labelled.train.labels.max() == 2
+    assert labelled.context.classes == 3
+    np.testing.assert_array_equal(labelled.test.context, labelled.test.labels)
 
 
 def test_grey_levels_as_floats_are_told_from_real_values(tmp_path: Path, caplog) -> None:
