@@ -27,7 +27,7 @@ from checks import require
 from configs.mnist import sharp as images
 from configs.table import vp as table
 from dequantization import Pixels
-from operators import dimension, fold_in_each
+from operators import fold_in_each
 from run_lib import config_files, loading, metrics
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
@@ -143,7 +143,8 @@ class DensityModel(DensityMixin, BaseEstimator):
         Args:
             n_samples: how many.
             context: one for each sample, as in `fit`.
-            random_state: the seed; sample i depends on it, on i and on its context only.
+            random_state: the seed; sample i depends on it, on i and on its context only, up to the
+                tolerance of the sampler.
 
         Raises:
             ValueError: a context is missing, or not as in `fit`.
@@ -252,7 +253,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         mask = batch.pop("mask")
         result = _compiled(estimator)(Parameters(self.params_), key, batch)
         pixels = isinstance(self.experiment_.encoding, Pixels)
-        unit = dimension(batch["image"]) * np.log(2.0) if pixels else 1.0
+        unit = batch["image"][0].size * np.log(2.0) if pixels else 1.0
         value = jnp.where(result["converged"], -unit * result["value"], jnp.nan)
         error = unit * result.get("error", jnp.full_like(value, jnp.nan))
         return np.asarray(value)[mask], np.asarray(error)[mask]
@@ -265,7 +266,8 @@ class DensityModel(DensityMixin, BaseEstimator):
         if known is None:
             return None
         given = np.asarray(context)
-        given = given.reshape(number, 1) if known.shape == (1,) and given.ndim == 1 else given
+        if known.shape == (1,) and given.shape == (number,):
+            given = given[:, None]
         allowed = f"{known.describe()}, one for each of {number} examples"
         require(given.shape == (number, *known.shape), "context", given.shape, allowed)
         if known.classes:

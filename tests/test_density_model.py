@@ -47,8 +47,8 @@ def test_samples_follow_the_data(fitted):
     assert x.shape == (2000, 2)
     assert_allclose(x.mean(0), 5.0, atol=0.25)
     assert_allclose(np.cov(x.T), MIX.T @ MIX, atol=0.5)
-    assert_allclose(fitted.sample(3), x[:3], rtol=1e-3)
-    assert np.abs(fitted.sample(3, random_state=1) - x[:3]).min() > 1e-3
+    assert_allclose(fitted.sample(3), x[:3], atol=0.05)  # of standard deviations of 1 and 2
+    assert np.abs(fitted.sample(3, random_state=1) - x[:3]).max() > 0.5
 
 
 def test_a_saved_model_is_the_same_and_the_command_line_evaluates_it(fitted, tmp_path):
@@ -86,6 +86,7 @@ def test_a_density_given_numbers():
         model.score_samples(points[:2, None], given)
 
 
+@pytest.mark.slow
 def test_images_have_probabilities_of_grey_levels():
     """Of one black and white pattern, the grey levels are certain: log P near 0 after training."""
     images = np.zeros((60, 4, 4), np.uint8)
