@@ -182,8 +182,8 @@ def _check_numbers(table: Columns, modelled: list[str], given: str) -> None:
     advice = f", data.context_columns={groups} conditions on it" if groups else ""
     raise FieldError(
         "data.columns", given,
-        f"need columns of numbers, but there is text in {', '.join(texts)} (row {row + 1} of {texts[0]}: "
-        f"{str(first[row])!r}); data.columns={numbers} leaves text out{advice}",
+        f"need columns of numbers, but there is text in {', '.join(texts)} (row {row + 1} of "
+        f"{texts[0]}: {str(first[row])!r}); data.columns={numbers} leaves text out{advice}",
     )  # fmt: skip
 
 
