@@ -2,8 +2,8 @@
 
 Command: python main.py --config=configs/digits/class_conditional.py --workdir=runs/digits_class
          --mode=train,eval
-Expected: bound 1.6538 ± 0.0149 bits/dim given the class, 1.7493 ± 0.0149 without, accuracy of Bayes'
-rule by the bound 98.1 ± 0.7 % (--config.eval.enable_bpd=False), 359 test images.
+Expected: bound 1.6538 ± 0.0149 bits/dim given the class, 1.7493 ± 0.0149 without, accuracy by the
+bound 98.1 ± 0.7 % (--config.eval.enable_bpd=False), 359 test images.
 Every tenth example is seen without its class. Network and training are those of digits/vp.py.
 """
 
