@@ -47,7 +47,7 @@ class MisfitError(ValueError):
 
 
 def _is_of_processes(error: BaseException | None) -> bool:
-    """Whether an error comes from waiting for other processes: JAX's own, or Orbax's timeout."""
+    """Say whether an error comes from waiting for other processes: JAX's own, or a timeout."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
             return True

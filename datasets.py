@@ -65,7 +65,7 @@ def _check_shape(where: object, shape: Shape, config: DataConfig) -> None:
 
 
 def _kind(splits: dict[str, Finite]) -> Context | None:
-    """What the contexts of all splits are, before any is cut; None unless all splits have some."""
+    """Say what the contexts of all splits are, before any is cut; None if a split has none."""
     found = [split.context for split in splits.values()]
     if any(context is None for context in found):
         return None

@@ -79,8 +79,8 @@ class DensityModel(DensityMixin, BaseEstimator):
             context: what the density is conditioned on: classes, int [n], or numbers [n, *c].
 
         Raises:
-            ValueError: X or context holds what has no density, as NaN or a constant coordinate, or
-                a field of the config is wrong.
+            ValueError: X or context holds what has no density, as NaN or a constant coordinate, a
+                field of the config is wrong, or the folder holds a model of other data.
         """
         del y
         X = np.asarray(X)
@@ -89,7 +89,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         if self.workdir is None:
             weakref.finalize(self, shutil.rmtree, workdir, ignore_errors=True)
         workdir.mkdir(parents=True, exist_ok=True)
-        npz_files.write(workdir / "data.npz", _split(X, context, self.random_state))
+        _keep(workdir / "data.npz", _split(X, context, self.random_state))
         config = self._config(X, workdir, conditional=context is not None)
         experiment = Experiment.from_config(config)
         run_lib.train(experiment, workdir)
@@ -290,6 +290,18 @@ def _split(X: np.ndarray, context: np.ndarray | None, seed: int) -> npz_files.Ar
     for name, array in arrays.items():
         require(len(array) == len(X), name, array.shape, f"one for each of {len(X)} examples")
     return {f"{name}_{part}": a[ids] for name, a in arrays.items() for part, ids in parts.items()}
+
+
+def _keep(path: Path, arrays: npz_files.Arrays) -> None:
+    """Write data.npz, or see that it holds the same: those of another model are not lost."""
+    if path.exists():
+        stored = npz_files.read(path, ())
+        same = stored.keys() == arrays.keys() and all(
+            np.array_equal(stored[name], array) for name, array in arrays.items()
+        )
+        allowed = "a new folder, as this one holds a model of other data or of another random_state"
+        require(same, "workdir", str(path.parent), allowed)
+    npz_files.write(path, arrays)
 
 
 def _best_step(workdir: Path, experiment: Experiment) -> int:

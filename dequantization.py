@@ -217,7 +217,7 @@ class Reals:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether there is noise in cells."""
+        """Say whether `encode` adds noise within cells."""
         return self.widths is not None
 
     def encode(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Batched:

@@ -46,7 +46,7 @@ LossFn = Callable[[Params, Key[Array, ""], Batch], tuple[Float[Array, ""], Metri
 
 
 def noise_weight(t: PerExample, sde: SDE) -> PerExample:
-    """w = 1."""
+    """Weight every time alike: w = 1."""
     del sde
     return jnp.ones_like(t)
 

@@ -40,12 +40,12 @@ class Measurement:
 
     @property
     def measured_shape(self) -> tuple[int, ...]:
-        """Of one y."""
+        """The shape of one y."""
         raise NotImplementedError
 
     @property
     def number(self) -> int:
-        """How many numbers one y has."""
+        """The number of coordinates of one y."""
         return math.prod(self.measured_shape)
 
     @property
@@ -54,19 +54,19 @@ class Measurement:
         raise NotImplementedError
 
     def forward(self, x: Batched) -> Measured:
-        """A x."""
+        """Return A x."""
         raise NotImplementedError
 
     def transpose(self, y: Measured) -> Batched:
-        """Aᵀ y."""
+        """Return Aᵀ y."""
         raise NotImplementedError
 
     def pseudo_inverse(self, y: Measured) -> Batched:
-        """A⁺ y = Aᵀ y/c."""
+        """Return A⁺ y = Aᵀ y/c."""
         return self.transpose(y) / self.gram
 
     def draw(self, x: Batched, keys: Key[Array, " b"]) -> Measured:
-        """y = A x + γ n, the noise of example b from keys[b]."""
+        """Return y = A x + γ n; the noise of example b comes from keys[b]."""
         y = self.forward(x)
         return y + self.noise * standard_normal(keys, y)
 
@@ -96,20 +96,20 @@ class Inpaint(Measurement):
 
     @property
     def measured_shape(self) -> tuple[int, ...]:
-        """(m,)."""
+        """One y has the shape (m,)."""
         return (len(self.places),)
 
     @property
     def gram(self) -> float:
-        """1."""
+        """A Aᵀ = I."""
         return 1.0
 
     def forward(self, x: Batched) -> Measured:
-        """The known coordinates."""
+        """Return the coordinates that are not missing."""
         return x.reshape(len(x), -1)[:, self.places]
 
     def transpose(self, y: Measured) -> Batched:
-        """y in its places, 0 elsewhere."""
+        """Put y in its places, and 0 elsewhere."""
         flat = jnp.zeros((len(y), self.missing.size), y.dtype).at[:, self.places].set(y)
         return flat.reshape(len(y), *self.shape)
 
@@ -126,20 +126,20 @@ class Colourise(Measurement):
 
     @property
     def measured_shape(self) -> tuple[int, ...]:
-        """(H, W, 1)."""
+        """One y has the shape (H, W, 1)."""
         return (*self.shape[:-1], 1)
 
     @property
     def gram(self) -> float:
-        """1/C."""
+        """A Aᵀ = I/C."""
         return 1.0 / self.shape[-1]
 
     def forward(self, x: Batched) -> Measured:
-        """Mean over channels."""
+        """Return the mean over the channels."""
         return x.mean(axis=-1, keepdims=True)
 
     def transpose(self, y: Measured) -> Batched:
-        """y/C in every channel."""
+        """Put y/C in every channel."""
         return jnp.repeat(y, self.shape[-1], axis=-1) / self.shape[-1]
 
 
@@ -162,23 +162,23 @@ class SuperResolve(Measurement):
 
     @property
     def measured_shape(self) -> tuple[int, ...]:
-        """(H/f, W/f, C)."""
+        """One y has the shape (H/f, W/f, C)."""
         height, width, channels = self.shape
         return (height // self.factor, width // self.factor, channels)
 
     @property
     def gram(self) -> float:
-        """1/f²."""
+        """A Aᵀ = I/f²."""
         return 1.0 / self.factor**2
 
     def forward(self, x: Batched) -> Measured:
-        """Mean over blocks."""
+        """Return the mean over every block."""
         height, width, channels = self.measured_shape
         blocks = x.reshape(len(x), height, self.factor, width, self.factor, channels)
         return blocks.mean(axis=(2, 4))
 
     def transpose(self, y: Measured) -> Batched:
-        """y/f² in every pixel of its block."""
+        """Put y/f² in every pixel of its block."""
         rows = jnp.repeat(y, self.factor, axis=1)
         return jnp.repeat(rows, self.factor, axis=2) * self.gram
 
@@ -189,12 +189,12 @@ class Denoise(Measurement):
 
     @property
     def measured_shape(self) -> tuple[int, ...]:
-        """That of x."""
+        """One y has the shape of x."""
         return self.shape
 
     @property
     def gram(self) -> float:
-        """1."""
+        """A Aᵀ = I."""
         return 1.0
 
     def forward(self, x: Batched) -> Measured:
@@ -229,19 +229,19 @@ class Linear(Measurement):
 
     @property
     def measured_shape(self) -> tuple[int, ...]:
-        """(m,)."""
+        """One y has the shape (m,)."""
         return (len(self.matrix),)
 
     def forward(self, x: Batched) -> Measured:
-        """A x."""
+        """Return A x."""
         return x.reshape(len(x), -1) @ jnp.asarray(self.matrix.T, x.dtype)
 
     def transpose(self, y: Measured) -> Batched:
-        """Aᵀ y."""
+        """Return Aᵀ y."""
         return (y @ jnp.asarray(self.matrix, y.dtype)).reshape(len(y), *self.shape)
 
     def pseudo_inverse(self, y: Measured) -> Batched:
-        """Aᵀ (A Aᵀ)⁻¹ y."""
+        """Return A⁺ y = Aᵀ (A Aᵀ)⁻¹ y."""
         inverse = np.linalg.pinv(self.matrix)
         return (y @ jnp.asarray(inverse.T, y.dtype)).reshape(len(y), *self.shape)
 

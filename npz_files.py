@@ -103,7 +103,7 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def is_array(path: Path) -> bool:
-    """Whether this is an .npy file, by its first bytes."""
+    """Say whether this is an .npy file, by its first bytes."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -307,6 +307,6 @@ class DiffusionPosteriorSampling(PredictorCorrector):
         return after - self.step * gradient
 
     def _misfit(self, score_fn: ScoreFn, sde: SDE, x: Batched, t: PerExample) -> PerExample:
-        """‖y − A x̂‖."""
+        """Return ‖y − A x̂‖ of every example."""
         mean = scale(1.0 / sde.alpha(t), x + scale(sde.sigma(t) ** 2, score_fn(x, t)))
         return jnp.sqrt(squared_norm(self.y - self.measurement.forward(mean)))

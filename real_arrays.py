@@ -35,7 +35,7 @@ logger = logging.getLogger("fokker")
 
 
 def is_real(array: np.ndarray) -> bool:
-    """Whether an array holds real values, not grey levels, bits or what is no number."""
+    """Say whether an array holds real values, not grey levels, bits or what is no number."""
     return array.dtype.kind in "iuf" and array.dtype != np.uint8
 
 
@@ -109,7 +109,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 
 def _is_within(array: np.ndarray, most: float) -> bool:
-    """Whether all numbers are finite and not beyond `most`."""
+    """Say whether all numbers are finite and not beyond `most`."""
     with np.errstate(invalid="ignore"):
         return bool((np.abs(array) <= most).all())
 
@@ -181,7 +181,7 @@ class _Coordinates(NamedTuple):
         return str(number) if len(self.shape) == 1 else str(tuple(map(int, place)))
 
     def names(self, numbers: np.ndarray) -> str:
-        """Those of several."""
+        """Name several coordinates in one phrase."""
         more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
         kind = ("column" if self.columns else "coordinate") + "s" * (len(numbers) > 1)
         return f"{kind} {', '.join(map(self.name, numbers[:NAMED]))}{more}"

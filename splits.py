@@ -64,7 +64,7 @@ class Rows(NamedTuple):
     context: np.ndarray | None = None
 
     def only(self, ids: np.ndarray) -> "Rows":
-        """Those examples."""
+        """Return the rows of those examples."""
         parts = (None if part is None else part[ids] for part in self[1:])
         return Rows(self.name, *parts)
 

@@ -42,11 +42,11 @@ class Affine:
     log_det: float
 
     def apply(self, x: Batched) -> Batched:
-        """A (x − m)."""
+        """Return y = A (x − m)."""
         return self._times(self.matrix, x - jnp.asarray(self.mean, x.dtype)[None])
 
     def invert(self, y: Batched) -> Batched:
-        """A⁻¹ y + m."""
+        """Return x = A⁻¹ y + m."""
         return self._times(self.inverse, y) + jnp.asarray(self.mean, y.dtype)[None]
 
     def _times(self, matrix: np.ndarray, x: Batched) -> Batched:
@@ -89,7 +89,7 @@ def whiten(found: marginals.Moments, shape: Shape) -> Affine:
 
 
 def _deviations(found: marginals.Moments) -> np.ndarray:
-    """The standard deviations, [n]."""
+    """Return the standard deviations of the coordinates, [n]."""
     variances = found.variances
     constant = np.flatnonzero(~(variances > 0.0))
     allowed = f"'none': coordinates {constant[:5].tolist()} are constant in the training split"

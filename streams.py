@@ -39,7 +39,7 @@ logger = logging.getLogger("fokker")
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the densities are conditioned on: one of `classes`, or floats of a shape.
+    """Densities are conditioned on this: one of `classes`, or floats of a shape.
 
     A batch holds classes as int32 [b], floats as float32 [b, *shape], standardised where the mean
     and the scale of the training split are there.
@@ -58,7 +58,7 @@ class Context:
         return f"floats {self.shape}{'' if self.mean is None else ', standardised'}"
 
     def standardized(self, given: np.ndarray) -> np.ndarray:
-        """What a batch holds, of a context as the user has it: [n], or [n, *shape]."""
+        """Bring a context as the user has it, [n] or [n, *shape], to what a batch holds."""
         if self.mean is None:
             return given
         return ((given - self.mean) / self.scale).astype(np.float32)

@@ -225,7 +225,7 @@ def _context(table: Columns, given: list[str], plain: list[str]) -> tuple[np.nda
 
 
 def _names_groups(column: np.ndarray) -> bool:
-    """Whether a column has few enough different entries to be those of classes."""
+    """Say whether a column has few enough different entries to be those of classes."""
     return 2 <= len(np.unique(column)) <= len(column) / 2
 
 

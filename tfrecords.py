@@ -23,7 +23,7 @@ MASK = 0xA282EAD8  # of the format
 
 
 def _checksum(data: bytes) -> int:
-    """What the format stores of some bytes."""
+    """Compute the checksum that the format stores beside some bytes."""
     import google_crc32c
 
     crc = google_crc32c.value(data)
@@ -31,7 +31,7 @@ def _checksum(data: bytes) -> int:
 
 
 def _kept_at(path: Path) -> Path:
-    """Where the places of the records of a file are kept, as long as it is the same file."""
+    """Say where the places of the records of a file are kept, as long as it stays the same."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fokker"
     stat = path.stat()
     told = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"

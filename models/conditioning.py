@@ -27,7 +27,7 @@ ContextArray = Float[Array, "b *c"] | Int[Array, " b"]
 
 
 class Kind(Protocol):
-    """What a network knows of its contexts when it is built: `streams.Context`."""
+    """A network knows this of its contexts when it is built: `streams.Context`."""
 
     shape: tuple[int, ...]  # of one example; () for a class
     classes: int  # 0: floats

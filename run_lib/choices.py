@@ -22,7 +22,7 @@ NOT_OF_TRAINING = ("eval", "sampling", "deq")  # their fields make no other trai
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What a command runs.
+    """A command runs these modes with this config in this folder.
 
     Attributes:
         source: the file of the config.
@@ -44,7 +44,7 @@ class Choices:
 def choices(
     source: str | None, workdir: str | None, modes: str | None, fields: Iterable[str] = ()
 ) -> Choices:
-    """What a command says, completed by defaults; None: the command does not say it.
+    """Complete what a command says by defaults; None stands for what it does not say.
 
     Without a config, that of the run folder is taken, else the handwritten digits. Without a run
     folder, that of the config's name is taken, and of the fields that the command line changes.

@@ -24,7 +24,7 @@ VALUE, MEANING = 33, 48  # columns in which they begin
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What configs/base.py says of a field."""
+    """A field as configs/base.py describes it."""
 
     section: str  # '' for the seed
     name: str
@@ -102,7 +102,7 @@ def table(config: ConfigDict, source: str, changed: Collection[str] = ()) -> str
 
 
 def _titles(field: Field, before: Field | None) -> list[str]:
-    """What stands above a field with which a section begins, or another group of its fields."""
+    """Give the lines above a field that begins a section, or another group of its fields."""
     new = before is None or field.section != before.section
     other = field.heading != ("" if new else before.heading)
     title = ["", *([field.section] if field.section else [])] if new else []
@@ -121,7 +121,7 @@ def _lines(field: Field, value: Any, *, by_command: bool) -> list[str]:
 
 
 def markdown() -> str:
-    """The page docs/reference/fields.md."""
+    """Compose the page docs/reference/fields.md."""
     lines = [
         "# Fields of a config",
         "",

@@ -280,6 +280,6 @@ def _rows(experiment: Experiment, found: Diagnosis, step: int) -> Iterator[dict[
 
 
 def _given(experiment: Experiment) -> str:
-    """What the density is given, as the end of a protocol."""
+    """Say what the density is given, as the end of a protocol."""
     name = experiment.given_name
     return f", given {name}" if name else ""

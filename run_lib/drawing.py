@@ -63,7 +63,7 @@ class Drawer:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What fixes the law of the samples and their noise, beside the network."""
+        """Say what fixes the law of the samples and their noise, beside the network."""
         sampling = self.experiment.settings.sampling
         found: dict[str, Any] = {"seed": self.experiment.settings.seed}
         if self.context is not None:
@@ -165,7 +165,7 @@ POSTERIORS: dict[str, Callable[[Experiment, Measurement, jax.Array], PosteriorSa
 
 
 def _covariance(a: Measurement) -> str:
-    """Of all pairs of measured numbers where there are few, by row sums otherwise."""
+    """Choose all pairs of measured numbers where there are few, row sums otherwise."""
     return "exact" if a.number <= EXACT_UP_TO else "row_sums"
 
 
@@ -210,7 +210,7 @@ def draw_samples(experiment: Experiment, workdir: Path) -> None:
 
 
 def check(experiment: Experiment, workdir: Path, earlier: Collection[str] = ()) -> None:
-    """What the mode needs; modes before it may still make the checkpoints.
+    """Check what the mode needs; modes before it may still make the checkpoints.
 
     Raises:
         ValueError: something is missing or does not fit.
@@ -293,7 +293,7 @@ def _show(drawer: Drawer, where: Path, number: int) -> None:
 
 
 def _show_posteriors(path: Path, experiment: Experiment, data: Measured, each: np.ndarray) -> None:
-    """Of images one measurement a row: the original, A⁺ y and up to ten samples."""
+    """Draw images with one measurement a row: the original, A⁺ y and up to ten samples."""
     if experiment.levels is None:
         plotting.save_posteriors(path, each[:8], data.originals)
         return

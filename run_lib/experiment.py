@@ -74,7 +74,7 @@ class Experiment:
 
     @property
     def _told(self) -> bool:
-        """Whether the config tells what an example is, before the data are read."""
+        """Say whether the config tells what an example is, before the data are read."""
         data = self.settings.data
         is_image = data.dataset.lower() not in SAMPLERS
         return bool(data.image_size) and is_image and self.given is None
@@ -93,7 +93,7 @@ class Experiment:
 
     @functools.cached_property
     def context(self) -> Context | None:
-        """What the model is conditioned on; None: on nothing.
+        """Say what the model is conditioned on; None stands for nothing.
 
         Raises:
             ValueError: the network takes no context, or there is none to drop.
@@ -111,12 +111,12 @@ class Experiment:
 
     @property
     def is_marginal(self) -> bool:
-        """Whether the model gives p(x), alone or beside p(x | c)."""
+        """Say whether the model gives p(x), alone or beside p(x | c)."""
         return self.context is None or self.settings.training.context_dropout > 0.0
 
     @property
     def given_name(self) -> str:
-        """What p(x | c) is given, in one word; '' for p(x)."""
+        """Say in one word what p(x | c) is given; '' for p(x)."""
         if self.context is None:
             return ""
         return "class" if self.context.classes else self.settings.data.context or "values"
@@ -202,7 +202,7 @@ class Experiment:
             first += len(batch)
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """What standardises data and context, by name; empty where nothing does.
+        """Return what standardises data and context, by name; it is empty where nothing does.
 
         A, A⁻¹ and m are `matrix`, `inverse` and `mean` [*d]; beside them are `columns` and
         `cell_widths`, and of a context `context_mean`, `context_scale` and `context_names`.
@@ -220,7 +220,7 @@ class Experiment:
 
     @property
     def is_standardized(self) -> bool:
-        """Whether data or context are standardised, so that figures depend on the training split.
+        """Say whether data or context are standardised: figures then depend on the training split.
 
         They depend on its examples beyond the parameters of the network.
         """

@@ -33,7 +33,7 @@ class Measured(NamedTuple):
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What was measured, in numbers and digests."""
+        """Say what was measured, in numbers and digests."""
         a = self.measurement
         fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
         fields |= {k: digest(v) for k, v in fields.items() if isinstance(v, np.ndarray)}
@@ -116,7 +116,7 @@ def _of_file(experiment: Experiment, a: Measurement) -> np.ndarray:
 
 
 def _mask(sampling: SamplingConfig, shape: Shape) -> np.ndarray:
-    """Which coordinates are missing."""
+    """Find which coordinates are missing, by a box or by a file."""
     text, box = sampling.mask, sampling.mask.split(",")
     if all(part.strip().isdecimal() for part in box):
         allowed = f"top,left,height,width of a box within images, for examples of shape {shape}"

@@ -279,7 +279,7 @@ def _bits(eval_folder: Path) -> list[str]:
 
 
 def _classes(eval_folder: Path) -> list[str]:
-    """What Bayes' rule makes of the likelihoods of all classes."""
+    """Show what Bayes' rule makes of the likelihoods of all classes."""
     parts = []
     for found in classification.read(eval_folder):
         parts += ["<h3>Classes by Bayes' rule</h3>"]

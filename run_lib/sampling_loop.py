@@ -27,13 +27,13 @@ logger = logging.getLogger("fokker")
 
 
 class Source(Protocol):
-    """What draws the samples of shards."""
+    """A source draws the samples of shards."""
 
     batch_size: int
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What fixes the law of the samples and their noise, beside the network."""
+        """Say what fixes the law of the samples and their noise, beside the network."""
 
     def batch(self, params: Any, ids: np.ndarray, end: int) -> npz_files.Arrays:
         """Arrays by name, `samples` among them: rows of those consecutive ids that are below end.
@@ -80,7 +80,7 @@ class Generator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What fixes the law of the samples and their noise, beside the network."""
+        """Say what fixes the law of the samples and their noise, beside the network."""
         return protocol(self.experiment)
 
     def batch(self, params: Any, ids: np.ndarray, end: int) -> npz_files.Arrays:
@@ -173,7 +173,7 @@ def _protocol_of(where: Path) -> dict[str, Any]:
 
 
 def protocol(experiment: Experiment) -> dict[str, Any]:
-    """What fixes the samples of an evaluation, beside the network."""
+    """Say what fixes the samples of an evaluation, beside the network."""
     return {"sampler": sampling_protocol(experiment), "seed": experiment.settings.seed}
 
 

@@ -115,6 +115,13 @@ def test_what_has_no_density_is_refused(x, options, said):
         DensityModel(changes=FEW).fit(x, **options)
 
 
+def test_a_folder_keeps_the_model_that_it_holds(fitted):
+    before = (fitted.workdir_ / "data.npz").read_bytes()
+    with pytest.raises(ValueError, match="holds a model of other data"):
+        DensityModel(changes=fitted.changes, workdir=fitted.workdir_).fit(correlated(50, seed=9))
+    assert (fitted.workdir_ / "data.npz").read_bytes() == before
+
+
 def test_a_misspelt_field_and_another_shape_are_refused(fitted):
     with pytest.raises(ValueError, match=r"training\.n_iter='3'.*n_iters"):
         DensityModel(changes={"training.n_iter": 3}).fit(np.random.default_rng(0).random((9, 2)))
