@@ -108,7 +108,7 @@ class DensityModel(DensityMixin, BaseEstimator):
             context: one for each example, as in `fit`.
 
         Returns:
-            (log p, error), both float64 [n].
+            (log p, error), both float64 [n]; the errors are NaN where eval.num_steps is 0.
 
         Raises:
             ValueError: the shape or the kind of X or context is another than in `fit`.
@@ -320,15 +320,22 @@ def _of_reals(X: np.ndarray) -> ConfigDict:
     config, small = table.get_config(), X[0].size <= EXACT_UP_TO
     config.data.update(validation_fraction=0.0)
     config.training.update(n_iters=4000 if len(X) < FEW else 10_000)
-    config.training.update(batch_size=min(256, max(len(X) // 4, 1)))
-    config.eval.update(num_steps=32, divergence="exact" if small else "rademacher")
+    config.training.update(batch_size=_for_all_devices(min(256, len(X) // 4)))
+    config.eval.update(num_steps=64, divergence="exact" if small else "rademacher")
     return config
+
+
+def _for_all_devices(batch_size: int) -> int:
+    """A batch of about this size that all devices share alike."""
+    number = jax.device_count()
+    return max(batch_size // number, 1) * number
 
 
 def _of_images(X: np.ndarray) -> ConfigDict:
     """Grey levels: the U-Net, with as many levels as the sides can be halved."""
     config = images.get_config()
     halvings = next(k for k in (2, 1, 0) if all(side % 2**k == 0 for side in X.shape[1:3]))
+    config.training.update(batch_size=_for_all_devices(config.training.batch_size))
     config.data.update(image_size=0, num_channels=1 if X.ndim == 3 else X.shape[3])
     config.model.update(channels=(32, 64, 96)[: halvings + 1], blocks=(1, 2, 2)[: halvings + 1])
     config.eval.update(enable_bpd=True, num_steps=32)
