@@ -322,6 +322,32 @@ def save_score_on_a_line(
     figure.savefig(path, dpi=110)
 
 
+def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray) -> None:
+    """A PNG of distribution functions of numbers in [0, 1], less that of the uniform law.
+
+    Left the levels [n], right the ranks [n, d], a line for each coordinate. In the grey band lie
+    95 of 100 such lines of uniform numbers, each as a whole.
+    """
+    figure, (both,) = _panels(1, 2, figsize=(10.0, 3.8))
+    columns = {"levels": levels[:, None], "ranks of coordinates": ranks}
+    for axes, (title, values) in zip(both, columns.items(), strict=True):
+        n = len(values)
+        width = KOLMOGOROV / math.sqrt(n)
+        axes.axhspan(-width, width, color="0.9", label="95 % if calibrated")
+        for j, column in enumerate(np.sort(values, axis=0).T):
+            place = np.concatenate([[0.0], np.repeat(column, 2), [1.0]])
+            share = np.repeat(np.arange(n + 1) / n, 2)
+            label = f"{j}" if values.shape[1] > 1 else None
+            axes.plot(place, share - place, linewidth=1.2, label=label)
+        axes.set(xlabel="u", ylabel="share below u, less u", title=f"{title}, n = {n}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+KOLMOGOROV = 1.358  # 95 % quantile of √n sup |F_n − F|
+
+
 def save_comparison(path: str | Path, panels: dict[str, dict[str, list[float]]]) -> None:
     """A PNG with one panel per quantity: the value of every seed, mean ± s.e., by config."""
     columns = min(4, len(panels))

@@ -281,6 +281,9 @@ def _eval() -> ConfigDict:
             # class of every example by Bayes' rule, from p(x | c) of all classes, by the ODE where
             # it is enabled, otherwise by the bound
             "classify": False,
+            # of real values: the place of every example among samples of the model
+            "calibrate": False,
+            "calibration_samples": 100,  # for every example
             "enable_loss": False,  # training objective
             "enable_sampling": True,  # draw samples, and score them if features are given
             "num_samples": 100,  # how many, in all

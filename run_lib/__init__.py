@@ -11,7 +11,8 @@ baseline_estimators   of trivial models              evaluation_loop  rows of li
 sampling_loop  samples, in shards                    quality       FID, KID, IS, statistics
 diagnosis_loop  error curves over t                  figures       densities, bits of a bound
 comparison   models that lose to a baseline          report        the table and report.html
-conditional_estimators  p(x), information, classes    classification  accuracy, calibration
+conditional_estimators  p(x), information, classes, places among samples of the model
+classification  accuracy of classes                  calibration   levels and ranks
 """
 
 from run_lib.dequantizer_training import import_given, train_dequantizer

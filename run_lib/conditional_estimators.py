@@ -2,9 +2,18 @@
 
     information    log p(x | c) − log p(x), of every example with its own context
     class          log p(c | x) = log p(x | c) + log π_c − logsumexp_k (log p(x | k) + log π_k)
+    calibration    the place of x among samples x_1, …, x_L of q(· | c), in [0, 1]
 
 π_c are the frequencies of the training split. All classes, and p(x), see the same dequantisation,
-probes, times and noise, so that their errors cancel in differences.
+probes, times and noise, so that their errors cancel in differences. For the calibration u is
+uniform in [0, 1]; of each coordinate j there is the same for x_j, its rank:
+
+    level = (#{k: q(x_k | c) > q(x | c)} + u)/(L + 1)
+    rank_j = (#{k: x_kj < x_j} + u_j)/(L + 1)
+
+Both are uniform in [0, 1] if q = p: then x is one more sample of q.
+Reference: Talts et al. 2018, https://arxiv.org/abs/1804.06788 (ranks); Hyndman 1996,
+https://doi.org/10.1080/00031305.1996.10474359 (regions of highest density).
 """
 
 import dataclasses
@@ -12,11 +21,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from checks import require
-from run_lib.estimators import Estimator
+from dequantization import Reals
+from operators import fold_in_all, fold_in_each
+from run_lib.estimators import Estimator, starts_noised
 from run_lib.experiment import Experiment
+from sampling import OdeSampler
 
 LEAST = -1e30  # JSON has no infinity: a class that never occurs in training
 
@@ -27,18 +39,20 @@ def with_contexts(experiment: Experiment, table: list[Estimator]) -> list[Estima
     Where contexts are dropped in training, every estimator is also taken without them.
 
     Raises:
-        ValueError: `eval.classify` is asked for and cannot be done.
+        ValueError: `eval.classify` or `eval.calibrate` is asked for and cannot be done.
     """
-    classes = [_classification(experiment, table)] if experiment.settings.eval.classify else []
+    config = experiment.settings.eval
+    more = [_classification(experiment, table)] if config.classify else []
+    more += [_calibration(experiment, table)] if config.calibrate else []
     if experiment.context is None:
-        return table
+        return table + more
     given = {"given": experiment.given_name}
     found = [dataclasses.replace(e, details=e.details | given) for e in table]
     if experiment.is_marginal:
         marginal = [_without_context(estimator) for estimator in table]
         pairs = [pair for pair in zip(found, marginal, strict=True) if pair[0].key == "eval"]
         found += [*marginal, *(_information(experiment, *pair) for pair in pairs)]
-    return found + classes
+    return found + more
 
 
 def _without_context(estimator: Estimator) -> Estimator:
@@ -118,3 +132,48 @@ def _classification(experiment: Experiment, table: list[Estimator]) -> Estimator
     size = experiment.dataset.size("train")
     details = of.details | {"classes": len(log_pi), "frequencies of": f"{size} training examples"}
     return Estimator(f"class by {of.name}", details, "nats", of.key, function)
+
+
+def _calibration(experiment: Experiment, table: list[Estimator]) -> Estimator:
+    """The level of x and the ranks of its coordinates, by samples and density of the ODE."""
+    settings, encoding = experiment.settings, experiment.encoding
+    found = [estimator for estimator in table if estimator.name == "ODE"]
+    allowed = "False, or eval.enable_bpd=True and real-valued data: levels are of a density"
+    fits = bool(found) and isinstance(encoding, Reals)
+    require(fits, "eval.calibrate", True, allowed)
+    of, number = found[0], settings.eval.calibration_samples
+    t_min, model = settings.training.smallest_time, experiment.model
+    sampler = OdeSampler(experiment.solver, t_min, noise_removal=starts_noised(settings))
+
+    def function(params: tuple, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+        x, keys = batch["image"], fold_in_each(key, batch["noise_id"])
+        score_fn = model.score(params.score, context=batch.get("context"))
+        truth = of.function(params, key, batch)
+
+        def drawn(k: jax.Array) -> tuple[jax.Array, ...]:
+            each = fold_in_all(fold_in_all(keys, 5), k)
+            sample = encoding.decode(sampler(score_fn, model.sde, each, jnp.zeros_like(x)).x)
+            likeness = of.function(
+                params, jax.random.fold_in(key, k + 1), batch | {"image": sample}
+            )
+            denser = likeness["value"] < truth["value"]
+            return denser, sample < x, likeness["nfe"], likeness["converged"]
+
+        denser, below, nfe, converged = jax.lax.map(drawn, jnp.arange(number))
+
+        return {
+            "value": _place(denser, fold_in_all(keys, 6)),
+            "nfe": truth["nfe"] + jnp.sum(nfe, axis=0),
+            "converged": truth["converged"] & jnp.all(converged, axis=0),
+            "ranks": _place(below, fold_in_all(keys, 7)),
+        }
+
+    details = of.details | {"samples": number}
+    return Estimator(f"calibration by {of.name}", details, "", of.key, function)
+
+
+def _place(is_before: Bool[Array, "n b *d"], keys: Key[Array, " b"]) -> Float[Array, "b *d"]:
+    """(the number of samples that come before + u)/(n + 1), u uniform from the example's key."""
+    number, shape = len(is_before), is_before.shape[2:]
+    u = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+    return (jnp.sum(is_before, axis=0, dtype=u.dtype) + u) / (number + 1)

@@ -185,7 +185,7 @@ def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
     settings, model = experiment.settings, experiment.model
     encoding = experiment.evaluation_encoding
     t_min = noise.start or settings.training.smallest_time
-    noised, number = _starts_noised(settings) and not noise.start, settings.eval.num_importance
+    noised, number = starts_noised(settings) and not noise.start, settings.eval.num_importance
     if number > 1 and isinstance(encoding, Reals) and not (encoding.is_noisy or noised):
         raise ValueError(
             f"eval.num_importance={number} with real-valued data: there is no noise to draw; "
@@ -229,7 +229,7 @@ def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
     return Estimator("ODE", details, encoding.unit, "eval", function)
 
 
-def _starts_noised(settings: Settings) -> bool:
+def starts_noised(settings: Settings) -> bool:
     """Whether the ODE starts at x_{t_min}; "auto": where the head has a decoder for the rest."""
     if settings.eval.ode_start == "auto":
         return isinstance(settings.head, Cells | Mixture)

@@ -18,7 +18,17 @@ import numpy as np
 
 import plotting
 from records import Records, Row, Running, by, summarize
-from run_lib import classification, devices, figures, folder, identities, loading, quality, report
+from run_lib import (
+    calibration,
+    classification,
+    devices,
+    figures,
+    folder,
+    identities,
+    loading,
+    quality,
+    report,
+)
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.conditional_estimators import with_contexts
 from run_lib.dequantizer_training import check_dequantizer, load_dequantizer
@@ -120,15 +130,17 @@ def _tell(workdir: Path, eval_folder: str) -> list[report.Result]:
     target = workdir / eval_folder
     results = report.summaries(target)
     report.write_summaries(target, results)
-    classes = classification.write(target)
+    tables = [
+        (classification.HEADER, map(classification.cells, classification.write(target))),
+        (calibration.HEADER, map(calibration.cells, calibration.write(target))),
+        (quality.HEADER, map(quality.cells, quality.read(target))),
+    ]
     logger.info("\n%s", report.table_text(results))
     for sentence in report.sentences(results):
         logger.warning("%s", sentence)
-    if classes:
-        lines = map(classification.cells, classes)
-        logger.info("\n%s", report.aligned(classification.HEADER, lines))
-    if rows := quality.read(target):
-        logger.info("\n%s", report.aligned(quality.HEADER, map(quality.cells, rows)))
+    for header, lines in tables:
+        if found := list(lines):
+            logger.info("\n%s", report.aligned(header, found))
     logger.info("open %s", report.write(workdir))
     return results
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import json_files
 import plotting
 from records import Records, Row, Summary, by, largest_share, summarize
-from run_lib import classification, comparison, folder, identities, metrics, quality
+from run_lib import calibration, classification, comparison, folder, identities, metrics, quality
 
 
 class Result(NamedTuple):
@@ -211,6 +211,11 @@ def save_curves(workdir: Path) -> Path | None:
 
 OF = "The figures are of these parameters, data and settings (digests)."
 CONFUSION = "Rows are true classes, columns those with the largest posterior; counts of examples."
+PLACES = (
+    "If the density is the true one, levels and ranks are uniform, and so many examples lie within "
+    "each region of highest density as it has probability. The p-values are those of the test of "
+    "Kolmogorov and Smirnov; that of the ranks is corrected for the number of coordinates."
+)
 BITS = "The figure shows how much each noise level adds to the bound."
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
 color:#222}table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3em
@@ -228,6 +233,7 @@ def write(workdir: Path) -> Path:
         parts += map(_image, _pictures(rows.parent, "extremes").values())
         parts += _bits(rows.parent)
         parts += _classes(rows.parent)
+        parts += _calibration(rows.parent)
         parts += _identities(rows.parent)
         parts += [
             "<p>Mean over examples ± standard error of that mean; the repeats of an example are "
@@ -286,6 +292,19 @@ def _classes(eval_folder: Path) -> list[str]:
         parts += [as_html(classification.HEADER, [classification.cells(found)])]
         parts += [f"<p>{CONFUSION}</p>", as_html(*classification.confusion_cells(found))]
     return parts
+
+
+def _calibration(eval_folder: Path) -> list[str]:
+    """Show the places of the examples among samples of the model."""
+    found = calibration.read(eval_folder)
+    if not found:
+        return []
+    parts = ["<h3>Calibration</h3>", as_html(calibration.HEADER, map(calibration.cells, found))]
+    return [
+        *parts,
+        f"<p>{PLACES}</p>",
+        *map(_image, _pictures(eval_folder, "calibration").values()),
+    ]
 
 
 def _pictures(eval_folder: Path, kind: str) -> dict[int, Path]:

@@ -198,6 +198,8 @@ class EvalConfig:
     elbo_estimator: str
     baselines: bool
     classify: bool
+    calibrate: bool
+    calibration_samples: int
     enable_loss: bool
     enable_sampling: bool
     num_samples: int
@@ -226,7 +228,7 @@ class EvalConfig:
         require(not both, "dequantization", self.dequantization, allowed)
         require(self.tn_tau > 0.0, "tn_tau", self.tn_tau, "more than 0")
         names = ("batch_size", "num_repeats", "num_samples", "num_times", "curve_times",
-                 "curve_examples", "num_importance")  # fmt: skip
+                 "curve_examples", "num_importance", "calibration_samples")  # fmt: skip
         positive(**{name: getattr(self, name) for name in names})
         for field in ("begin_ckpt", "end_ckpt", "num_examples", "wait_s"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")

@@ -12,6 +12,7 @@ from flax import linen as nn
 from likelihood import Divergence, gaussian_decoder, ode_log_likelihood, variational_bound
 from ode import Solver
 from parameterization import ScoreModel, score_from_score, unit_time_label
+from run_lib import calibration
 from run_lib.conditional_estimators import with_contexts
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
@@ -133,7 +134,7 @@ def table(**changes: Any) -> tuple[Experiment, dict[str, Estimator]]:
     """The estimators of the oracle by name."""
     config = tiny.config("moons")
     config.training.update(context_dropout=0.1, smallest_time=T_MIN)
-    config.eval.update(bound=False, classify=True, rtol=1e-7, atol=1e-7, **changes)
+    config.eval.update({"bound": False, "classify": True, "rtol": 1e-7, "atol": 1e-7} | changes)
     experiment = Experiment.from_config(config)
     experiment = dataclasses.replace(experiment, given=dataset())
     vars(experiment)["model"] = MODEL
@@ -194,3 +195,47 @@ def test_noise_depends_on_the_example_alone() -> None:
         half = {key: leaf[6:] for key, leaf in batch.items()}
         part = jax.jit(estimator.function)(Parameters({}), jax.random.key(3), half)["value"]
         np.testing.assert_allclose(part, whole[6:], atol=1e-9)
+
+
+def test_examples_have_their_place_among_samples_of_the_model() -> None:
+    """Of the exact density the places are uniform; a mode is at 0, a far point at 1."""
+    experiment, found = table(
+        classify=False, calibrate=True, calibration_samples=19, rtol=1e-4, atol=1e-4
+    )
+    rng, n = np.random.default_rng(1), 300
+    c = np.arange(n) % 3
+    mean, scale = np.asarray(MEANS)[c], np.sqrt(np.asarray(VARIANCES))[c][:, None]
+    x = mean + scale * rng.standard_normal((n, 2))
+    x[-6:-3] = mean[-6:-3]
+    x[-3:] = mean[-3:] + np.asarray([5.0, -5.0]) * scale[-3:]
+    batch = {"image": x, "context": c.astype(np.int32),
+             "noise_id": np.arange(n, dtype=np.int32)}  # fmt: skip
+    estimator = found["calibration by ODE"]
+    result = jax.jit(estimator.function)(Parameters({}), experiment.keys["eval"], batch)
+    assert np.all(result["converged"])
+    levels, ranks = np.asarray(result["value"]), np.asarray(result["ranks"])
+    rows = [
+        dict.fromkeys(("estimator", "protocol", "step", "split", "identity"), "")
+        | {"repeat": 0, "index": i, "value": levels[i], "ranks": ranks[i]}
+        for i in range(n)
+    ]
+    summary = calibration.summary(rows[:-6])
+    assert summary["level_p_value"] > 0.01
+    assert min(summary["ranks_p_values"]) > 0.01
+    covered, error = summary["covered"], summary["covered_standard_error"]
+    assert abs(covered[0] - 0.5) < 4 * error[0]
+    assert abs(covered[1] - 0.9) < 4 * error[1]
+    assert levels[-6:-3].max() < 0.05 < 0.95 < levels[-3:].min()
+    assert ranks[-3:, 0].min() > 0.95
+    assert ranks[-3:, 1].max() < 0.05
+    shifted = calibration.summary([row | {"value": row["value"] ** 2} for row in rows])
+    assert shifted["level_p_value"] < 1e-6
+    assert shifted["covered"][0] > 0.6
+
+
+def test_grey_levels_have_no_density_to_be_calibrated() -> None:
+    config = tiny.config("digits")
+    config.eval.calibrate = True
+    experiment = Experiment.from_config(config)
+    with pytest.raises(ValueError, match=r"eval\.calibrate=True: need False, or eval\.enable_bpd"):
+        with_contexts(experiment, estimators(experiment))

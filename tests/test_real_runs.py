@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import npz_files
 import run_lib
 from records import Records
-from run_lib import config_files, estimators, figures, sampling_loop
+from run_lib import calibration, config_files, estimators, figures, sampling_loop
 from run_lib.experiment import Experiment
 from tests import tiny
 
@@ -38,7 +38,7 @@ def values(workdir: Path) -> dict[str, np.ndarray]:
     """Of every estimator, in the order of the examples."""
     found: dict[str, dict[int, float]] = {}
     for row in Records(workdir / "eval").rows.values():
-        assert row["unit"] == "nats"
+        assert row["unit"] == ("" if row["estimator"] == "calibration by ODE" else "nats")
         found.setdefault(row["estimator"], {})[row["index"]] = row["value"]
     return {name: np.array([v for _, v in sorted(rows.items())]) for name, rows in found.items()}
 
@@ -65,10 +65,18 @@ def test_other_units_change_figures_by_the_log_of_the_units(tmp_path, tables) ->
     """log p(Ax) = log p(x) − log|det A| of all estimators; samples and statistics are in units.
 
     The Gaussian is that of the data: shrunk towards the covariance of white data it stays itself.
+    The place of an example among samples has no unit.
     """
+    changes = {"eval__calibrate": "True", "eval__calibration_samples": "3"}
     for name, path in zip("ab", tables, strict=True):
-        experiment = evaluated(config(path, data__standardize="whiten"), tmp_path / name)
+        c = config(path, data__standardize="whiten", **changes)
+        experiment = evaluated(c, tmp_path / name)
     a, b = (values(tmp_path / name) for name in "ab")
+    places = [found.pop("calibration by ODE") for found in (a, b)]
+    np.testing.assert_allclose(*places, atol=1e-6)
+    assert calibration.read(tmp_path / "a" / "eval")[0]["n"] == 12
+    assert "<h3>Calibration</h3>" in (tmp_path / "a" / "report.html").read_text()
+    assert (tmp_path / "a" / "eval" / "calibration_5.png").exists()
     assert a.keys() == b.keys() == {"ODE", "bound", "Gaussian", "diagonal Gaussian"}
     for name in a:
         assert len(a[name]) == 12

@@ -1,0 +1,89 @@
+"""How well a density is calibrated, from the levels and ranks in the rows of an evaluation.
+
+    level p-value     of the test of Kolmogorov and Smirnov that the levels are uniform in [0, 1]
+    coverage          share of examples in the region of highest density of probability 50 %, 90 %
+    ranks p-value     the least of the coordinates, times their number (Bonferroni)
+
+A p-value below 0.01 says that the density is not calibrated; a large one does not say that it is.
+Reference: Talts et al. 2018, https://arxiv.org/abs/1804.06788 (ranks).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import kstest
+
+import json_files
+import plotting
+from records import Records, Row, by, summarize
+from run_lib import folder, identities
+
+FILE = "calibration.json"
+HEADER = ("step", "split", "estimator", "level p-value", "within 50 %", "within 90 %",
+          "ranks p-value", "n", "protocol")  # fmt: skip
+GROUP = ("step", "split", "estimator", "protocol", "identity")
+COVERAGES = (0.5, 0.9)
+SHOWN = 12  # coordinates in the figure
+
+
+def write(eval_folder: Path) -> list[dict[str, Any]]:
+    """calibration.json and its figures of a folder of rows, if they have ranks; the content."""
+    rows = identities.reported(eval_folder, Records(eval_folder).rows.values())
+    groups = by((row for row in rows if "ranks" in row and row["repeat"] == 0), *GROUP)
+    found = []
+    for group in sorted(groups):
+        levels, ranks = places(groups[group])
+        plotting.save_calibration(
+            eval_folder / f"calibration_{group[0]}.png", levels, ranks[:, :SHOWN]
+        )
+        found.append(summary(groups[group]))
+    if found or (eval_folder / FILE).exists():
+        folder.write_json(eval_folder / FILE, found)
+    return found
+
+
+def read(eval_folder: Path) -> list[dict[str, Any]]:
+    """The content of calibration.json; nothing where there is none."""
+    path = eval_folder / FILE
+    return json_files.read(path) if path.exists() else []
+
+
+def places(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """(levels [n], ranks [n, d]), all in [0, 1]."""
+    ranks = np.asarray([row["ranks"] for row in rows]).reshape(len(rows), -1)
+    return np.asarray([row["value"] for row in rows]), ranks
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """All figures of the rows of one estimator, by name."""
+    levels, ranks = places(rows)
+    each = [float(kstest(column, "uniform").pvalue) for column in ranks.T]
+    within = [
+        summarize([row | {"value": float(row["value"] <= share)} for row in rows])
+        for share in COVERAGES
+    ]
+    return {name: rows[0][name] for name in GROUP} | {
+        "level_p_value": float(kstest(levels, "uniform").pvalue),
+        "coverages": list(COVERAGES),
+        "covered": [found.mean for found in within],
+        "covered_standard_error": [found.standard_error for found in within],
+        "ranks_p_value": min(1.0, min(each) * len(each)),
+        "ranks_p_values": each,
+        "n": len(rows),
+    }
+
+
+def cells(found: dict[str, Any]) -> list[str]:
+    """The columns of `HEADER` as text."""
+    covered = zip(found["covered"], found["covered_standard_error"], strict=True)
+    return [
+        str(found["step"]),
+        found["split"],
+        found["estimator"],
+        f"{found['level_p_value']:.2g}",
+        *(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in covered),
+        f"{found['ranks_p_value']:.2g}",
+        str(found["n"]),
+        found["protocol"],
+    ]
