@@ -77,7 +77,7 @@ def variants(configs: list[str], varied: list[str], common: list[str]) -> dict[s
     found: dict[str, ConfigDict] = {}
     for path, chosen in itertools.product(configs, itertools.product(*values)):
         stems = [Path(path).stem] if len(configs) > 1 or not chosen else []
-        name = "_".join([*stems, *(setting.rpartition(".")[2] for setting in chosen)])
+        name = "_".join([*stems, *(setting.split(".", 1)[-1] for setting in chosen)])
         require(name not in found, "configs and --vary", name, "variants of different names")
         found[name] = load(path, [*common, *chosen])
         Settings.from_config(found[name])

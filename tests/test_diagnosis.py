@@ -194,6 +194,16 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         compare.main()
 
 
+def test_variants_are_named_by_field_and_value() -> None:
+    varied = ["training.alpha=0.1,0.25", "training.fp_form=gradient,advective"]
+    found = compare.variants(["configs/toy/mog1d_ve_fp.py"], varied, [])
+    forms = ("gradient", "advective")
+    assert list(found) == [
+        f"alpha={alpha}_fp_form={form}" for alpha in (0.1, 0.25) for form in forms
+    ]
+    assert found["alpha=0.25_fp_form=advective"].training.alpha == 0.25
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
