@@ -321,6 +321,49 @@ def dequantizer_loss(
     return per_example
 
 
+def classifier_loss(
+    log_prob: Callable[..., Float[Array, "b n"]],
+    sde: SDE,
+    encoding: Encoding,
+    law: TimeLaw,
+    *,
+    batch_size: int,
+    train: bool,
+) -> PerExampleLoss:
+    """−log p(c | x_t) of the class of every example, in nats, at times of the law, all of weight 1.
+
+    The minimum is reached by the true p(c | x_t), whatever the law of the times.
+    Reference: Dhariwal and Nichol 2021, https://arxiv.org/abs/2105.05233, section 4.
+
+    Args:
+        log_prob: (params, x_t, t, key of the dropout or None) ↦ log p(c | x_t) of all classes.
+        sde: noises the examples.
+        encoding: maps them to model space.
+        law: draws the times.
+        batch_size: global batch size, the number of strata of stratified times.
+        train: apply dropout.
+
+    Returns:
+        (params, rng, batch with the classes as `context`) → (loss, {accuracy}).
+    """
+
+    def per_example(
+        params: Params, rng: Key[Array, ""], batch: Batch
+    ) -> tuple[PerExample, dict[str, PerExample]]:
+        key_data, key_time, key_noise, key_dropout = jax.random.split(rng, 4)
+        ids, truth = batch["noise_id"], batch["context"]
+        x0 = encoding.encode(batch["image"], fold_in_each(key_data, ids))
+        t = law.sample(key_time, batch, batch_size, x0.dtype)
+        x_t = sde.perturb(x0, t, standard_normal(fold_in_each(key_noise, ids), x0))
+        key = jax.random.fold_in(key_dropout, ids[0]) if train else None
+        log_p = log_prob(params, x_t, t, key)
+        chosen = jnp.argmax(log_p, axis=1).astype(truth.dtype)
+        of_truth = jnp.take_along_axis(log_p, truth[:, None], axis=1)[:, 0]
+        return -of_truth, {"accuracy": (chosen == truth).astype(log_p.dtype)}
+
+    return per_example
+
+
 def mean_loss(per_example: Callable[..., tuple[PerExample, dict[str, PerExample]]]) -> LossFn:
     """Mean over the batch; the metrics are `loss` and the mean of every unweighted part."""
 

@@ -64,8 +64,8 @@ OWN_FLAGS = (
     flags.DEFINE_string(
         "mode",
         None,
-        "train | train_deq | eval | sample | diagnose | import | fid_stats, or several in turn. By "
-        "default train,eval.",
+        "train | train_deq | train_classifier | eval | sample | diagnose | import | fid_stats, or "
+        "several in turn. By default train,eval.",
     ),
     flags.DEFINE_string("eval_folder", "eval", "Folder of the results, in --workdir."),
     flags.DEFINE_string(

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.training = _training()
     config.optim = _optim()
     config.deq = _deq()
+    config.classifier = _classifier()
     config.sampling = _sampling()
     config.eval = _eval()
     return config
@@ -219,6 +220,19 @@ def _deq() -> ConfigDict:
     )
 
 
+def _classifier() -> ConfigDict:
+    return ConfigDict(
+        {
+            # Of p(c | x_t), --mode=train_classifier; batch size and optimizer are those above:
+            "n_iters": 5000,  # steps of its training
+            "ema_rate": 0.999,  # of the moving average of its parameters
+            "width": 64,  # of every layer, in images of the finest level
+            "depth": 3,  # residual blocks; in images a level each, of half the size of the former
+            "dropout": 0.1,  # rate within the blocks
+        }
+    )
+
+
 def _sampling() -> ConfigDict:
     return ConfigDict(
         {
@@ -238,7 +252,11 @@ def _sampling() -> ConfigDict:
             # --mode=sample:
             "num_samples": 16,  # in all; with a task, of every measurement
             "context": "",  # a class | test (that of test examples) | an .npy file; '': none
-            "guidance": 1.0,  # w of s + w (s_c - s), with a context; 1: the conditional score
+            # what the context guides through: '' the network that is given it | classifier, of an
+            # unconditional network and a class (--mode=train_classifier)
+            "guide": "",
+            # w of s + w (s_c - s), 1: the conditional score; of the classifier s + w ∇ log p(c | x)
+            "guidance": 1.0,
             # what y = A x + noise is: inpaint | colourise | super_resolve | denoise | linear
             "task": "",  # '': no y
             # replacement | dps | moment_matching | twisted (exact for many particles)

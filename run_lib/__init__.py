@@ -1,11 +1,12 @@
 """From a config to a run: wiring, loops, logging, devices; no formulas.
 
-settings     sections of the config                  config_files  files and fields of configs
+settings     a whole config, resolved                config_files  files and fields of configs
 experiment   all objects that follow from settings   identities    what a figure belongs to
 devices      processes, the one pmap, memory         interruption  signals: save, then end
 folder       what a run folder holds                 metrics       what a run tells of itself
 modes        modes by name, and what each needs      loading       checkpoints to evaluate
 trainer      the loop of any training                training      of the score network
+sections     dataclasses of the sections             guide         a classifier that guides samples
 dequantizer_training  of the dequantiser             estimators    values of every example
 baseline_estimators   of trivial models              evaluation_loop  rows of likelihoods
 sampling_loop  samples, in shards                    quality       FID, KID, IS, statistics

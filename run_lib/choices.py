@@ -17,7 +17,7 @@ CONFIG = "configs/digits/vp.py"
 MODES = "train,eval"
 RUNS = "runs"
 LONGEST = 100  # characters of the name of a run folder that is made up
-NOT_OF_TRAINING = ("eval", "sampling", "deq")  # their fields make no other training
+NOT_OF_TRAINING = ("eval", "sampling", "deq", "classifier")  # their fields make no other training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ def check(
     """
     config, target = experiment.settings.resolved(), _folder(workdir, deq_folder)
     devices.check_training_batch(experiment.settings.training)
-    folder.reconcile(workdir, config, ignore=("eval", "sampling", "optim", "deq"))
+    folder.reconcile(workdir, config, ignore=("eval", "sampling", "optim", "deq", "classifier"))
     if not {"train", "import"} & set(earlier):
         _score_step(workdir, target)
     experiment.dequantizer  # noqa: B018 (data that can have none are refused)

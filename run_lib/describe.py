@@ -133,10 +133,15 @@ def markdown() -> str:
     ]
     before = None
     for field in fields():
-        if before is None or field.section != before.section:
-            title = f"`{field.section}`" if field.section else "The whole"
-            lines += ["", f"## {title}", "", "| field | default | meaning |", "|---|---|---|"]
-        meaning = f"{field.heading} {field.meaning}".strip().replace("|", "\\|")
+        new = before is None or field.section != before.section
+        if new:
+            lines += ["", f"## `{field.section}`" if field.section else "## The whole"]
+        other = field.heading != ("" if new else before.heading)
+        if other:
+            lines += ["", field.heading.replace("|", "\\|")]
+        if new or other:
+            lines += ["", "| field | default | meaning |", "|---|---|---|"]
+        meaning = field.meaning.replace("|", "\\|")
         default = "" if field.default is None else f"`{field.default!r}`"
         lines.append(f"| `{field.name}` | {default} | {meaning} |")
         before = field

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checks import require
-from run_lib.settings import TrainingConfig
+from run_lib.sections import TrainingConfig
 from streams import Host
 
 logger = logging.getLogger("fokker")

@@ -34,9 +34,11 @@ from posterior_sampling import (
     MomentMatching,
     Replacement,
     classifier_free,
+    classifier_guided,
 )
-from run_lib import devices, folder, identities, loading, measured, sampling_loop
+from run_lib import devices, folder, guide, identities, loading, measured, sampling_loop
 from run_lib.experiment import METHODS, Experiment
+from run_lib.guide import Guide
 from run_lib.measured import Measured
 from sampling import PredictorCorrector
 from streams import Context
@@ -56,6 +58,7 @@ class Drawer:
     data: Measured | None
     context: np.ndarray | None  # [n] or [n, *c], of measurement or sample i mod n
     batch_size: int
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         axes = (None, None, 0, 0)
@@ -68,6 +71,8 @@ class Drawer:
         found: dict[str, Any] = {"seed": self.experiment.settings.seed}
         if self.context is not None:
             found |= {"context": measured.digest(self.context), "guidance": sampling.guidance}
+        if self.guide is not None:
+            found |= {"classifier": self.guide.protocol}
         if self.data is None:
             return found | {"sampler": sampling_loop.sampling_protocol(self.experiment)}
         fields = _scalars(self._posterior(jnp.asarray(self.data.y[:1])))
@@ -81,7 +86,8 @@ class Drawer:
             FloatingPointError: a sample is not finite; names the samples.
         """
         key, inputs = self.experiment.keys["samples"], self._inputs(ids)
-        drawn = self._mapped(params, key, *devices.split((ids.astype(np.int32), inputs)))
+        both = params, None if self.guide is None else self.guide.params
+        drawn = self._mapped(both, key, *devices.split((ids.astype(np.int32), inputs)))
         arrays = {name: y[ids < end] for name, y in devices.join(drawn).items()}
         sampling_loop.check_finite(arrays["samples"], ids)
         decoded = self.experiment.encoding.decode(jnp.asarray(arrays["samples"]))
@@ -111,7 +117,13 @@ class Drawer:
             on_chain = isinstance(getattr(sampler, "sampler", sampler), PredictorCorrector)
             model = experiment.chain_model if on_chain else experiment.model
         guidance = experiment.settings.sampling.guidance
-        score_fn = bound_score(model, params, inputs.get("context"), guidance)
+        score_params, guide_params = params
+        given = inputs.get("context")
+        if self.guide is None:
+            score_fn = bound_score(model, score_params, given, guidance)
+        else:
+            likelihood = self.guide.of(guide_params, given)
+            score_fn = classifier_guided(model.score(score_params), likelihood, guidance)
         like = jnp.zeros((ids.shape[0], *experiment.shape), jnp.float32)
         found = sampler(score_fn, model.sde, fold_in_each(key, ids), like)._asdict()
         return {"samples": found.pop("x")} | found
@@ -198,7 +210,8 @@ def draw_samples(experiment: Experiment, workdir: Path) -> None:
     data = measured.measured(experiment) if sampling.task else None
     particles = sampling.particles if data and sampling.task_method == "twisted" else 1
     size = max(1, experiment.settings.eval.batch_size // particles)
-    drawer = Drawer(experiment, data, _context(experiment), size)
+    classifier = guide.load(experiment, workdir) if sampling.guide else None
+    drawer = Drawer(experiment, data, _context(experiment), size, classifier)
     number = sampling.num_samples * (len(data.y) if data else 1)
     for step, params in loading.parameters_of(experiment, workdir):
         where, identity = _place(drawer, params, step, workdir)
@@ -221,6 +234,8 @@ def check(experiment: Experiment, workdir: Path, earlier: Collection[str] = ()) 
     if sampling.task:
         a = measured.measurement(sampling, experiment.shape)
         POSTERIORS[sampling.task_method](experiment, a, jnp.zeros((1, *a.measured_shape)))
+    if sampling.guide and "train_classifier" not in earlier:
+        guide.load(experiment, workdir)
     _context(experiment)
 
 
@@ -238,13 +253,21 @@ def _context(experiment: Experiment) -> np.ndarray | None:
     text, guidance = experiment.settings.sampling.context, experiment.settings.sampling.guidance
     allowed = "1 without sampling.context, whose weight it is"
     require(bool(text) or guidance == 1.0, "sampling.guidance", guidance, allowed)
+    guided, allowed = (
+        bool(experiment.settings.sampling.guide),
+        "'' without sampling.context, a class",
+    )
+    require(bool(text) or not guided, "sampling.guide", "classifier", allowed)
     if not text:
         return None
-    kind = experiment.dataset.context
+    allowed = "'' for a network that is given the class: it needs no classifier"
+    require(not guided or experiment.context is None, "sampling.guide", "classifier", allowed)
+    dataset = (guide.labelled(experiment) if guided else experiment).dataset
+    kind = dataset.context
     allowed = "'': the data have no context, so that the model is of p(x)"
     require(kind is not None, "sampling.context", text, allowed)
     if text == "test":
-        return experiment.dataset.test.context
+        return dataset.test.context
     if text.isdecimal():
         return _checked(np.asarray([int(text)]), kind, text)
     return _checked(measured.array_of("sampling.context", text), kind, text)

@@ -30,7 +30,8 @@ from operators import fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
 from point_samplers import SAMPLERS
 from run_lib.devices import AXIS_NAME
-from run_lib.settings import SamplingConfig, Settings, TrainingConfig
+from run_lib.sections import SamplingConfig, TrainingConfig
+from run_lib.settings import Settings
 from sampling import OdeSampler, PredictorCorrector, ReverseSDE, Sampler
 from streams import Context, Dataset
 from terms import Terms

@@ -29,11 +29,13 @@ LOG_BYTES = 10_000_000
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 # Sections and fields that fix what the parameters mean; the rest may change between runs.
-FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer", "deq")
+FIXED = ("data", "model", "training.sde", "training.continuous", "optim.optimizer", "deq",
+         "classifier")  # fmt: skip
 FREE = (
     "model.ema_rate", "model.dropout", "model.num_scales", "model.dtype", "model.remat",
     "data.num_test", "data.path", "data.test_ids", "deq.n_iters", "deq.ema_rate",
-    "deq.num_times", "deq.init_from",
+    "deq.num_times", "deq.init_from", "classifier.n_iters", "classifier.ema_rate",
+    "classifier.dropout",
 )  # fmt: skip
 
 
@@ -126,6 +128,7 @@ def plain_name(name: str, flag: str, taken: tuple[str, ...] = ()) -> str:
         "samples",
         "tensorboard",
         "profile",
+        "classifier",
         "lock",
         *taken,
     )

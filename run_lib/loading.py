@@ -10,7 +10,8 @@ from checkpoints import Checkpoints
 from checks import require
 from run_lib import devices, folder, identities
 from run_lib.experiment import Experiment
-from run_lib.settings import EvalConfig, Settings
+from run_lib.sections import EvalConfig
+from run_lib.settings import Settings
 from streams import Dataset
 from train_state import TrainState
 
@@ -45,7 +46,7 @@ def reconcile(experiment: Experiment, workdir: Path) -> None:
     Raises:
         ValueError: they are of another model or SDE.
     """
-    ignore = ("eval", "sampling", "optim", "deq")
+    ignore = ("eval", "sampling", "optim", "deq", "classifier")
     if not experiment.is_standardized:
         ignore += ("data.num_train",)
     folder.reconcile(workdir, experiment.settings.resolved(), ignore=ignore)

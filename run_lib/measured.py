@@ -18,7 +18,7 @@ from dequantization import Pixels
 from measurements import Colourise, Denoise, Inpaint, Linear, Measurement, SuperResolve
 from operators import fold_in_each
 from run_lib.experiment import Experiment
-from run_lib.settings import SamplingConfig
+from run_lib.sections import SamplingConfig
 
 Shape = tuple[int, ...]
 NOISE_ID = 2**31  # folded into the key of the samples, whose ids are below it

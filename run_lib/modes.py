@@ -9,6 +9,7 @@ from run_lib import (
     diagnosis_loop,
     drawing,
     evaluation_loop,
+    guide,
     loading,
     quality,
     training,
@@ -42,6 +43,10 @@ MODES = {
     "train_deq": Mode(
         lambda e, c: dequantizer_training.train_dequantizer(e, c.workdir, c.deq_folder),
         lambda e, c, earlier: dequantizer_training.check(e, c.workdir, c.deq_folder, earlier),
+    ),
+    "train_classifier": Mode(
+        lambda e, c: guide.train(e, c.workdir),
+        lambda e, c, _: guide.check(e, c.workdir),
     ),
     "eval": Mode(
         lambda e, c: evaluation_loop.evaluate(e, c.workdir, c.eval_folder, c.deq_folder),

@@ -88,7 +88,7 @@ def check(experiment: Experiment, workdir: Path) -> None:
         return sampler(model.score(params), settings.sde, keys, like).x
 
     jax.eval_shape(jax.vmap(sample, axis_name=devices.AXIS_NAME), jnp.zeros((1, 2), jnp.int32))
-    folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq"))
+    folder.reconcile(workdir, settings.resolved(), ignore=("eval", "sampling", "deq", "classifier"))
 
 
 def score_trainer(experiment: Experiment, workdir: Path) -> Trainer:
@@ -159,7 +159,7 @@ def given_state(experiment: Experiment, source: Path) -> TrainState:
     """
     like = experiment.state_like()
     if source.is_dir():
-        free = ("data", "seed", "eval", "sampling", "deq")
+        free = ("data", "seed", "eval", "sampling", "deq", "classifier")
         folder.reconcile(source, experiment.settings.resolved(), ignore=free)
         state = _latest_of(source, like)
     else:

@@ -28,11 +28,11 @@ LEVELS = {
     "posterior_sampling": 7, "twisted": 7.5,
 }  # fmt: skip
 RUN_LIB = {
-    "settings": 0, "config_files": 1, "devices": 1, "folder": 2, "comparison": 2,
-    "choices": 3, "describe": 3,
+    "sections": 0, "settings": 1, "config_files": 2, "devices": 1, "folder": 2, "comparison": 2,
+    "choices": 3, "describe": 3, "calibration": 4, "guide": 5,
     "experiment": 2, "interruption": 3, "identities": 3, "metrics": 3, "estimators": 3,
     "baseline_estimators": 4, "conditional_estimators": 4, "classification": 4,
-    "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "measured": 3, "drawing": 5,
+    "sampling_loop": 4, "figures": 4, "loading": 4, "trainer": 4, "measured": 3, "drawing": 6,
     "quality": 5, "report": 6, "training": 7, "dequantizer_training": 8, "evaluation_loop": 9,
     "diagnosis_loop": 10, "modes": 11, "__init__": 12,
 }  # fmt: skip

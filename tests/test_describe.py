@@ -7,7 +7,7 @@ from run_lib import config_files, describe
 from run_lib.folder import flatten
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs/digits/vp.py")
-SECTIONS = ["data", "model", "training", "optim", "deq", "sampling", "eval"]
+SECTIONS = ["data", "model", "training", "optim", "deq", "classifier", "sampling", "eval"]
 
 
 def field(name: str) -> describe.Field:
