@@ -135,10 +135,40 @@ def save_posteriors(path: str | Path, samples: np.ndarray, originals: np.ndarray
     figure.savefig(path, dpi=110)
 
 
+class Mark(NamedTuple):
+    """A figure with its standard error in a row of its own."""
+
+    name: str
+    mean: float
+    error: float
+    is_baseline: bool
+
+
+def save_marks(path: str | Path, marks: list[Mark], unit: str) -> None:
+    """A PNG of figures on one axis, from the best to the worst; baselines are grey."""
+    order = sorted(marks, key=lambda mark: -mark.mean)
+    figure, ((axes,),) = _panels(1, 1, figsize=(8.0, 0.6 + 0.34 * len(order)))
+    for place, mark in enumerate(order):
+        color = "0.6" if mark.is_baseline else "C0"
+        axes.errorbar(mark.mean, place, xerr=mark.error, fmt="o", color=color, capsize=3)
+        axes.annotate(
+            f"{mark.mean:.3f}", (mark.mean, place), (7, 4), textcoords="offset points", color=color
+        )
+    axes.set_yticks(range(len(order)), [mark.name for mark in order])
+    axes.set(xlabel=unit, ylim=(-0.6, len(order) - 0.3))
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def save_curves(path: str | Path, panels: dict[str, dict[str, Curve]]) -> None:
-    """A PNG with one panel per quantity, one line per split, over training steps."""
-    figure, all_axes = _panels(1, len(panels), figsize=(4.6 * len(panels), 3.4))
-    for axes, (title, curves) in zip(all_axes[0], panels.items(), strict=True):
+    """A PNG with one panel per quantity, three in a row, one line per split, over the steps."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, all_axes = _panels(rows, columns, figsize=(4.2 * columns, 3.1 * rows))
+    for axes in all_axes.ravel()[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, curves) in zip(all_axes.ravel(), panels.items(), strict=False):
         for label, (steps, values) in curves.items():
             axes.plot(steps, values, label=label, linewidth=1.2, marker="." * (len(steps) < 40))
         axes.set(xlabel="step", title=title)

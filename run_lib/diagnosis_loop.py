@@ -17,7 +17,7 @@ import plotting
 from elbo import gap_factor
 from operators import fold_in_all, fold_in_each, standard_normal
 from parameterization import ScoreFn
-from run_lib import devices, evaluation_loop, identities, loading, report
+from run_lib import devices, evaluation_loop, identities, loading, page
 from run_lib.experiment import Experiment
 from terms import Point
 
@@ -68,7 +68,7 @@ def diagnose(
         plotting.save_error_curves(workdir / "diagnosis.png", found.t, panels(found))
         logger.info("\n%s\n%s", path, table(found))
         (target / f"diagnosis_{step}.txt").write_text(table(found) + "\n", encoding="utf-8")
-    logger.info("open %s", report.write(workdir))
+    logger.info("open %s", page.write(workdir))
     return diagnoses
 
 

@@ -26,6 +26,7 @@ from run_lib import (
     folder,
     identities,
     loading,
+    page,
     quality,
     report,
 )
@@ -141,7 +142,7 @@ def _tell(workdir: Path, eval_folder: str) -> list[report.Result]:
     for header, lines in tables:
         if found := list(lines):
             logger.info("\n%s", report.aligned(header, found))
-    logger.info("open %s", report.write(workdir))
+    logger.info("open %s", page.write(workdir))
     return results
 
 

@@ -12,8 +12,10 @@ import logging
 import logging.handlers
 import os
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,6 +207,13 @@ def versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     own = {"fokker": VERSION, "git_commit": git_commit()}
     return own | {"python": platform.python_version()} | found
+
+
+def command() -> str:
+    """The command line that runs this process; empty in a notebook or a program of the user."""
+    name = Path(sys.argv[0]).name
+    start = {"main.py": ["python", "main.py"], "fokker": ["fokker"]}.get(name)
+    return shlex.join([*start, *sys.argv[1:]]) if start else ""
 
 
 def git_commit(root: Path = ROOT) -> str:

@@ -195,12 +195,17 @@ def extract_all(extractor: Extractor, where: Path, number: int) -> None:
 
 
 def _show(experiment: Experiment, params: Any, where: Path, workdir: Path) -> None:
-    """samples.png, and the figures of toy sets; of images the first hundred are read."""
+    """samples.png and examples.png, or the figures of toy sets; of images the first hundred."""
     number, levels = experiment.settings.eval.num_samples, experiment.dataset.levels
     shown = number if levels is None else min(number, 100)
     samples = np.concatenate([rows["samples"] for rows in sampling_loop.read(where, shown)])
     if devices.is_first():
         plotting.save_samples(workdir / "samples.png", samples, levels)
+        if levels is not None:
+            split = experiment.settings.eval.dataset
+            size = min(len(samples), experiment.dataset.size(split))
+            examples = experiment.dataset.examples(split, np.arange(size))
+            plotting.save_samples(workdir / "examples.png", examples, levels)
     if levels is None and experiment.is_marginal:  # densities are computed by all devices
         figures.save_toy(experiment, params, samples, workdir)
 

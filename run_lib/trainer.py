@@ -49,10 +49,10 @@ class Trainer:
         self.state, self.step = devices.replicate(state), int(state.step)
         self.step_fn = self._mapped_step(self.settings.training.microbatch)
         self.metrics = PendingMetrics()
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        self.num_params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         logger.info(
             "%s: %s, %d parameters, %d device(s), from step %d to %d",
-            checkpoints.directory.parent, task.name, num_params, jax.device_count(),
+            checkpoints.directory.parent, task.name, self.num_params, jax.device_count(),
             self.step, task.n_iters,
         )  # fmt: skip
 

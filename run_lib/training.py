@@ -1,6 +1,7 @@
 """Training of the score network: its objective, where it starts from, snapshots, imports."""
 
 import logging
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import importers
+import json_files
 import npz_files
 import plotting
 from checkpoints import Checkpoints, whole_steps
 from checks import path_of, require
 from losses import NUM_BINS, mean_loss
 from operators import fold_in_each
-from run_lib import devices, folder, identities, report
+from run_lib import devices, folder, identities, page
 from run_lib.experiment import Experiment
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings
@@ -43,12 +45,26 @@ def train(experiment: Experiment, workdir: str | Path) -> TrainState:
         identities.claim(experiment, workdir)
         folder.write_json(workdir / "config.json", settings.resolved())
         folder.write_json(workdir / "versions.json", folder.versions())
+        _tell_about(experiment, workdir, trainer)
         if devices.is_first() and (found := experiment.statistics()):
             npz_files.write(workdir / "standardization.npz", found)
         trainer.run()
     if devices.is_first():
-        report.write(workdir)
+        page.write(workdir)
     return trainer.state
+
+
+def _tell_about(experiment: Experiment, workdir: Path, trainer: Trainer) -> None:
+    """about.json: data, network and command, and the day on which the training began."""
+    path, today = workdir / page.ABOUT, time.strftime("%Y-%m-%d")
+    about = {
+        "data": experiment.dataset.describe(),
+        "network": experiment.settings.model.name,
+        "parameters": trainer.num_params,
+        "begun": json_files.read(path)["begun"] if path.exists() else today,
+        "command": folder.command(),
+    }
+    folder.write_json(path, about)
 
 
 def check(experiment: Experiment, workdir: Path) -> None:

@@ -16,6 +16,7 @@ import run_lib
 from records import Records
 from restarted import noise_to_signal
 from run_lib import figures, report
+from run_lib import page as page_of
 from run_lib.estimators import BINS
 from run_lib.experiment import Experiment
 from tests import tiny
@@ -167,7 +168,7 @@ def test_report_shows_the_figure_of_the_latest_step(run: tuple) -> None:
     shown = {step: base64.b64encode(p.read_bytes()).decode() in page for step, p in figures.items()}
     assert shown == {5: False, 10: True}
     assert "<h3>Where the bits are spent</h3>" in page
-    assert report.BITS in page
+    assert page_of.BITS in page
 
 
 def test_without_a_bound_there_is_neither_file_nor_heading(tmp_path: Path) -> None:

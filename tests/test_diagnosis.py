@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import run_lib
-from experiments import compare
+from experiments import compare, report
+from records import Records, example_means
 from run_lib import metrics
 from run_lib.diagnosis_loop import ratio_of_means, totals
 from run_lib.experiment import Experiment
@@ -188,6 +189,21 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert line.endswith(expected)
     assert (out / "compare.png").stat().st_size > 1000
     assert json.loads((out / first_name / "seed_2/config.json").read_text())["seed"] == 2
+    both = [out / name / "seed_1" for name in (first_name, second_name)]
+    report.write(both, tmp_path / "page.html")
+    a, b = (
+        example_means(r for r in Records(run / "eval").rows.values() if r["estimator"] == "ODE")
+        for run in both
+    )
+    gaps = np.asarray([b[i] - a[i] for i in a])
+    page = (tmp_path / "page.html").read_text()
+    error = gaps.std(ddof=1) / math.sqrt(len(gaps))
+    assert f"<td>{gaps.mean():+.4f} ± {error:.4f}</td>" in page
+    assert f"<td>{second_name}/seed_1</td>" in page
+    assert "<tr><td>training.score_matching_order</td><td>1</td><td>2</td></tr>" in page
+    assert report.difference(both[0], both[0], "ODE") is None
+    with pytest.raises(ValueError, match=r"^RUN='.*none': need a run folder with results in eval/"):
+        report.write([tmp_path / "none"], tmp_path / "page.html")
     changed = [*arguments, "--set", "data.num_test=12", "--set", "training.stratified=True"]
     monkeypatch.setattr("sys.argv", changed)
     with pytest.raises(SystemExit):  # a complete run keeps the training that it had

@@ -1,6 +1,7 @@
 """Whole runs at tiny size: resume, devices, non-finite values, evaluation, the run folder."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import run_lib
@@ -20,7 +22,7 @@ from ode import Solver
 from operators import fold_in_all, fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS
 from records import Records
-from run_lib import evaluation_loop, folder, loading, metrics, report
+from run_lib import evaluation_loop, folder, loading, metrics, page
 from run_lib.estimators import draw_keys
 from run_lib.experiment import Experiment
 from run_lib.trainer import PendingMetrics
@@ -187,7 +189,7 @@ def test_a_damaged_line_of_the_metrics_is_left_out_and_said(tmp_path, caplog, da
     path, last = tmp_path / "metrics.jsonl", first.replace("5", "7")
     path.write_text(first + damaged + "\n" + last)
     assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [5, 7]
-    assert report.save_curves(tmp_path).exists()
+    assert page.save_curves(tmp_path).exists()
     assert f"{path}: line 2 is damaged and is left out" in caplog.text
     for step, kept in ((10, first + last), (6, first)):
         metrics.MetricsWriter(tmp_path, step).close()
@@ -220,8 +222,8 @@ def test_curves_are_those_of_the_metrics(tmp_path: Path, monkeypatch) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 15, "spl'
     (tmp_path / "metrics.jsonl").write_text(text)
     drawn = []
-    monkeypatch.setattr(report.plotting, "save_curves", lambda path, panels: drawn.append(panels))
-    report.save_curves(tmp_path)
+    monkeypatch.setattr(page.plotting, "save_curves", lambda path, panels: drawn.append(panels))
+    page.save_curves(tmp_path)
     found = {
         name: {label: tuple(map(list, curve)) for label, curve in panel.items()}
         for name, panel in drawn[0].items()
@@ -431,6 +433,15 @@ def test_evaluation_writes_samples_and_report(trained: Path) -> None:
     assert "bits/dim" in page
     assert "data:image/png;base64," in page
     assert "src='http" not in page
+    assert page.startswith("<!doctype html>\n<html lang='en'>")
+    assert "name='viewport'" in page
+    assert re.findall(r"<img(?![^>]* alt='[^']{10})", page) == []
+    about = json.loads((trained / "about.json").read_text())
+    assert f"mlp, {about['parameters']:,} parameters" in page
+    assert about["parameters"] > 1000
+    assert "<tr><td>training.n_iters</td><td>20</td>" in page  # it differs from its default
+    with Image.open(trained / "examples.png") as image, Image.open(trained / "samples.png") as own:
+        assert image.size == own.size
 
 
 def test_repeats_use_fresh_noise(trained: Path) -> None:
@@ -649,9 +660,8 @@ def test_summaries_say_all_of_the_protocol(trained: Path) -> None:
     assert wanted.items() <= ode["details"].items()
     assert ode["git_commits"] == [folder.git_commit()]
     assert ode["standard_error"] > 0.0 < ode["seconds_per_example"]
-    for name in ("table.md", "table.html"):
-        text = (trained / "p" / name).read_text()
-        assert f"{ode['mean']:.4f} ± {ode['standard_error']:.4f} bits/dim" in text
+    text = (trained / "p" / "table.md").read_text()
+    assert f"{ode['mean']:.4f} ± {ode['standard_error']:.4f} bits/dim" in text
     assert (trained / "p" / "extremes_20.png").stat().st_size > 0
 
 
