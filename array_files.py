@@ -1,4 +1,4 @@
-"""What a file of arrays holds: x, classes y and contexts, as two splits or as one to be divided.
+"""Read arrays from a file: x, classes y and contexts, as two splits or as one to be divided.
 
 .npz   x_train and x_test, or x (x_train) alone, and perhaps test_ids, the examples for the test
        y_train, y_test or y: classes;   context_train, context_test or context

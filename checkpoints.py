@@ -101,12 +101,12 @@ class Checkpoints:
                 shutil.rmtree(self.directory / str(step))
 
     def _is_kept(self, step: int) -> bool:
-        """Whether a checkpoint that is none of the latest stays, as do those of older code."""
+        """Say whether a checkpoint that is none of the latest stays, as those of older code do."""
         known = KEPT_EVERY in self._metadata(step)
         return not known or self._is_multiple(step) or step % self._keep_every == 0
 
     def _is_multiple(self, step: int) -> bool:
-        """Of what was kept for ever when it was written."""
+        """Say whether the run that wrote this checkpoint meant to keep it for ever."""
         every = self._metadata(step).get(KEPT_EVERY)
         return type(every) is int and every > 0 and step % every == 0
 
@@ -114,7 +114,7 @@ class Checkpoints:
         return self.directory / str(step) / "_CHECKPOINT_METADATA"
 
     def _metadata(self, step: int) -> dict[str, Any]:
-        """What was written beside the state; nothing where that cannot be read."""
+        """Read what was written beside the state; return {} where that cannot be read."""
         try:
             found = json_files.read(self._metadata_path(step))
             return dict(found.get("custom_metadata") or {})
@@ -268,7 +268,7 @@ class Checkpoints:
         return {"time_law": _shapes(self._manager.item_metadata(step).tree)["time_law"]}
 
     def _written_leaves(self, step: int) -> list[dict[str, Any]]:
-        """What Orbax has written of every leaf and of every empty node."""
+        """Read Orbax's own description of every leaf and of every empty node."""
         path = self.directory / str(step) / "default" / "_METADATA"
         return list(json_files.read(path)["tree_metadata"].values())
 
@@ -343,7 +343,7 @@ class Checkpoints:
 
 
 def _with_law_as_written(like: TrainState, written: dict[str, tuple[int, ...]]) -> TrainState:
-    """What an adaptive law of times had learned is read where it is there."""
+    """Return `like` with an adaptive law of the shape that was written, or with none."""
     shape = written.get("time_law")
     law = None if shape is None else jax.ShapeDtypeStruct(shape, np.float32)
     return like.replace(time_law=law)

@@ -121,5 +121,5 @@ def of_type(field: str, value: Any, kind: Any) -> None:
 
 
 def _is_text(value: str) -> bool:
-    """Whether this is UTF-8 without the byte zero, which no file name may have."""
+    """Say whether a text is UTF-8 without the byte zero, which no file name may have."""
     return "\0" not in value and value.encode(errors="replace").decode() == value

@@ -29,7 +29,7 @@ from configs.table import vp as table
 from dequantization import Pixels
 from operators import fold_in_each
 from run_lib import config_files, loading, metrics
-from run_lib.estimators import Estimator, Parameters, estimators
+from run_lib.estimators import Parameters, estimators
 from run_lib.experiment import Experiment
 
 HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is chosen
@@ -114,8 +114,8 @@ class DensityModel(DensityMixin, BaseEstimator):
             ValueError: the shape or the kind of X or context is another than in `fit`.
             FloatingPointError: the solver gave no value for an example.
         """
-        estimator = self._estimator()
-        found = [self._batch(estimator, batch) for batch in self._batches(X, context, self._size())]
+        check_is_fitted(self)
+        found = [self._batch(batch) for batch in self._batches(X, context, self._size())]
         values, errors = (
             np.concatenate(part).astype(np.float64) for part in zip(*found, strict=True)
         )
@@ -196,6 +196,8 @@ class DensityModel(DensityMixin, BaseEstimator):
         """Itself, with what is fitted."""
         self.experiment_, self.workdir_, self.step_ = experiment, workdir, step
         self.params_ = loading.load_parameters(experiment, workdir, step)
+        self.estimator_ = next(e for e in estimators(experiment) if e.name == "ODE")
+        self._likelihood = jax.jit(self.estimator_.function)  # compiled once for each size
         stored = npz_files.read(workdir / "data.npz", ("x_train",))["x_train"]
         self.shape_ = stored.shape[1:]
         return self
@@ -221,11 +223,6 @@ class DensityModel(DensityMixin, BaseEstimator):
         training.update(snapshot_freq_for_preemption=training.snapshot_freq)
         return config
 
-    def _estimator(self) -> Estimator:
-        check_is_fitted(self)
-        found = estimators(self.experiment_)
-        return next(estimator for estimator in found if estimator.name == "ODE")
-
     def _size(self) -> int:
         return self.experiment_.settings.eval.batch_size
 
@@ -247,11 +244,11 @@ class DensityModel(DensityMixin, BaseEstimator):
             found.append(batch if context is None else batch | {"context": context[there]})
         return found
 
-    def _batch(self, estimator: Estimator, batch: dict) -> tuple[np.ndarray, np.ndarray]:
+    def _batch(self, batch: dict) -> tuple[np.ndarray, np.ndarray]:
         """(log p, error) in nats of the real examples of a batch."""
-        key = jax.random.fold_in(self.experiment_.keys[estimator.key], 0)  # of the first repeat
+        key = jax.random.fold_in(self.experiment_.keys[self.estimator_.key], 0)  # first repeat
         mask = batch.pop("mask")
-        result = _compiled(estimator)(Parameters(self.params_), key, batch)
+        result = self._likelihood(Parameters(self.params_), key, batch)
         pixels = isinstance(self.experiment_.encoding, Pixels)
         unit = batch["image"][0].size * np.log(2.0) if pixels else 1.0
         value = jnp.where(result["converged"], -unit * result["value"], jnp.nan)
@@ -275,10 +272,6 @@ class DensityModel(DensityMixin, BaseEstimator):
             require(fits, "context", given, f"classes 0 to {known.classes - 1}")
             return given.astype(np.int32)
         return self.experiment_.dataset.context.standardized(given).astype(np.float32)
-
-
-def _compiled(estimator: Estimator) -> Any:
-    return jax.jit(estimator.function)
 
 
 def _split(X: np.ndarray, context: np.ndarray | None, seed: int) -> npz_files.Arrays:

@@ -193,7 +193,7 @@ class FlowDequantizer:
         return self.encoding.draw_of_noise(image, u, log_q)
 
     def _context(self, image: Images) -> Batched:
-        """k/(L − 1)."""
+        """Return k/(L − 1) in [0, 1], the image as the flow sees it."""
         return image.astype(jnp.float32) / (self.encoding.levels - 1)
 
 

@@ -1,4 +1,4 @@
-"""Where a score is wrong: its errors at given times, one value per example.
+"""Measure where a score is wrong: its errors at given times, one value per example.
 
     dsm, frobenius, trace, third      terms of orders 1–3 (see `terms`)
     r_fp        ‖eps‖/√d              residual of the score Fokker–Planck equation

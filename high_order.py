@@ -97,7 +97,7 @@ THIRD_ORDER_FORMS: dict[str, Callable] = {
 
 @dataclasses.dataclass(frozen=True)
 class HighOrder:
-    """Which parts of orders 2 and 3 are added, and their weights.
+    """The parts of orders 2 and 3 that are added to the loss, and their weights.
 
     Attributes:
         order: 2 or 3; order 3 contains order 2.

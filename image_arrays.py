@@ -27,7 +27,7 @@ def as_images(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _as_uint8(array: np.ndarray) -> str:
-    """How to make 8-bit images of values of another type."""
+    """Say how to make 8-bit images of values of another type."""
     if array.dtype == bool:
         return "convert it by x.astype(np.uint8), with data.levels=2"
     if array.dtype.kind not in "iuf" or array.size == 0:
@@ -45,7 +45,7 @@ def _as_uint8(array: np.ndarray) -> str:
 
 
 def _as_colours(shape: Shape) -> str:
-    """How to make 1 or 3 channels, the last axis, of images [n, H, W, C]; empty if they are."""
+    """Say how to bring images [n, H, W, C] to C = 1 or 3 channels; empty if they have them."""
     if shape[3] in (1, 3):
         return ""
     if shape[1] in (1, 3):

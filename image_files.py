@@ -94,7 +94,7 @@ def split_files(root: pathlib.Path) -> tuple[Files, str, list[str]]:
 
 
 def _outside(root: pathlib.Path, folders: Collection[pathlib.Path]) -> Counter[str]:
-    """How many files are in a folder that has splits, and in none of them."""
+    """Count the files of a folder with splits that lie in none of its splits."""
     within = {str(folder) for folder in folders}
     others = [entry.path for entry in os.scandir(root) if entry.path not in within]
     number = sum(1 if not os.path.isdir(p) else len(list(_below(p))) for p in others)

@@ -96,7 +96,7 @@ def load(path: Path, model: ScoreModel, shape: tuple[int, ...], fresh: TrainStat
 
 
 def as_train_state(found: Published, fresh: TrainState, path: Path, hints: Hints) -> TrainState:
-    """What was found, checked and put into the tree of `fresh`."""
+    """Check what was found in a file, and put it into the tree of `fresh`."""
     expected = _flat(fresh.params)
     for name, value in found._asdict().items():
         if isinstance(value, dict):
@@ -226,7 +226,7 @@ WITHOUT = "what a file lacks is the weights for the average, 0 for the moments a
 
 
 def _is_weight(key: object) -> bool:
-    """Whether this names a tensor of a network, as files of weights alone do."""
+    """Say whether a key names a tensor of a network, as in files that hold only weights."""
     name = str(key).removeprefix("module.")
     return name.startswith("all_modules.") or name == "sigmas"
 
@@ -275,7 +275,7 @@ def _torch_state(state: dict[str, Any], order: list[str]) -> Published:
 
 
 def _adam_step(moments: dict[int, Any], frozen: list[bool]) -> int:
-    """How many steps the optimizer has taken: 0, or as many for every tensor that is trained."""
+    """Return how many steps Adam has taken, equal for all trained tensors; 0 without moments."""
     updated = {i for i, fixed in enumerate(frozen) if not fixed}
     if moments and (moments.keys() - set(range(len(frozen))) or updated - moments.keys()):
         raise ValueError(f"the optimizer has moments of {len(moments)} tensors, not {len(updated)}")

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read(path: Path) -> Any:
-    """What the file holds.
+    """Return what a JSON file holds.
 
     Raises:
         ValueError: it is no JSON, as after a damage; names the file and the place.

@@ -36,10 +36,10 @@ def _object(line: bytes) -> Row | None:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a number of steps, of an example, of a repeat."""
+    """Say whether a value can be a number of steps, of an example or of a repeat."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number that a float can hold."""
+    """Say whether a value is a real number that a float can hold."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)

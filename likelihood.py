@@ -47,7 +47,7 @@ from time_sampling import Importance, Uniform, draws
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """How div s is computed: 'exact' (d tangents), or probes 'rademacher' | 'gaussian'."""
+    """The way to compute div s: 'exact' (d tangents), or probes 'rademacher' | 'gaussian'."""
 
     kind: str = "rademacher"
     num_probes: int = 1

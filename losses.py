@@ -255,7 +255,7 @@ def score_matching(
 
 
 def _dropped(rng: Key[Array, ""], ids: Int[Array, " b"], rate: float) -> Bool[Array, " b"]:
-    """Which examples are seen without their context; the key is none of those that rng gives."""
+    """Draw which examples lose their context, by a key other than those that rng is split into."""
     keys = fold_in_each(jax.random.fold_in(rng, NUM_KEYS), ids)
     return jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
 

@@ -107,7 +107,7 @@ def _modes(text: str) -> list[str]:
 
 
 def _keep_compiled(workdir: Path) -> None:
-    """Where compiled programs are kept between starts."""
+    """Set the folder where JAX keeps compiled programs between starts."""
     chosen = FLAGS.compilation_cache_dir
     if chosen is None and not jax.config.jax_compilation_cache_dir:
         chosen = str(workdir.absolute().parent / ".compilation_cache")

@@ -1,4 +1,4 @@
-"""What the training data say of single coordinates and of pairs: histograms, moments, mixtures.
+"""Describe single coordinates and pairs of the training data by histograms, moments and mixtures.
 
     histogram   π_jk = (n_jk + c g_k)/(n + c),   g_k = (Σ_j n_jk + 1)/(n d + L)
     moments     μ_j = E x_j,   C_ij = E (x_i − μ_i)(x_j − μ_j)
@@ -47,7 +47,7 @@ def pooled(number: np.ndarray) -> np.ndarray:
 
 
 def by_position(shape: tuple[int, ...], levels: int) -> bool:
-    """Whether examples of this shape have a histogram at every position, or one per channel."""
+    """Say whether examples of this shape get a histogram per position, not one per channel."""
     return math.prod(shape) * levels <= MAX_ENTRIES
 
 

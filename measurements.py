@@ -54,11 +54,11 @@ class Measurement:
         raise NotImplementedError
 
     def forward(self, x: Batched) -> Measured:
-        """Return A x."""
+        """Return A x, the measurement without its noise."""
         raise NotImplementedError
 
     def transpose(self, y: Measured) -> Batched:
-        """Return Aᵀ y."""
+        """Return Aᵀ y in the shape of x."""
         raise NotImplementedError
 
     def pseudo_inverse(self, y: Measured) -> Batched:
@@ -198,11 +198,11 @@ class Denoise(Measurement):
         return 1.0
 
     def forward(self, x: Batched) -> Measured:
-        """Return x."""
+        """Return x itself, since A is the identity."""
         return x
 
     def transpose(self, y: Measured) -> Batched:
-        """Return y."""
+        """Return y itself, since A is the identity."""
         return y
 
 
@@ -233,11 +233,11 @@ class Linear(Measurement):
         return (len(self.matrix),)
 
     def forward(self, x: Batched) -> Measured:
-        """Return A x."""
+        """Return A x of the flattened x, [B, m]."""
         return x.reshape(len(x), -1) @ jnp.asarray(self.matrix.T, x.dtype)
 
     def transpose(self, y: Measured) -> Batched:
-        """Return Aᵀ y."""
+        """Return Aᵀ y in the shape of x, [B, *d]."""
         return (y @ jnp.asarray(self.matrix, y.dtype)).reshape(len(y), *self.shape)
 
     def pseudo_inverse(self, y: Measured) -> Batched:

@@ -30,7 +30,7 @@ def write(path: Path, arrays: Arrays) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether this is an .npz file up to its last byte, where its table of contents is."""
+    """Say whether a file is an .npz archive up to its end, where its table of contents is."""
     return path.is_file() and zipfile.is_zipfile(path)
 
 
@@ -144,7 +144,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _what_it_is(path: Path, keys: Collection[str]) -> str:
-    """What is there in place of an archive, and what to do."""
+    """Say what is there in place of an archive, and what to do."""
     arrays = ", ".join(f"{key}=..." for key in keys)
     if path.is_dir():
         return "is a folder: need an .npz file"

@@ -50,7 +50,7 @@ SOLVERS = {
 
 
 class Solution(NamedTuple):
-    """Result of `Solver.integrate`.
+    """The result of `Solver.integrate` for a batch of examples.
 
     Attributes:
         state: at t1.
@@ -96,12 +96,12 @@ class Solver:
 
     @property
     def estimates_error(self) -> bool:
-        """Whether a solution comes with an estimate of its error."""
+        """Return whether a solution comes with an estimate of its error."""
         return self.num_steps > 0 and self.estimate_error
 
     @property
     def details(self) -> dict[str, str | float]:
-        """What a result by this solver depends on, by name."""
+        """Return by name the settings that a result by this solver depends on."""
         if self.num_steps:
             estimate = "yes" if self.estimate_error else "no"
             return {"solver": self.name, "equal steps": self.num_steps, "estimate": estimate}

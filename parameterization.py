@@ -35,7 +35,7 @@ Head = Cells | Atoms | Mixture | Whitened
 
 
 def score_from_score(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
-    """s = net."""
+    """Return s = net: the network predicts the score itself."""
     del x, t, sde
     return net
 
@@ -186,7 +186,7 @@ class ScoreModel:
         return None
 
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
-        """What −σ s is matched to at x = α x0 + σ z: the noise z."""
+        """Return the noise z, which −σ s is matched to at x = α x0 + σ z."""
         del x0, x, t
         return z
 
@@ -245,7 +245,7 @@ class HeadModel(ScoreModel):
         return lambda x0, x, t: self.head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
-        """What −σ s is matched to: of cells, the noise as it is known from x_t and the cell."""
+        """Return what −σ s is matched to: z, or for cells the noise known from x_t and cell."""
         known = isinstance(self.head, Cells)
         return self.head.known_noise(x0, x, t, self.sde) if known else z
 

@@ -273,7 +273,7 @@ def _term(name: str, mean: float, error: float) -> str:
 
 
 def _number(value: float) -> str:
-    """As in the tables, but small values do not become zero."""
+    """Write a number as the tables do, but keep small values from becoming zero."""
     return f"{value:.0e}" if 0.0 < abs(value) < 5e-5 else f"{value:.4f}"
 
 

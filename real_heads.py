@@ -148,7 +148,7 @@ class Whitened:
         one_of("whitening", self.whitening, ("", "full", "diagonal"))
 
     def is_full(self, shape: Shape) -> bool:
-        """Whether examples of this shape have a full covariance."""
+        """Say whether examples of this shape have a full covariance."""
         few = math.prod(shape) <= marginals.MAX_COVARIANCE
         return self.whitening == "full" or (self.whitening == "" and few)
 
@@ -195,7 +195,7 @@ class Whitened:
         return self._along(prior, flat - sde.alpha(t)[:, None] * prior["mean"][None])
 
     def _along(self, prior: Arrays, flat: Float[Array, "b n"]) -> Float[Array, "b n"]:
-        """Uᵀ x."""
+        """Return Uᵀ x of every row; x itself where there is no basis U."""
         return flat @ prior["basis"] if "basis" in prior else flat
 
     def _back(self, prior: Arrays, flat: Float[Array, "b n"], like: Batched) -> Batched:

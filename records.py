@@ -123,12 +123,12 @@ def with_checksum(row: Row) -> Row:
 
 
 def is_intact(row: Row) -> bool:
-    """Whether a row is as it was when its checksum was taken."""
+    """Say whether a row is as it was when its checksum was taken."""
     return row.get(CHECKSUM) == _checksum(_without_checksum(row))
 
 
 def is_older(row: Row) -> bool:
-    """Whether a row was written before rows had identities and checksums."""
+    """Say whether a row was written before rows had identities and checksums."""
     return row.keys() >= set(KEY) - {"identity"} and not row.keys() & {"identity", CHECKSUM}
 
 

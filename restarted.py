@@ -23,29 +23,29 @@ class Restarted(SDE):
 
     @property
     def T(self) -> float:
-        """Of `base`."""
+        """Return the largest time T of `base`."""
         return self.base.T
 
     @property
     def prior_std(self) -> float:
-        """Of `base`."""
+        """Return the standard deviation of the prior of `base`."""
         return self.base.prior_std
 
     @property
     def ode_variable(self) -> Variable:
-        """Of `base`."""
+        """Return the variable of `base` in whose root the ODE takes its steps."""
         return self.base.ode_variable
 
     def drift_coefficient(self, t: Time) -> Time:
-        """a(t) of `base`."""
+        """Return the drift coefficient a(t) of `base`."""
         return self.base.drift_coefficient(t)
 
     def g2(self, t: Time) -> Time:
-        """g² of `base`."""
+        """Return the squared diffusion coefficient g²(t) of `base`."""
         return self.base.g2(t)
 
     def alpha(self, t: Time) -> Time:
-        """α'."""
+        """Return the mean coefficient α' = α/α_{t0} of x_t given x_{t0}."""
         return self.base.alpha(t) / self.base.alpha(jnp.full_like(t, self.start))
 
     def sigma(self, t: Time) -> Time:
@@ -65,7 +65,7 @@ class Restarted(SDE):
 
 
 def noise_to_signal(sde: SDE, t: Time) -> Time:
-    """n(t) = σ²/α²."""
+    """Return the ratio of noise to signal, n(t) = σ²/α²."""
     return (sde.sigma(t) / sde.alpha(t)) ** 2
 
 

@@ -28,7 +28,7 @@ FIELD = "sampling.smallest_time"
 
 
 class Grid(NamedTuple):
-    """What a step must know of the time grid: spacing dt and number of steps N of the chain."""
+    """The time grid as a step knows it: the spacing dt and the number of steps N of the chain."""
 
     dt: float
     num_steps: int

@@ -1,4 +1,4 @@
-"""What all linear diffusions dx = a(t) x dt + g(t) dw share: x_t = α(t) x0 + σ(t) z, z ~ N(0, I).
+"""Define the linear diffusions dx = a(t) x dt + g(t) dw: x_t = α(t) x0 + σ(t) z, z ~ N(0, I).
 
     a = d log α/dt,   g² = dσ²/dt − 2 a σ²,   W(t) = ∫ g²/σ² dt (the density of the likelihood
     proposal).
@@ -53,7 +53,7 @@ class SDE:
 
     @property
     def has_chain(self) -> bool:
-        """Whether `discretize` is a chain with levels of its own (DDPM, SMLD), not a step dt."""
+        """Return whether `discretize` has a chain of its own levels (DDPM, SMLD), not a step dt."""
         return type(self).discretize is not SDE.discretize
 
     def drift_coefficient(self, t: Time) -> Time:
@@ -81,7 +81,7 @@ class SDE:
         raise NotImplementedError
 
     def time_of_weight(self, w: Time) -> Time:
-        """Inverse of `cumulative_weight`."""
+        """Return the time t with W(t) = w, the inverse of `cumulative_weight`."""
         raise NotImplementedError
 
     def velocity_share(self, t: Time) -> Time:
@@ -89,7 +89,7 @@ class SDE:
         return 1.0 + 2.0 * self.drift_coefficient(t) / self.rate(t)
 
     def time_of_sigma(self, sigma: Time) -> Time:
-        """Inverse of σ(t)."""
+        """Return the time t at which σ(t) has the given value."""
         raise NotImplementedError
 
     def g(self, t: Time) -> Time:
@@ -97,7 +97,7 @@ class SDE:
         return jnp.sqrt(self.g2(t))
 
     def f(self, x: Batched, t: PerExample) -> Batched:
-        """Drift a(t) x."""
+        """Return the drift a(t) x, shape [B, *d]."""
         return scale(self.drift_coefficient(t), x)
 
     def perturb(self, x0: Batched, t: PerExample, z: Batched) -> Batched:
@@ -179,7 +179,7 @@ MOST_LEVELS = 1_000_000
 
 
 def chain_tolerance(num_steps: int) -> float:
-    """What the index of a time on the grid may lack by rounding, in cells.
+    """Return by how many cells rounding may lower the index of a time on the grid.
 
     Times T − k dt in float32 err by up to 1.3e-7 N cells.
 

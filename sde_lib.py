@@ -21,7 +21,7 @@ from sde_base import SDE, Time, Variable, chain_index
 
 @dataclasses.dataclass(frozen=True)
 class _LinearBeta(SDE):
-    """What VP and sub-VP share: β(t) = β0 + t(β1 − β0), B(t) = ∫₀ᵗ β."""
+    """The base of VP and sub-VP, with the rate β(t) = β0 + t(β1 − β0) and B(t) = ∫₀ᵗ β."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -31,7 +31,7 @@ class _LinearBeta(SDE):
         require(0.0 < self.beta_min < self.beta_max, "beta_min", self.beta_min, allowed)
 
     def beta(self, t: Time) -> Time:
-        """Rate β(t)."""
+        """Return the rate β(t) = β0 + t(β1 − β0)."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def integral_beta(self, t: Time) -> Time:
@@ -44,11 +44,11 @@ class _LinearBeta(SDE):
         return 2.0 * b / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2.0 * slope * b))
 
     def drift_coefficient(self, t: Time) -> Time:
-        """a = −β/2."""
+        """Return the drift coefficient a = −β/2."""
         return -0.5 * self.beta(t)
 
     def alpha(self, t: Time) -> Time:
-        """α = e^{−B/2}."""
+        """Return the mean coefficient α = e^{−B/2}."""
         return jnp.exp(-0.5 * self.integral_beta(t))
 
     def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
@@ -59,7 +59,7 @@ class _LinearBeta(SDE):
         return betas[chain_index(t, num_steps, self.T)]
 
     def langevin_alpha(self, t: PerExample, num_steps: int) -> PerExample:
-        """1 − β_i."""
+        """Return the factor 1 − β_i of the corrector's step size."""
         return 1.0 - self.chain_beta(t, num_steps)
 
 
@@ -71,7 +71,7 @@ class VPSDE(_LinearBeta):
     """
 
     def g2(self, t: Time) -> Time:
-        """g² = β."""
+        """Return the squared diffusion coefficient g² = β."""
         return self.beta(t)
 
     def sigma(self, t: Time) -> Time:
@@ -88,7 +88,7 @@ class VPSDE(_LinearBeta):
         return self.time_of_integral_beta(jax.nn.softplus(w))
 
     def velocity_share(self, t: Time) -> Time:
-        """α²."""
+        """Return the ratio (d log σ²/dt)/(g²/σ²) = α²."""
         return self.alpha(t) ** 2
 
     def time_of_sigma(self, sigma: Time) -> Time:
@@ -126,17 +126,17 @@ class DDPMChain(VPSDE):
     num_scales: int = 1000
 
     def log_alpha2(self, t: Time) -> Time:
-        """log α_i²."""
+        """Return log α_i² at the level i of t."""
         grid = jnp.linspace(0.0, self.T, self.num_scales, dtype=t.dtype)
         logs = jnp.cumsum(jnp.log1p(-self.chain_beta(grid, self.num_scales)))
         return logs[chain_index(t, self.num_scales, self.T)]
 
     def alpha(self, t: Time) -> Time:
-        """α_i."""
+        """Return the mean coefficient α_i at the level i of t."""
         return jnp.exp(0.5 * self.log_alpha2(t))
 
     def sigma(self, t: Time) -> Time:
-        """σ_i."""
+        """Return the standard deviation σ_i at the level i of t."""
         return jnp.sqrt(-jnp.expm1(self.log_alpha2(t)))
 
 
@@ -169,7 +169,7 @@ class SubVPSDE(_LinearBeta):
         return self.time_of_integral_beta(2.0 * jnp.arcsinh(0.5 * jnp.exp(0.5 * w)))
 
     def velocity_share(self, t: Time) -> Time:
-        """2α²/(1 + α²)."""
+        """Return the ratio (d log σ²/dt)/(g²/σ²) = 2α²/(1 + α²)."""
         signal = self.alpha(t) ** 2
         return 2.0 * signal / (1.0 + signal)
 
@@ -196,7 +196,7 @@ class VESDE(SDE):
 
     @property
     def prior_std(self) -> float:
-        """σmax."""
+        """Return the standard deviation σmax of the prior."""
         return self.sigma_max
 
     @property
@@ -206,15 +206,15 @@ class VESDE(SDE):
 
     @property
     def log_ratio(self) -> float:
-        """ln(σmax/σmin)."""
+        """Return the logarithm ln(σmax/σmin)."""
         return math.log(self.sigma_max / self.sigma_min)
 
     def drift_coefficient(self, t: Time) -> Time:
-        """a = 0."""
+        """Return the drift coefficient a = 0."""
         return jnp.zeros_like(t)
 
     def alpha(self, t: Time) -> Time:
-        """α = 1."""
+        """Return the mean coefficient α = 1."""
         return jnp.ones_like(t)
 
     def sigma(self, t: Time) -> Time:
@@ -238,7 +238,7 @@ class VESDE(SDE):
         return w / (2.0 * self.log_ratio)
 
     def time_of_sigma(self, sigma: Time) -> Time:
-        """t = ln(σ/σmin)/ln(σmax/σmin)."""
+        """Return the time t = ln(σ/σmin)/ln(σmax/σmin) of a noise level σ."""
         return jnp.log(sigma / self.sigma_min) / self.log_ratio
 
     def chain_variances(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
@@ -285,15 +285,15 @@ class LinearVESDE(SDE):
 
     @property
     def prior_std(self) -> float:
-        """σmax."""
+        """Return the standard deviation σmax of the prior."""
         return self.sigma_max
 
     def drift_coefficient(self, t: Time) -> Time:
-        """a = 0."""
+        """Return the drift coefficient a = 0."""
         return jnp.zeros_like(t)
 
     def alpha(self, t: Time) -> Time:
-        """α = 1."""
+        """Return the mean coefficient α = 1."""
         return jnp.ones_like(t)
 
     def sigma(self, t: Time) -> Time:
@@ -309,11 +309,11 @@ class LinearVESDE(SDE):
         return 2.0 * jnp.log(t)
 
     def time_of_weight(self, w: Time) -> Time:
-        """t = e^{W/2}."""
+        """Return the time t = e^{W/2} of a weight W."""
         return jnp.exp(0.5 * w)
 
     def time_of_sigma(self, sigma: Time) -> Time:
-        """t = σ/σmax."""
+        """Return the time t = σ/σmax of a noise level σ."""
         return sigma / self.sigma_max
 
 
@@ -336,12 +336,12 @@ class LinearPath(SDE):
 
     @property
     def T(self) -> float:
-        """Largest time."""
+        """Return the largest time, which is below 1."""
         return self.end
 
     @property
     def prior_std(self) -> float:
-        """σ(T)."""
+        """Return the standard deviation σ(T) of the prior."""
         return self.end
 
     def drift_coefficient(self, t: Time) -> Time:
@@ -353,7 +353,7 @@ class LinearPath(SDE):
         return 1.0 - t
 
     def sigma(self, t: Time) -> Time:
-        """σ = t."""
+        """Return the standard deviation σ = t."""
         return t
 
     def g2(self, t: Time) -> Time:
@@ -369,11 +369,11 @@ class LinearPath(SDE):
         return jax.nn.sigmoid(0.5 * w)
 
     def velocity_share(self, t: Time) -> Time:
-        """α."""
+        """Return the ratio (d log σ²/dt)/(g²/σ²) = α."""
         return 1.0 - t
 
     def time_of_sigma(self, sigma: Time) -> Time:
-        """t = σ."""
+        """Return the time t = σ of a noise level σ."""
         return sigma
 
 

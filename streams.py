@@ -66,7 +66,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Which part of every global batch this process reads."""
+    """One process of a run, which reads its own part of every global batch."""
 
     index: int = 0
     count: int = 1
@@ -219,7 +219,7 @@ def _rows(batch_size: int, part: slice) -> np.ndarray:
 
 
 def _digest_of(source: Source) -> str:
-    """Of a description; of files by their paths below a common folder, and by their content.
+    """Digest a description, or files by their content and their paths below a common folder.
 
     Where there are too many bytes to read at every start, size and time of change stand for the
     content.

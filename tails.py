@@ -57,7 +57,7 @@ def _far_excess(x: Real) -> Real:
 
 @jax.custom_jvp
 def log_tail(x: Real) -> Real:
-    """log Q(x)."""
+    """Return log Q(x), the logarithm of the upper tail."""
     size = jnp.abs(x)
     outer = _log_scaled_tail(size) - 0.5 * size**2
     return jnp.where(x >= 0, outer, jnp.log1p(-jnp.exp(outer)))

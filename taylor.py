@@ -32,7 +32,7 @@ Value = Any  # a Series, or an array or literal that the curve does not reach
 
 
 class Step(NamedTuple):
-    """What the first pass keeps of one equation: its outputs, and the steps inside of a call."""
+    """The record of one equation in the first pass: its outputs, and the steps inside of a call."""
 
     outputs: list[Array]
     inside: list["Step"] | None
@@ -106,7 +106,7 @@ def _derivatives(closed: Any, arguments: Sequence[Value], steps: list[Step]) -> 
 
 
 def _sweep(closed: Any, arguments: Sequence[Value]) -> list[Value]:
-    """Both passes."""
+    """Make both passes: first the values, then the derivatives at these values."""
     _, steps = _values(closed, [v.value if isinstance(v, Series) else v for v in arguments])
     return _derivatives(closed, arguments, steps)
 
@@ -164,7 +164,7 @@ def _instantiate(value: Value, number: int) -> Series:
 
 
 def _number(inputs: Sequence[Value]) -> int:
-    """How many second derivatives the series carry."""
+    """Return how many second derivatives the series carry."""
     return next(len(value.seconds) for value in inputs if isinstance(value, Series))
 
 

@@ -41,7 +41,7 @@ SHARED_THIRD = {"gradient": "gradient", "advective": "directional"}
 
 
 class Point(NamedTuple):
-    """Where the terms are taken: x_t = α x0 + σ z at t, and one key per example for its probes.
+    """The point of the terms: x_t = α x0 + σ z at t, and one key per example for its probes.
 
     `target` takes the place of z in order 1: z as it is known from x_t and part of x0.
     """
@@ -59,7 +59,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What an objective consists of.
+    """The terms that an objective consists of, and how they are estimated.
 
     Attributes:
         objective: "dsm" or "ism", the term of order 1 that is optimised.
@@ -144,7 +144,7 @@ class Terms:
         return {name: factors.get(name, 1) * values for name, values in whole.items()}
 
     def _factors(self, high: int, residual: int) -> dict[str, int]:
-        """What the parts of an n-th of the examples are multiplied by, by name."""
+        """Return by name the factor n of every part that is taken for each n-th example."""
         pairs = ((self.high_order, high), (self.fokker_planck, residual))
         return {name: n for term, n in pairs if term is not None for name in term.names}
 
@@ -225,7 +225,7 @@ class Terms:
     def _derivatives(
         self, score_fn: ScoreFn, sde: SDE, point: Point, v: Batched, curvature: bool, residual: bool
     ) -> Derivatives:
-        """What the terms need along one probe, by as few sweeps as there are."""
+        """Compute what the terms need along one probe, in as few sweeps as possible."""
         x, t = point.x, point.t
         field = lambda y: score_fn(y, t)  # noqa: E731
         third = curvature and self.high_order is not None and self.high_order.order == 3
@@ -252,7 +252,7 @@ def _stride(term: HighOrder | FokkerPlanck | None, field: str) -> int:
 
 
 def _taken(stride: int, number: int) -> np.ndarray:
-    """Which of a device's examples have a term that each n-th of them has."""
+    """Mark the examples of a device for which a term is taken: each `stride`-th, none for 0."""
     if stride == 0:
         return np.zeros(number, bool)
     allowed = f"a multiple of {stride} for a fraction of 1/{stride}"

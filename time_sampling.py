@@ -40,7 +40,7 @@ class Uniform:
 
     @property
     def length(self) -> float:
-        """Of the interval, T − t_min."""
+        """Return the length T − t_min of the interval."""
         return self.sde.T - self.t_min
 
     @property
@@ -49,11 +49,11 @@ class Uniform:
         return self.length
 
     def quantile(self, u: Time) -> Time:
-        """Inverse CDF."""
+        """Return the time of u by the inverse CDF."""
         return self.t_min + self.normalizer * u
 
     def density(self, t: Time) -> Time:
-        """p(t)."""
+        """Return the density p(t) = 1/(T − t_min)."""
         return jnp.full_like(t, 1.0 / self.normalizer)
 
 
@@ -69,15 +69,15 @@ class _Stretched:
 
     @property
     def length(self) -> float:
-        """Of the interval, T − t_min."""
+        """Return the length T − t_min of the interval."""
         return self.sde.T - self.t_min
 
     def coordinate(self, t: Time) -> Time:
-        """What is uniform."""
+        """Return the function of t that is uniform under this law."""
         raise NotImplementedError
 
     def time_of_coordinate(self, c: Time) -> Time:
-        """Inverse of `coordinate`."""
+        """Return the time of a coordinate, the inverse of `coordinate`."""
         raise NotImplementedError
 
     def bounds(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -86,7 +86,7 @@ class _Stretched:
         return self.coordinate(ends[0]), self.coordinate(ends[1])
 
     def quantile(self, u: Time) -> Time:
-        """Inverse CDF."""
+        """Return the time of u by the inverse CDF."""
         low, high = self.bounds(u.dtype)
         return jnp.clip(self.time_of_coordinate(low + (high - low) * u), self.t_min, self.sde.T)
 
@@ -100,11 +100,11 @@ class Importance(_Stretched):
     """
 
     def coordinate(self, t: Time) -> Time:
-        """W(t)."""
+        """Return the cumulative weight W(t), which is uniform."""
         return self.sde.cumulative_weight(t)
 
     def time_of_coordinate(self, c: Time) -> Time:
-        """W⁻¹."""
+        """Return the time t = W⁻¹(c) of a coordinate c."""
         return self.sde.time_of_weight(c)
 
     @property
@@ -114,7 +114,7 @@ class Importance(_Stretched):
         return high - low
 
     def density(self, t: Time) -> Time:
-        """p(t)."""
+        """Return the density p(t) = (g²/σ²)/Z."""
         return self.sde.rate(t) / self.normalizer.astype(t.dtype)
 
 
@@ -134,7 +134,7 @@ class Debias:
 
     @property
     def length(self) -> float:
-        """Of the interval, T."""
+        """Return the length T of the interval."""
         return self.sde.T
 
     def pieces(self, dtype: jnp.dtype | None = None) -> tuple[Float[Array, ""], ...]:
@@ -146,7 +146,7 @@ class Debias:
 
     @property
     def normalizer(self) -> Float[Array, ""]:
-        """Z."""
+        """Return the normalizer Z of the density."""
         return self.pieces()[-1]
 
     def quantile(self, u: Time) -> Time:
@@ -157,7 +157,7 @@ class Debias:
         return jnp.where(mass <= flat, mass / rate, jnp.minimum(above, self.sde.T))
 
     def density(self, t: Time) -> Time:
-        """p(t)."""
+        """Return the density p(t) = r(max(t, t_eps))/Z."""
         return self.sde.rate(jnp.maximum(t, self.t_eps)) / self.normalizer.astype(t.dtype)
 
 
@@ -172,7 +172,7 @@ class Velocity(_Stretched):
     """
 
     def coordinate(self, t: Time) -> Time:
-        """log σ²."""
+        """Return log σ² at t, which is uniform."""
         return 2.0 * jnp.log(self.sde.sigma(t))
 
     def time_of_coordinate(self, c: Time) -> Time:
@@ -180,7 +180,7 @@ class Velocity(_Stretched):
         return self.sde.time_of_sigma(jnp.exp(0.5 * c))
 
     def density(self, t: Time) -> Time:
-        """p(t)."""
+        """Return the density p(t) = (d log σ²/dt)/Z."""
         return Importance(self.sde, self.t_min).density(t) / self.relative_weight(t)
 
     def relative_weight(self, t: Time) -> Time:
@@ -206,7 +206,7 @@ class Binned:
 
     @property
     def length(self) -> float:
-        """Of the interval, T − t_min."""
+        """Return the length T − t_min of the interval."""
         return self.sde.T - self.t_min
 
     def quantile(self, u: Time) -> Time:
@@ -225,7 +225,7 @@ class Binned:
         return jnp.clip(jnp.floor(n * place).astype(jnp.int32), 0, n - 1)
 
     def density(self, t: Time) -> Time:
-        """p(t)."""
+        """Return the density p(t): in bin j, n m_j times that of the importance law."""
         return Importance(self.sde, self.t_min).density(t) / self.relative_weight(t)
 
     def relative_weight(self, t: Time) -> Time:
@@ -242,11 +242,11 @@ class Levels:
 
     @property
     def length(self) -> float:
-        """Of the interval, T."""
+        """Return the length T of the interval."""
         return self.sde.T
 
     def quantile(self, u: Time) -> Time:
-        """Level ⌊u N⌋."""
+        """Return the time i T/(N − 1) of level i = ⌊u N⌋."""
         index = jnp.minimum(jnp.floor(u * self.number), self.number - 1)
         return index * (self.sde.T / (self.number - 1))
 

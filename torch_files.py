@@ -31,7 +31,7 @@ STORAGES = {
 
 
 class _Callable:
-    """What a description may call. Instances hold no state, so that a file cannot change them."""
+    """The base of what a description may call; it holds no state, so that no file can change it."""
 
     __slots__ = ()
 
@@ -62,7 +62,7 @@ class _Parameter(_Callable):
     __slots__ = ()
 
     def __call__(self, tensor: np.ndarray, *_: Any) -> np.ndarray:
-        """The tensor."""
+        """Return the tensor, and ignore all other arguments."""
         return tensor
 
 

@@ -143,7 +143,7 @@ Law = Mixture | Boxes
 
 
 def _responsibilities(log_components: Float[Array, "b k"]) -> Float[Array, "b k"]:
-    """softmax over k.
+    """Return the softmax over k of the log components.
 
     Far away the derivatives of the logarithms are huge; without those of the largest they are
     moderate.

@@ -48,7 +48,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The `optim` section.
+    """The fields of the `optim` section of a config.
 
     Adam as published: β = (beta1, beta2), eps outside the square root, warm-up from a first step of
     zero, gradients clipped to global norm `grad_clip` (negative: not clipped), decoupled weight
@@ -118,7 +118,7 @@ def create(
 
 
 def equal_moments() -> Float[Array, "2 n"]:
-    """What an adaptive law of times starts with: h² = 1 in every bin."""
+    """Return the moments that an adaptive law of times starts with: h² = 1 in every bin."""
     return jnp.ones((2, NUM_BINS), jnp.float32)
 
 

@@ -56,7 +56,7 @@ def errors(blocks: int, nf: int) -> tuple[int, float, float]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of the errors of s and Hv by the number of blocks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", default="1,2,4,8", help="residual blocks of a level")
     parser.add_argument("--nf", type=int, default=32)

@@ -23,7 +23,7 @@ from run_lib.loading import load_parameters, steps_in
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the mean and the standard deviations of every ELBO estimator."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config")
     parser.add_argument("--workdir", type=Path, required=True)

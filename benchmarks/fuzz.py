@@ -53,7 +53,7 @@ GOOD = (0, 2, 75)
 
 
 class Case(NamedTuple):
-    """What happened to one of them."""
+    """The verdict on one random command line or one damaged file."""
 
     kind: str
     verdict: str  # same, refused, traceback, changed, hang
@@ -114,7 +114,7 @@ def arguments(workdir: Path, mode: str, changes: dict[str, str]) -> list[str]:
 
 
 def run_program(command: list[str]) -> None:
-    """What `python main.py` does."""
+    """Run a command line in this process, as `python main.py` does."""
     program.main(program.parse(command))
 
 
@@ -196,7 +196,7 @@ def _write_tfrecords(path: Path, images: np.ndarray) -> None:
 
 
 def digest_of_set(dataset: str, path: Path) -> str:
-    """Of all examples and classes of both splits."""
+    """Return the digest of all examples and classes of both splits."""
     config = datasets.DataConfig(dataset, str(path), 8, 3, 256, False, True, True, False, 0, 0)
     found, digest = datasets.load(config), hashlib.sha256()
     for name in ("train", "test"):
@@ -207,7 +207,7 @@ def digest_of_set(dataset: str, path: Path) -> str:
 
 
 def digest_of_statistics(path: Path) -> str:
-    """Of the features and what they say of themselves."""
+    """Return the digest of the features, their extractor, their data set and its split."""
     found = evaluation.read_statistics(path)
     said = (found.extractor, found.dataset, found.split)
     return hashlib.sha256(found.pool_3.tobytes() + repr(said).encode()).hexdigest()
@@ -247,7 +247,7 @@ FILES_OF_RUN = {
 
 
 def figures_of_run(run: Path) -> str:
-    """What the summary of an evaluation says: means, standard errors, numbers."""
+    """Return as text the figures of an evaluation: means, standard errors, numbers."""
     path = run / "eval" / "summary.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     kept = ("estimator", "mean", "standard_error", "n", "step")
@@ -270,7 +270,7 @@ def run_case(kind: str, whole: Path, rng: random.Random, log: Path, seconds: flo
 
 
 def table(cases: list[Case]) -> str:
-    """How many of every kind came to what, and what was wrong."""
+    """Count the verdicts for every kind of case, and list the cases that went wrong."""
     verdicts = ("same", "refused", "traceback", "changed", "hang")
     counts = collections.Counter((case.kind, case.verdict) for case in cases)
     lines = ["| kind | " + " | ".join(verdicts) + " |", "|---" * (len(verdicts) + 1) + "|"]

@@ -92,7 +92,7 @@ def variance(samples: np.ndarray, scale: float) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of the gradient's variance under each law of t."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config")
     parser.add_argument("--workdir", type=Path, required=True)

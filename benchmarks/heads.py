@@ -95,7 +95,7 @@ def table(name: str, rounds: int) -> None:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the table of training costs for every case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=CASES, default=None)

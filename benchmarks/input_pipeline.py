@@ -71,7 +71,7 @@ PREPARED = 6  # batches that the threads have ready at most
 
 
 def seconds(trainer: Trainer, batches: Iterator, dispatches: int) -> float:
-    """Of so many dispatches, with no batch prepared and no step waiting before."""
+    """Return the seconds of so many dispatches, with no batch prepared and no step under way."""
     for _ in range(PREPARED):
         next(batches)
     jax.block_until_ready(trainer.state)
@@ -99,7 +99,7 @@ def ratios(experiment: Experiment, dispatches: int, rounds: int) -> list[float]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print for every case the median of the ratios, and the ratio of each round."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

@@ -34,7 +34,7 @@ def experiment(source: str = "") -> Experiment:
 
 
 def import_into(workdir: str, source: str) -> None:
-    """What `--mode=import` does."""
+    """Import a checkpoint into a run folder, as `--mode=import` does."""
     run_lib.import_given(experiment(source), Path(workdir), "flowpp_dequantizer")
 
 
@@ -53,7 +53,7 @@ def wait_for_writing(workdir: Path, process: multiprocessing.Process) -> None:
 
 
 def left_behind(workdir: Path) -> str:
-    """What a kill has left of a checkpoint."""
+    """Find what a kill has left of a checkpoint."""
     if whole_steps(workdir):
         return "a whole checkpoint"
     half = list((workdir / "checkpoints").glob(f"*{TEMPORARY}*"))
@@ -61,7 +61,7 @@ def left_behind(workdir: Path) -> str:
 
 
 def is_whole(root: Path, number: int) -> bool:
-    """Whether an import that runs to its end gives what the source holds, and nothing else."""
+    """Import to the end; say whether the folder holds what the source holds, and nothing else."""
     process = start(root, number)
     process.join()
     like = experiment().state_like()

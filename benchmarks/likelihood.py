@@ -63,7 +63,7 @@ VARIANTS = {
 
 
 class Found(NamedTuple):
-    """Of every image: log p and the estimate of its error in nats, evaluations."""
+    """For every image: log p and its estimated error in nats, and the number of evaluations."""
 
     log_p: np.ndarray
     error: np.ndarray
@@ -77,12 +77,12 @@ class FixedProbes:
         self.divergence, self.probes = divergence, probes
 
     def draw(self, keys: jax.Array, x: jax.Array) -> jax.Array:
-        """The given probes."""
+        """Return the given probes, whatever the keys and x are."""
         del keys, x
         return self.probes
 
     def __call__(self, *arguments: Any) -> Any:
-        """As the divergence that it wraps."""
+        """Return what the wrapped divergence returns."""
         return self.divergence(*arguments)
 
 
@@ -306,7 +306,7 @@ TOLERANCES = (1e-4, 3e-5, 1e-5)
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the table of solvers, or with --variables that of ODE variables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--variables", action="store_true")

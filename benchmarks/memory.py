@@ -45,7 +45,7 @@ class Run(NamedTuple):
     seconds: list[float]
 
     def take(self) -> None:
-        """One more step."""
+        """Run one more step and record its seconds."""
         start = time.perf_counter()
         jax.block_until_ready(self.step(*self.arguments))
         self.seconds.append(time.perf_counter() - start)
@@ -78,7 +78,7 @@ def compiled(remat: str, num_microbatches: int, batch_size: int, size: int) -> R
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of memory, time and compile time of every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--size", type=int, default=32)

@@ -92,7 +92,7 @@ class PublishedFokkerPlanck(Terms):
     """
 
     def shared_parts(self, score_fn: ScoreFn, sde: SDE, point: Point) -> Parts:
-        """dsm and fp."""
+        """Return the parts dsm and fp, one value per example."""
         x, t, z, keys = point.x, point.t, point.z, point.keys
         d, v, h, k = dimension(x), rademacher(fold_in_all(keys, 0), x), 1e-3, 5e-4
         t = jnp.clip(t, 2.0 * h, sde.T - k)
@@ -195,7 +195,7 @@ class Run:
 
     @property
     def memory(self) -> int:
-        """Temporary bytes."""
+        """Return the temporary bytes that XLA reports of the compiled step."""
         return self.step.memory_analysis().temp_size_in_bytes
 
 
@@ -260,7 +260,7 @@ def row(name: str, run: Run, baseline: Run) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of the costs of every objective."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch_size", type=int, default=8)

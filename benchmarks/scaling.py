@@ -1,4 +1,4 @@
-"""How a training step scales: devices, steps per dispatch, and on a GPU the objectives.
+"""Measure how a training step scales: devices, steps per dispatch, on a GPU the objectives.
 
     python -m benchmarks.scaling [--part=devices|dispatch|gpu] [--rounds=5]
 

@@ -74,7 +74,7 @@ def compiled_step(name: str, shape: tuple[int, ...], fields: dict, batch_size: i
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of speed, flops and memory of every network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)

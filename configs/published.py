@@ -1,4 +1,4 @@
-"""What published configs have in common, as deltas over `base.py`; each family is one paper's code.
+"""Build the published configs as deltas over `base.py`; each family is one paper's code.
 
 A published run of `continuous=False` trains on discrete levels. `eval.begin_ckpt`, `end_ckpt` stay
 0 (the latest checkpoint) where the published codes name the last one by its number.
@@ -33,7 +33,7 @@ def images(sde: str, dataset: str, image_size: int = 32, category: str = "") -> 
 
 
 def ddpmpp(config: ConfigDict, *, blocks: int = 4, dropout: float = 0.1) -> None:
-    """DDPM++."""
+    """Set the fields of the network DDPM++."""
     config.model.update(name="ncsnpp", nf=128, ch_mult=(1, 2, 2, 2), num_res_blocks=blocks)
     config.model.update(attn_resolutions=(16,), dropout=dropout, fir=False)
 
@@ -54,7 +54,7 @@ def ncsnpp_256(config: ConfigDict, sigma_max: float) -> None:
 
 
 def ncsnpp_1024(config: ConfigDict) -> None:
-    """NCSN++ for 1024×1024."""
+    """Set the fields of NCSN++ for images of 1024×1024, in batches of 8."""
     ncsnpp_256(config, 1348.0)
     config.model.update(nf=16, ch_mult=(1, 2, 4, 8, 16, 32, 32, 32), num_res_blocks=1)
     config.model.ema_rate = 0.9999

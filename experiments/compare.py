@@ -109,7 +109,7 @@ def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[
 
 
 def _is_diagnosed(path: Path) -> bool:
-    """Whether there are rows of a diagnosis of the checkpoint that is there now."""
+    """Say whether the file holds a diagnosis of the checkpoint that is there now."""
     if not path.exists():
         return False
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

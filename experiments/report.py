@@ -33,7 +33,7 @@ def rows_of(run: Path, result: report.Result) -> list[Row]:
 
 
 def difference(run: Path, first: Path, estimator: str) -> Summary | None:
-    """Of the run minus the first, over the examples of both; None where they do not compare."""
+    """Summarize the run minus the first over the examples of both; None if they do not compare."""
     ours, theirs = (_last(report.summaries(path / EVAL), estimator) for path in (run, first))
     known = [identities.current(path / EVAL) or {} for path in (run, first)]
     if run == first or ours is None or theirs is None or ours.unit != theirs.unit:
@@ -53,7 +53,7 @@ def _last(results: list[report.Result], estimator: str) -> report.Result | None:
 
 
 def names(runs: Sequence[Path]) -> dict[Path, str]:
-    """What each run is called: its path from the folder that holds all of them."""
+    """Name each run by its path from the folder that holds all of them."""
     whole = [run.absolute() for run in runs]
     parent = Path(os.path.commonpath([path.parent for path in whole]))
     return {run: str(path.relative_to(parent)) for run, path in zip(runs, whole, strict=True)}
@@ -92,7 +92,7 @@ def differing_fields(runs: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
 
 
 def write(runs: Sequence[Path], out: Path) -> None:
-    """Write the page.
+    """Write the page that compares the runs to the file `out`.
 
     Raises:
         ValueError: a folder is no run folder, or has no evaluation.

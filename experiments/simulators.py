@@ -34,7 +34,7 @@ LAGS = 9
 
 @dataclasses.dataclass(frozen=True)
 class Simulator:
-    """One task.
+    """One task: a prior, a simulator and, where it is known, the posterior.
 
     Attributes:
         prior: (generator, n) → θ [n, d].

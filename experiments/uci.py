@@ -85,7 +85,10 @@ def split_of(path: Path, name: str, number: int) -> Split:
 
 
 def log_p_process(split: Split) -> Column:
-    """Of the tested rows by a Gaussian process: squared exponential, a length for each column."""
+    """Return log p(y | x) of the tested rows by a Gaussian process.
+
+    Its kernel is a squared exponential with a length for each column, plus noise.
+    """
     mean, scale = split.x.mean(axis=0), split.x.std(axis=0) + 1e-9
     rows = np.random.default_rng(0).permutation(len(split.x))[:PROCESS_ROWS]
     kernel = ConstantKernel() * RBF(np.ones(split.x.shape[1]), (1e-2, 1e3)) + WhiteKernel(0.1)
@@ -108,7 +111,7 @@ def log_p_mixture(split: Split) -> Column:
     tested = (tested - mean) / scale
 
     def log_density(number: int) -> Column:
-        """Of the first columns."""
+        """Return the log density of the first `number` columns of every tested row."""
         each = [
             np.log(weight)
             + multivariate_normal(m[:number], c[:number, :number]).logpdf(tested[:, :number])

@@ -41,7 +41,7 @@ class TimeClassifier(nn.Module):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Check that every field has an allowed value."""
         super().__post_init__()
         positive(classes=self.classes, width=self.width, depth=self.depth)
         rate("dropout", self.dropout)

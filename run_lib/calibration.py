@@ -1,4 +1,4 @@
-"""How well a density is calibrated, from the levels and ranks in the rows of an evaluation.
+"""Measure the calibration of a density by the levels and ranks in the rows of an evaluation.
 
     level p-value     of the test of Kolmogorov and Smirnov that the levels are uniform in [0, 1]
     coverage          share of examples in the region of highest density of probability 50 %, 90 %

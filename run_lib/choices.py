@@ -1,4 +1,4 @@
-"""What a command runs: its config, its run folder and its modes, each of which has a default."""
+"""Choose what a command runs: its config, run folder and modes, each of which has a default."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""How good the classes of Bayes' rule are, from the rows of an evaluation.
+"""Measure how good the classes of Bayes' rule are, from the rows of an evaluation.
 
     accuracy     share of examples whose largest posterior is that of their class
     log loss     −log p(c | x) of the true class, nats

@@ -64,7 +64,7 @@ class Defeat(NamedTuple):
         }
 
     def sentence(self) -> str:
-        """What a person has to know."""
+        """Say in words which baseline the model loses to, and by how much."""
         unit, gap, (law, sight) = self.unit, self.difference, BASELINES[self.baseline]
         return (
             f"{MODELS[self.estimator]}, {self.value:.4f} {unit}, is worse than {law}, "

@@ -1,4 +1,4 @@
-"""What an evaluation of p(x | c) estimates: beside it p(x), what c says of x, and the class of x.
+"""Estimate beside p(x | c) also p(x), what c says of x, the class of x, and the calibration.
 
     information    log p(x | c) − log p(x), of every example with its own context
     class          log p(c | x) = log p(x | c) + log π_c − logsumexp_k (log p(x | k) + log π_k)

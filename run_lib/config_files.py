@@ -1,4 +1,4 @@
-"""Where a config comes from: a file with `get_config`, or the config.json of a run.
+"""Load a config from a file with `get_config`, or from the config.json of a run.
 
 Fields are changed by texts, as the command line gives them: `section.field` and `value`.
 """
@@ -53,7 +53,7 @@ def _of_python(path: Path) -> ConfigDict:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """What went wrong in which line of the file, in one line."""
+    """Say in one line what went wrong, and in which line of the file."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 0
     what = " ".join(str(error).split())

@@ -61,7 +61,7 @@ def train_dequantizer(
 def check(
     experiment: Experiment, workdir: Path, deq_folder: str, earlier: Collection[str] = ()
 ) -> None:
-    """What the training needs; modes before it may still make the score network.
+    """Check what the training needs; modes before it may still make the score network.
 
     Raises:
         ValueError: something is missing or does not fit.
@@ -198,7 +198,7 @@ def import_given(experiment: Experiment, workdir: Path, deq_folder: str) -> None
 
 
 def check_given(experiment: Experiment, workdir: Path) -> None:
-    """Whether there is something to import.
+    """Check that there is a checkpoint to import.
 
     Raises:
         ValueError: none is given.

@@ -41,7 +41,7 @@ def host() -> Host:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Say whether this is the first process, which writes what is written once."""
     return jax.process_index() == 0
 
 
@@ -80,7 +80,7 @@ def wait_for_all(name: str, *, seconds: float = DAY_S) -> None:
 
 
 def told_by_all(name: str, text: str) -> list[str]:
-    """What every process passes, in the order of the processes; waits for the slowest to start.
+    """Return the texts of all processes, in their order; wait for the slowest to start.
 
     Args:
         name: of what is told; all processes tell the same things in the same order.
@@ -100,7 +100,7 @@ def told_by_all(name: str, text: str) -> list[str]:
 
 
 def of_first_process(values: np.ndarray) -> np.ndarray:
-    """What the first process passes, an array of the same shape in all of them."""
+    """Return in every process the values of the first one; all pass arrays of the same shape."""
     if jax.process_count() == 1:
         return values
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
@@ -227,7 +227,7 @@ def _wait_for(coordinator: str) -> None:
 
 
 def _launcher() -> str:
-    """What has started several processes; empty where this one is alone."""
+    """Name the launcher of several processes; return an empty text where this one is alone."""
     for name, variable in LAUNCHERS.items():
         if int(os.environ.get(variable, "1")) > 1:
             if name == "Open MPI" and ADDRESS_OF_OPEN_MPI not in os.environ:
@@ -277,12 +277,12 @@ class Need(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Return the sum of both, in bytes."""
         return self.kept + self.temporary
 
 
 def needed(compiled: Any) -> Need | None:
-    """What a compiled step needs; None where XLA does not tell."""
+    """Return the bytes that a compiled step needs; None where XLA does not tell."""
     found = compiled.memory_analysis()
     if found is None:
         return None

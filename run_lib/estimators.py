@@ -1,4 +1,4 @@
-"""What an evaluation estimates of every example: likelihoods under each dequantisation, the loss.
+"""Estimate for every example its likelihood under each dequantisation, and the loss.
 
 An estimator is a function of (parameters, key, batch) with the protocol that defines it. It is of
 p(x | c) where the batch has contexts, otherwise of p(x). The noise
@@ -52,7 +52,7 @@ logger = logging.getLogger("fokker")
 
 
 class Parameters(NamedTuple):
-    """Of the score network, and of the dequantiser where there is one."""
+    """The parameters of the score network, and of the dequantiser where there is one."""
 
     score: Any
     dequantizer: Any = None
@@ -87,7 +87,7 @@ def _text(value: str | float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Dequantization:
-    """How a likelihood starts: the law q(x | k) of x at time `start` (0: data), and its name."""
+    """The start of a likelihood: the law q(x | k) of x at time `start` (0: data), and its name."""
 
     details: dict[str, str | float]
     draw: Callable[[Any, jax.Array, Key[Array, " b"]], Draw]  # (parameters, images, keys)
@@ -140,7 +140,7 @@ def _truncated_normal(settings: Settings, pixels: Pixels) -> Dequantization:
 
 
 def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]:
-    """The enabled estimators.
+    """List the estimators that the config enables.
 
     Args:
         experiment: settings and data.
@@ -230,14 +230,14 @@ def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
 
 
 def starts_noised(settings: Settings) -> bool:
-    """Whether the ODE starts at x_{t_min}; "auto": where the head has a decoder for the rest."""
+    """Say whether the ODE starts at x_{t_min}; by "auto" it does where the head has a decoder."""
     if settings.eval.ode_start == "auto":
         return isinstance(settings.head, Cells | Mixture)
     return settings.eval.ode_start == "noised"
 
 
 def _decoder_name(settings: Settings) -> Details:
-    """Which decoder a protocol has, for those that have one of their own."""
+    """Name the decoder for the protocol, where the head has a decoder of its own."""
     known = isinstance(settings.head, Cells | Mixture)
     return {"decoder": settings.model.parameterization} if known else {}
 
@@ -422,5 +422,5 @@ def _loss(experiment: Experiment) -> Estimator:
 
 
 def trace(divergence: Divergence) -> str:
-    """How the divergence is computed, in words."""
+    """Say in words how the divergence is computed."""
     return "exact" if divergence.kind == "exact" else f"{divergence.num_probes} {divergence.kind}"

@@ -105,7 +105,7 @@ def evaluate(
 def check(
     experiment: Experiment, workdir: Path, folders: tuple[str, str], earlier: Collection[str]
 ) -> None:
-    """What an evaluation needs that comes after other modes, before the first of them begins.
+    """Check, before the first mode begins, what an evaluation that comes later needs.
 
     Args:
         experiment: settings and data.
@@ -285,14 +285,14 @@ def check_converged(estimator: Estimator, rows: list[Row], converged: np.ndarray
 
 
 def _number(experiment: Experiment) -> int:
-    """How many examples of the split are evaluated."""
+    """Return how many examples of the split are evaluated."""
     config = experiment.settings.eval
     size = experiment.dataset.size(config.dataset) or 0
     return min(size, config.num_examples or size)
 
 
 def _of_this_process(batch_size: int, number: int) -> set[int]:
-    """Which of the first `number` examples this process computes."""
+    """Return which of the first `number` examples this process computes."""
     ids = np.arange(number)
     part = devices.host().part(batch_size)
     place = ids % batch_size

@@ -66,7 +66,7 @@ class Experiment:
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """The data.
+        """Return the data set: the given one, else that of the `data` section.
 
         Raises:
             ValueError: they are absent or do not fit the `data` section.
@@ -82,7 +82,7 @@ class Experiment:
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of one example; the data are read only where the config leaves it to them."""
+        """Return the shape of one example; read the data only where the config does not tell it."""
         data = self.settings.data
         size = (data.image_size, data.image_size, data.num_channels)
         return size if self._told else self.dataset.shape
@@ -351,7 +351,7 @@ class Experiment:
     @functools.cached_property
     @in_section("eval")
     def divergence(self) -> Divergence:
-        """How the divergence of the vector field is computed in likelihoods."""
+        """Return the way in which likelihoods compute the divergence of the vector field."""
         return Divergence(self.settings.eval.divergence, self.settings.eval.num_probes)
 
     @functools.cached_property

@@ -256,7 +256,7 @@ def _histogram(rows: list[Row], others: Iterable[Row]) -> float | None:
 
 
 def _drawn(parts: Parts) -> plotting.Bits:
-    """What the figure needs of the parts."""
+    """Turn the parts of a bound into what the figure draws."""
     start = "entropy at t_min" if parts["estimator"] == "bound at t_min" else "decoder"
     pairs = {name: tuple(parts[name].values()) for name in ("decoder", "bins", "prior")}
     return plotting.Bits(

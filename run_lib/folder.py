@@ -1,4 +1,4 @@
-"""What a run folder holds: config.json, versions.json, log.txt, metrics.jsonl, tensorboard/.
+"""Keep a run folder: config.json, versions.json, log.txt, metrics.jsonl, tensorboard/.
 
 Nothing in it is overwritten by a restart except config.json, and that only when every changed field
 may change between runs. With several processes the first one writes.
@@ -59,7 +59,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def is_fixed(name: str) -> bool:
-    """Whether changing this field would make the parameters of a run mean something else."""
+    """Say whether changing this field would make the parameters of a run mean something else."""
     under = any(name == f or name.startswith(f + ".") for f in FIXED)
     return under and name not in FREE
 

@@ -143,7 +143,7 @@ def _state_like(experiment: Experiment) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Guide:
-    """The trained classifier.
+    """The trained classifier p(c | x_t) that guides samples.
 
     Attributes:
         params: its moving average.

@@ -1,4 +1,4 @@
-"""What a stored figure belongs to: which data, which parameters, which settings, which training.
+"""Name what a stored figure belongs to: which data, parameters, settings and training.
 
 `identity.json` of a run folder names its training and its data. `identities.json` of a folder of
 results lists what its reported figures are of. A figure of anything else stays where it is stored,
@@ -39,7 +39,7 @@ logger = logging.getLogger("fokker")
 
 
 class Figure(NamedTuple):
-    """What a figure depends on: digests of parameters, data and settings."""
+    """All that a figure depends on, with digests of parameters, data and settings."""
 
     kind: str  # model, baseline or samples
     step: int
@@ -54,7 +54,7 @@ class Figure(NamedTuple):
         return _digest(self)
 
     def replaces(self, other: "Figure") -> bool:
-        """Whether the other is of something that is there no longer, since this one is there."""
+        """Say whether the other figure is of something that is gone, now that this one is there."""
         if self.kind != other.kind:
             return False
         network = self.step == other.step and self.parameters != other.parameters
@@ -83,7 +83,7 @@ def of_samples(model: Figure, split: str = "", data: str = "") -> Figure:
 
 
 def settings_digest(experiment: Experiment) -> str:
-    """Of the settings that figures depend on, beside protocols, parameters and data."""
+    """Digest the settings that figures depend on, beside protocols, parameters and data."""
     settings = experiment.settings
     model = settings.resolved()["model"]
     parts = (part for part in (settings.network, settings.sde, settings.head) if part is not None)
@@ -109,7 +109,7 @@ def _digest(*parts: Any) -> str:
 
 
 def current(target: Path) -> dict[str, Figure] | None:
-    """What the reported figures of a folder are of, by identity; None where nothing is known.
+    """Return the reported figures of a folder by identity; None where nothing is known.
 
     Of an earlier training in the same run folder nothing is reported.
     """
@@ -223,7 +223,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What was written.
+    """Read a file of this module, and check that it is intact.
 
     Raises:
         ValueError: the file is damaged.
@@ -248,7 +248,7 @@ def _data(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 
 def _is_replaced(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a split has other content that its settings do not ask for."""
+    """Say whether the content of a split has changed although its settings have not."""
     return then["cut"] == now["cut"] and then["digest"] != now["digest"]
 
 

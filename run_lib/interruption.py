@@ -91,7 +91,7 @@ def _end(message: str) -> None:
 
 
 class Stop:
-    """Whether to stop, asked at every step of a block that saves."""
+    """The question whether to stop, asked at every step of a block that saves."""
 
     def __init__(self) -> None:
         self._agreement = Agreement()
@@ -101,12 +101,12 @@ class Stop:
         return self._agreement(self._requested())
 
     def steps_are_over(self) -> None:
-        """What is written from now on takes as long as it takes."""
+        """Lift the time limit: what is written from now on may take as long as it needs."""
         if _watch is not None:
             _watch.saved.set()
 
     def in_the_end(self) -> bool:
-        """What all processes together say after the last step."""
+        """Say, after the last step, whether any process was asked to stop."""
         return self._agreement.now(self._requested())
 
     def _requested(self) -> bool:
@@ -135,7 +135,7 @@ def saving() -> Iterator[Stop]:
 
 
 class Agreement:
-    """Whether any process has said yes, known to all at the same call.
+    """A vote on whether any process says yes; all processes learn it at the same call.
 
     An all-reduce that is read two calls later, so that no process waits for its devices; with one
     process nothing at all.
@@ -150,14 +150,14 @@ class Agreement:
         )
 
     def __call__(self, vote: bool) -> bool:
-        """What any of them said two calls ago."""
+        """Take a vote, and say whether any process said yes two calls ago."""
         if jax.process_count() == 1:
             return vote
         self._votes.append(self._cast(vote))
         return len(self._votes) > self.DELAY and bool(self._votes.popleft())
 
     def now(self, vote: bool) -> bool:
-        """What any of them says now; waits for all."""
+        """Say whether any process says yes now; wait for all of them."""
         return vote if jax.process_count() == 1 else bool(self._cast(vote))
 
     def _cast(self, vote: bool) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run folder are evaluated, and their parameters."""
+"""Choose the checkpoints of a run folder that are evaluated, and load their parameters."""
 
 import logging
 import time
@@ -62,7 +62,7 @@ def parameters_of(experiment: Experiment, workdir: Path) -> Iterator[tuple[int, 
 def check(
     experiment: Experiment, workdir: Path, eval_folder: str, earlier: Collection[str] = ()
 ) -> None:
-    """What an evaluation of checkpoints needs; modes before it may still make these.
+    """Check what an evaluation of checkpoints needs; modes before it may still make these.
 
     Raises:
         ValueError: the checkpoints are not there, the folder of results is another's, the data lack
@@ -97,7 +97,7 @@ def _check_split(config: EvalConfig, dataset: Dataset) -> None:
 
 
 def _check_after_training(settings: Settings) -> None:
-    """Whether a training that comes first will leave the checkpoints that are asked for."""
+    """Check that a training that comes first will leave the checkpoints that are asked for."""
     training, config = settings.training, settings.eval
     last = max(_wanted(settings), default=0)
     allowed = (
@@ -141,7 +141,7 @@ def _wanted(settings: Settings) -> list[int]:
 
 
 def _missing(settings: Settings, workdir: Path, available: list[int]) -> str:
-    """What there is to complain of; empty when all that is wanted is there."""
+    """Say which of the wanted checkpoints are missing; return an empty text if none is."""
     if not available:
         return (
             f"no checkpoint in {(workdir / 'checkpoints').absolute()}: run --mode=train with this "

@@ -1,4 +1,4 @@
-"""What is measured of which examples: the task of the `sampling` section, y, and the originals.
+"""Set up measurements: the task of the `sampling` section, y, and the original examples.
 
 y is of test examples, or of a file. A file of pictures is in grey levels, as the data are; that of
 `linear`, and of real-valued data, in the units of the model.

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on: metrics.jsonl, TensorBoard, progress, traces."""
+"""Report a run while it goes on: metrics.jsonl, TensorBoard, progress, traces."""
 
 import contextlib
 import json
@@ -27,16 +27,16 @@ NumpyMetrics = dict[str, np.ndarray]
 
 
 class NoMetrics:
-    """Where another process writes them."""
+    """A writer that writes nothing, because another process writes the metrics."""
 
     def __init__(self, workdir: Path, first_step: int) -> None:
-        """As of those that are written."""
+        """Take the same arguments as a writer that writes."""
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Nothing."""
+        """Do nothing with the values."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing, since no file is open."""
 
 
 class MetricsWriter(NoMetrics):
@@ -83,7 +83,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 def _is_metrics(row: dict[str, Any]) -> bool:
-    """Whether a row has a step, a split and nothing but numbers beside them."""
+    """Say whether a row has a step, a split, and nothing but numbers beside them."""
     values = (value for name, value in row.items() if name != "split")
     known = is_count(row.get("step")) and row.get("split") in ("train", "held_out")
     return known and all(map(is_number, values))

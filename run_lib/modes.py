@@ -28,7 +28,7 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What a mode does, and what is to be checked long before it begins."""
+    """A mode of the command line: what it runs, and what it checks long before it begins."""
 
     run: Callable[[Experiment, Command], object]
     check: Callable[[Experiment, Command, Collection[str]], None]  # also takes the modes before it

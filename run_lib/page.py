@@ -239,7 +239,7 @@ def _pictures(eval_folder: Path, kind: str) -> dict[int, Path]:
 
 
 def _identities(eval_folder: Path) -> list[str]:
-    """What the figures of a folder are of."""
+    """Show in a table which parameters, data and settings the figures of a folder are of."""
     figures = [f for f in (identities.current(eval_folder) or {}).values() if f.kind == "model"]
     header = ("step", "split", "parameters", "data", "settings")
     cells = [[str(getattr(figure, name)) for name in header] for figure in sorted(figures)]
@@ -325,5 +325,5 @@ def _text(sentences: str) -> str:
 
 
 def read(path: Path) -> Any:
-    """What a file holds; an empty object where there is none."""
+    """Return what a JSON file holds; an empty object where there is no file."""
     return json_files.read(path) if path.exists() else {}

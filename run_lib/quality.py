@@ -47,7 +47,7 @@ class Scorer:
 
 
 def scorer(experiment: Experiment, target: Path, step: int) -> Scorer | None:
-    """What the samples of a checkpoint are measured with; None where no metrics are asked for.
+    """Return what the samples of a checkpoint are measured with; None if no metrics are wanted.
 
     Raises:
         ValueError: the extractor or the statistics are absent or do not fit, or the folder has
@@ -61,7 +61,7 @@ def scorer(experiment: Experiment, target: Path, step: int) -> Scorer | None:
 
 
 def check(experiment: Experiment, *, will_have_statistics: bool) -> None:
-    """What the samples of a later mode are measured with, before the first mode begins.
+    """Check, before the first mode begins, what the samples of a later mode are measured with.
 
     Raises:
         ValueError: the extractor is absent or does not fit; so are the statistics, unless a mode
@@ -97,7 +97,7 @@ def _folder(target: Path, step: int) -> Path:
 
 
 def _name(experiment: Experiment) -> str:
-    """What the data are called in file names: files and folders by their own name."""
+    """Name the data as in file names; data from a file or folder are named after it."""
     data = experiment.settings.data
     named = data.dataset.lower() in FILES
     return path_of("data.path", data.path).resolve().stem if named else data.dataset.lower()
@@ -133,7 +133,7 @@ def _extractor(experiment: Experiment) -> Extractor:
 
 
 def _digest_of(reference: Statistics) -> str:
-    """Of the data of statistics; of files of other codes, of the features themselves."""
+    """Return the digest of the data of statistics; in files of other codes, of the features."""
     features = hashlib.sha256(np.ascontiguousarray(reference.pool_3)).hexdigest()[:16]
     return reference.digest or features
 
@@ -256,7 +256,7 @@ def fid_stats(experiment: Experiment) -> None:
 
 
 def check_fid_stats(experiment: Experiment) -> None:
-    """Whether the features are named and can be taken of the data.
+    """Check that the features are named and can be taken of the data.
 
     Raises:
         ValueError: they are not or cannot.

@@ -91,7 +91,7 @@ def _place(group: tuple[int, str, str, str, str]) -> tuple:
 
 
 def sentences(results: list[Result]) -> list[str]:
-    """What has to be said of bounds with heavy tails, and of models that lose to a baseline."""
+    """List what has to be said of bounds with heavy tails, and of models worse than a baseline."""
     doubts = [sentence for result in results for sentence in result.doubts]
     return doubts + [defeat.sentence() for result in results for defeat in result.worse_than]
 
@@ -103,7 +103,7 @@ def protocols(eval_folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_summaries(eval_folder: Path, results: list[Result]) -> None:
-    """summary.json and table.md."""
+    """Write summary.json and table.md into the folder of an evaluation."""
     known = protocols(eval_folder)
     summary = [result.as_json() | {"details": known.get(result.protocol)} for result in results]
     folder.write_json(eval_folder / "summary.json", summary)
@@ -160,7 +160,7 @@ def table_text(results: list[Result]) -> str:
 
 
 def aligned(header: Sequence[str], rows: Iterable[list[str]]) -> str:
-    """Columns of text."""
+    """Write a header and rows as text in aligned columns."""
     lines = [list(header), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]

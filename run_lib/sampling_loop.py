@@ -137,7 +137,7 @@ def shards(where: Path) -> list[Shard]:
 
 
 def sampling_protocol(experiment: Experiment) -> str:
-    """What fixes the law of the samples, beside the network."""
+    """Say in one line what fixes the law of the samples, beside the network."""
     fields = dataclasses.asdict(experiment.sampler)
     fields |= fields.pop("solver", {})
     words = [experiment.settings.sampling.method, fields.pop("name", "")]
@@ -217,7 +217,10 @@ def draw(generate: Source, params: Any, where: Path, number: int, identity: str)
 
 
 def _missing(where: Path, number: int) -> np.ndarray:
-    """Which of the first so many samples no shard holds; damaged shards go (first process)."""
+    """Mark which of the first `number` samples no shard holds, bool [number].
+
+    The first process deletes damaged shards, so that their samples are drawn again.
+    """
     missing = np.ones(number, bool)
     for shard in shards(where):
         missing[shard.first : shard.last + 1] = False

@@ -36,7 +36,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """The `training` section."""
+    """The fields of the `training` section of a config."""
 
     sde: str
     continuous: bool
@@ -120,7 +120,7 @@ class DeqConfig:
 
     @property
     def flow(self) -> Flowpp:
-        """The network."""
+        """Return the network of the dequantiser."""
         names = ("filters", "components", "blocks", "heads", "couplings", "processor")
         return Flowpp(**{name: getattr(self, name) for name in names})
 
@@ -147,7 +147,7 @@ class ClassifierConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """The `sampling` section."""
+    """The fields of the `sampling` section of a config."""
 
     method: str
     smallest_time: float
@@ -186,7 +186,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """The `eval` section."""
+    """The fields of the `eval` section of a config."""
 
     begin_ckpt: int
     end_ckpt: int

@@ -54,7 +54,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Settings":
-        """Resolve a config.
+        """Resolve a config into the settings of all sections.
 
         Raises:
             FieldError: a field is unknown, unused, missing or has a value that is not allowed.

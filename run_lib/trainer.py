@@ -25,7 +25,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained, and what is due beside the steps."""
+    """A training task: what is trained, and what is due beside the steps."""
 
     name: str
     n_iters: int

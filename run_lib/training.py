@@ -68,7 +68,7 @@ def _tell_about(experiment: Experiment, workdir: Path, trainer: Trainer) -> None
 
 
 def check(experiment: Experiment, workdir: Path) -> None:
-    """What the training needs late is built and traced, so that its errors come first.
+    """Build and trace what the training needs late, so that its errors come first.
 
     Raises:
         ValueError: something does not fit, or the folder was made with another config.

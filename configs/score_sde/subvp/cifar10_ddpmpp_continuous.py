@@ -1,4 +1,4 @@
-"""CIFAR-10, sub-VP, DDPM++.
+"""Train DDPM++ on CIFAR-10 under the sub-VP SDE.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/subvp/cifar10_ddpmpp_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, sub-VP, DDPM++."""
+    """Return the config of DDPM++ on CIFAR-10 under the sub-VP SDE."""
     config = published.score_sde("subvpsde", "cifar10")
     published.ddpmpp(config)
     return config

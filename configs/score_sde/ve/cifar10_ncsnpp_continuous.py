@@ -1,4 +1,4 @@
-"""CIFAR-10, VE, NCSN++.
+"""Train NCSN++ on CIFAR-10 under the VE SDE.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/cifar10_ncsnpp_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, VE, NCSN++."""
+    """Return the config of NCSN++ on CIFAR-10 under the VE SDE."""
     config = published.score_sde("vesde", "cifar10")
     published.ncsnpp(config)
     return config

@@ -1,4 +1,4 @@
-"""CelebA 64×64, NCSNv2.
+"""Train NCSNv2 on CelebA 64×64 with the SMLD objective.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/ncsnv2/celeba.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CelebA 64×64, NCSNv2."""
+    """Return the config of NCSNv2 on CelebA 64×64 with the SMLD objective."""
     config = published.score_sde("vesde", "celeba", 64)
     published.ncsnv2(config, "ncsnv2_64", 90.0, 500)
     config.sampling.update(n_steps_each=5, snr=0.128)

@@ -1,4 +1,4 @@
-"""CIFAR-10, NCSNv2.
+"""Train NCSNv2 on CIFAR-10 with the SMLD objective.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/ncsnv2/cifar10.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, NCSNv2."""
+    """Return the config of NCSNv2 on CIFAR-10 with the SMLD objective."""
     config = published.score_sde("vesde", "cifar10")
     published.ncsnv2(config, "ncsnv2_64", 50.0, 232)
     config.sampling.update(n_steps_each=5, snr=0.176)
