@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -111,42 +110,6 @@ def test_a_density_given_numbers():
         model.sample(3)
     with pytest.raises(ValueError, match=r"one for each of 2 examples"):
         model.score_samples(points[:2, None], given)
-
-
-def test_images_have_probabilities_of_grey_levels():
-    """Of noise, which nothing can predict: log P(x) is −d log 256 at the best.
-
-    The histogram of 54 images gives a level that they lack a probability about 12 times smaller, so
-    that the start of the head needs about 1.3 times as much. A perceptron takes the place of the
-    U-Net, which is slow.
-    """
-    rng, shape = np.random.default_rng(0), (4, 4)
-    changes = {"model.name": "mlp", "model.hidden": 8, "model.depth": 1, "optim.warmup": 1}
-    changes |= dict.fromkeys(["model.channels", "model.blocks", "model.summary"])
-    changes |= {"eval.num_steps": 0}  # by the tolerances, without an estimate of the error
-    changes |= {"training.n_iters": 8, "optim.lr": 1e-6}
-    model = DensityModel(changes=changes).fit(rng.integers(0, 256, (60, *shape), np.uint8))
-    found, errors = model.log_prob(rng.integers(0, 256, (20, *shape), np.uint8))
-    assert 0.99 < -found.mean() / (16 * np.log(256)) < 1.5
-    assert np.isnan(errors).all()
-    sample = model.sample(2)
-    assert sample.shape == (2, *shape)
-    assert sample.dtype == np.uint8
-
-
-@pytest.mark.parametrize("shape", [(28, 28), (6, 6, 3), (7, 5)])
-def test_the_network_of_images_fits_their_sides(shape):
-    config = density_model._of_images(np.zeros((2, *shape), np.uint8))
-    assert config.training.batch_size % jax.device_count() == 0
-    config.data.dataset = "digits"
-    network = Experiment.from_config(config).settings.network
-    x = jax.ShapeDtypeStruct((1, *(shape if len(shape) == 3 else (*shape, 1))), np.float32)
-    label = jax.ShapeDtypeStruct((1,), np.float32)
-    features = jax.ShapeDtypeStruct((*x.shape, 4), np.float32)
-    jax.eval_shape(
-        lambda x, label, features: network.init(jax.random.key(0), x, label, features=features),
-        x, label, features,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""DensityModel of images: probabilities of grey levels, networks that fit every size."""
+
+import jax
+import numpy as np
+import pytest
+
+import density_model
+from density_model import DensityModel
+from run_lib.experiment import Experiment
+
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
+
+def test_images_have_probabilities_of_grey_levels():
+    """Of noise in four levels, which nothing can predict: log P(x) is −d log 4 at the best.
+
+    The head starts with the histogram of 54 images. A perceptron takes the place of the U-Net,
+    which is slow.
+    """
+    rng, shape = np.random.default_rng(0), (4, 4)
+    changes = {"model.name": "mlp", "model.hidden": 8, "model.depth": 1, "optim.warmup": 1}
+    changes |= dict.fromkeys(["model.channels", "model.blocks", "model.summary"])
+    changes |= {"eval.num_steps": 0}  # by the tolerances, without an estimate of the error
+    changes |= {"training.n_iters": 2, "optim.lr": 1e-6, "data.levels": 4}
+    model = DensityModel(changes=changes).fit(rng.integers(0, 4, (60, *shape), np.uint8))
+    found, errors = model.log_prob(rng.integers(0, 4, (20, *shape), np.uint8))
+    assert 0.99 < -found.mean() / (16 * np.log(4)) < 1.2
+    assert np.isnan(errors).all()
+    sample = model.sample(2)
+    assert sample.shape == (2, *shape)
+    assert sample.dtype == np.uint8
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (6, 6, 3), (7, 5)])
+def test_the_network_of_images_fits_their_sides(shape):
+    config = density_model._of_images(np.zeros((2, *shape), np.uint8))
+    assert config.training.batch_size % jax.device_count() == 0
+    config.data.dataset = "digits"
+    network = Experiment.from_config(config).settings.network
+    x = jax.ShapeDtypeStruct((1, *(shape if len(shape) == 3 else (*shape, 1))), np.float32)
+    label = jax.ShapeDtypeStruct((1,), np.float32)
+    features = jax.ShapeDtypeStruct((*x.shape, 4), np.float32)
+    jax.eval_shape(
+        lambda x, label, features: network.init(jax.random.key(0), x, label, features=features),
+        x, label, features,
+    )  # fmt: skip
