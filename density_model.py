@@ -38,7 +38,7 @@ HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is 
 MOST_HELD_OUT = 2000  # examples
 CHECKPOINTS = 16
 MOST_BOUNDS = 500  # held-out examples by which a checkpoint is chosen
-DRAWS = 1000  # of the bound for a checkpoint, at least; few examples have several each
+DRAWS, MOST_REPEATS = 300, 4  # of the bound for a checkpoint; few examples have several each
 FEW = 5000  # examples; more have more steps
 EXACT_UP_TO = 16  # coordinates, whose divergence needs no probe
 FOLDER = "fokker-"  # of a model without a folder of its own: the start of its name
@@ -334,7 +334,7 @@ def _held_out_bound(experiment: Experiment) -> Callable[[Any], float]:
 
     def mean(params: Any) -> float:
         values = []
-        for repeat in range(max(1, DRAWS // number)):
+        for repeat in range(np.clip(DRAWS // number, 1, MOST_REPEATS)):
             for batch in experiment.dataset.eval_batches("test", batch_size=size):
                 there = batch.pop("mask") & (batch["index"] < number)
                 ids = np.maximum(batch.pop("index"), 0)

@@ -39,11 +39,13 @@ def test_the_library_examples_learn_a_density_and_give_a_known_one() -> None:
 
 
 def test_the_example_of_the_readme_learns_the_moons() -> None:
-    """After some of the steps, for the time that they take."""
-    page = README.replace("DensityModel()", 'DensityModel(changes={"training.n_iters": 1000})')
+    """After some of the steps, on some of the points, for the time that they take."""
+    page = README.replace("DensityModel()", 'DensityModel(changes={"training.n_iters": 500})')
+    page = page.replace("x[2000:]", "x[2000:2200]")
+    assert page.count("2200") == 1
     assert page != README
     (shown,) = examples(page)
-    assert -1.4 < shown["log_p"].mean() < -0.9  # -0.95 if learned exactly; a Gaussian has -1.9
+    assert -1.5 < shown["log_p"].mean() < -0.9  # -0.95 if learned exactly; a Gaussian has -1.9
     assert shown["error"].max() < 0.2
 
 
