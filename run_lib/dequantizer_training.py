@@ -183,13 +183,16 @@ def given_state(experiment: Experiment) -> TrainState:
     return state
 
 
-def import_given(experiment: Experiment, workdir: Path, deq_folder: str) -> None:
+def import_given(
+    experiment: Experiment, workdir: str | Path, deq_folder: str = "flowpp_dequantizer"
+) -> None:
     """Write `deq.init_from` and `training.init_from`, those that are given, as checkpoints here.
 
     Raises:
         ValueError: none is given, one cannot be read or does not fit, or a folder has checkpoints.
     """
-    settings, target = experiment.settings, _folder(workdir, deq_folder)
+    settings, workdir = experiment.settings, Path(workdir)
+    target = _folder(workdir, deq_folder)
     if settings.deq.init_from:
         state = given_state(experiment)
         training.write_import(target, settings.resolved(), state, settings.training.snapshot_freq)

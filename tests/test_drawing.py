@@ -140,7 +140,7 @@ def test_contexts_are_classes_arrays_or_those_of_the_test_examples(tmp_path: Pat
     labels = np.asarray([2, 0, 1], np.int32)
 
     def found(kind: Context, text: str) -> np.ndarray:
-        sampling = SimpleNamespace(context=text, guidance=1.0)
+        sampling = SimpleNamespace(context=text, guidance=1.0, guide="")
         dataset = SimpleNamespace(context=kind, test=SimpleNamespace(context=labels))
         settings = SimpleNamespace(sampling=sampling)
         return drawing._context(SimpleNamespace(settings=settings, dataset=dataset))

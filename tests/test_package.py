@@ -110,7 +110,7 @@ def test_every_requirement_stands_in_one_file() -> None:
     """requirements.txt and requirements-test.txt only refer to the files of the package."""
     files = {path.stem: path.read_text() for path in (ROOT / "requirements").glob("*.txt")}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
-    assert files.keys() == extras["optional-dependencies"].keys() | {"core", "docs"}
+    assert files.keys() == extras["optional-dependencies"].keys() | {"core", "docs", "benchmarks"}
     for name in ("requirements.txt", "requirements-test.txt"):
         lines = [line for line in (ROOT / name).read_text().splitlines() if line[:1] != "#"]
         assert all(line.startswith("-r requirements") for line in lines)
