@@ -168,7 +168,8 @@ def _calibration(experiment: Experiment, table: list[Estimator]) -> Estimator:
             "ranks": _place(below, fold_in_all(keys, 7)),
         }
 
-    details = of.details | {"samples": number}
+    given = {} if experiment.context is None else {"given": experiment.given_name}
+    details = of.details | given | {"samples": number}
     return Estimator(f"calibration by {of.name}", details, "", of.key, function)
 
 

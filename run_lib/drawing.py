@@ -253,10 +253,7 @@ def _context(experiment: Experiment) -> np.ndarray | None:
     text, guidance = experiment.settings.sampling.context, experiment.settings.sampling.guidance
     allowed = "1 without sampling.context, whose weight it is"
     require(bool(text) or guidance == 1.0, "sampling.guidance", guidance, allowed)
-    guided, allowed = (
-        bool(experiment.settings.sampling.guide),
-        "'' without sampling.context, a class",
-    )
+    guided, allowed = bool(experiment.settings.sampling.guide), "'' without sampling.context"
     require(bool(text) or not guided, "sampling.guide", "classifier", allowed)
     if not text:
         return None

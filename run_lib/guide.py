@@ -99,8 +99,13 @@ def check(experiment: Experiment, workdir: str | Path) -> None:
     """
     devices.check_training_batch(experiment.settings.training)
     labelled(experiment)
-    ignore = ("eval", "sampling", "training", "model", "deq")
-    folder.reconcile(Path(workdir) / FOLDER, experiment.settings.resolved(), ignore=ignore)
+    _reconcile(experiment, Path(workdir) / FOLDER)
+
+
+def _reconcile(experiment: Experiment, target: Path) -> None:
+    """Refuse a classifier of other noise, which an SDE with other fields is, or of other data."""
+    ignore = ("eval", "sampling", "deq")
+    folder.reconcile(target, experiment.settings.resolved(), ignore=ignore)
 
 
 def _task(experiment: Experiment, classes: int) -> Task:
@@ -176,7 +181,7 @@ def load(experiment: Experiment, workdir: Path) -> Guide:
     target = workdir / FOLDER
     allowed = f"'' or a classifier in {target}: run --mode=train_classifier with this --workdir"
     require(bool(loading.steps_in(target)), "sampling.guide", "classifier", allowed)
-    check(experiment, workdir)
+    _reconcile(experiment, target)
     experiment = labelled(experiment)
     with contextlib.closing(Checkpoints(target)) as kept:
         params = kept.read_latest(_state_like(experiment)).ema_params

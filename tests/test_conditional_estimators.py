@@ -211,6 +211,7 @@ def test_examples_have_their_place_among_samples_of_the_model() -> None:
     batch = {"image": x, "context": c.astype(np.int32),
              "noise_id": np.arange(n, dtype=np.int32)}  # fmt: skip
     estimator = found["calibration by ODE"]
+    assert estimator.protocol.endswith("given class, samples 19")
     result = jax.jit(estimator.function)(Parameters({}), experiment.keys["eval"], batch)
     assert np.all(result["converged"])
     levels, ranks = np.asarray(result["value"]), np.asarray(result["ranks"])

@@ -106,6 +106,12 @@ def test_a_network_of_no_class_is_guided_to_one(run: Path) -> None:
     assert rows[-1]["loss"] < np.log(10) - 0.1  # of the classes at all noise levels
     assert int(guide.train(experiment(), run).step) == 100  # there is nothing left to do
 
+    other = tiny.config("digits")
+    other.classifier.update(n_iters=100, width=16, depth=2)
+    other.training.sde = "subvpsde"
+    with pytest.raises(ValueError, match=r"training\.sde: 'vpsde' in .*, now 'subvpsde'"):
+        guide.load(Experiment.from_config(other), run)
+
     def samples(**changes: object) -> np.ndarray:
         drawing.draw_samples(experiment(**changes), run)
         where = max((run / "samples").glob("drawn-*"), key=lambda p: p.stat().st_mtime)
@@ -117,7 +123,7 @@ def test_a_network_of_no_class_is_guided_to_one(run: Path) -> None:
     assert np.any(plain != three)
     assert np.any(three != seven)
     for changes, message in (
-        ({}, r"^sampling\.guide='classifier': need '' without sampling\.context, a class"),
+        ({}, r"^sampling\.guide='classifier': need '' without sampling\.context"),
         ({"context": "12"}, r"^sampling\.context='12': need one of 10 classes"),
     ):
         with pytest.raises(ValueError, match=message):
