@@ -7,6 +7,7 @@ A fitted model is a run folder like any other: the command line evaluates it, an
 the values that an evaluation would write in its rows.
 """
 
+import functools
 import shutil
 import tempfile
 import weakref
@@ -30,7 +31,7 @@ from configs.table import vp as table
 from dequantization import Pixels
 from operators import fold_in_each
 from run_lib import config_files, identities, loading
-from run_lib.estimators import Parameters, estimators
+from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
 from run_lib.folder import write_json
 
@@ -201,8 +202,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         """Itself, with what is fitted."""
         self.experiment_, self.workdir_, self.step_ = experiment, workdir, step
         self.params_ = loading.load_parameters(experiment, workdir, step)
-        self.estimator_ = next(e for e in estimators(experiment) if e.name == "ODE")
-        self._likelihood = jax.jit(self.estimator_.function)  # compiled once for each size
+        vars(self).pop("_likelihood", None)  # of an earlier fit
         stored = npz_files.read(workdir / "data.npz", ("x_train",))["x_train"]
         self.shape_ = stored.shape[1:]
         return self
@@ -228,6 +228,17 @@ class DensityModel(DensityMixin, BaseEstimator):
         training.update(snapshot_freq_for_preemption=training.snapshot_freq)
         return config
 
+    @functools.cached_property
+    def _likelihood(self) -> tuple[Estimator, Callable]:
+        """The estimator of log p, and its function, which is compiled once for each size."""
+        found = next(e for e in estimators(self.experiment_) if e.name == "ODE")
+        return found, jax.jit(found.function)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the compiled function."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_likelihood"}
+
     def _size(self) -> int:
         return self.experiment_.settings.eval.batch_size
 
@@ -251,9 +262,10 @@ class DensityModel(DensityMixin, BaseEstimator):
 
     def _batch(self, batch: dict) -> tuple[np.ndarray, np.ndarray]:
         """(log p, error) in nats of the real examples of a batch."""
-        key = jax.random.fold_in(self.experiment_.keys[self.estimator_.key], 0)  # first repeat
+        estimator, function = self._likelihood
+        key = jax.random.fold_in(self.experiment_.keys[estimator.key], 0)  # of the first repeat
         mask = batch.pop("mask")
-        result = self._likelihood(Parameters(self.params_), key, batch)
+        result = function(Parameters(self.params_), key, batch)
         pixels = isinstance(self.experiment_.encoding, Pixels)
         unit = batch["image"][0].size * np.log(2.0) if pixels else 1.0
         value = jnp.where(result["converged"], -unit * result["value"], jnp.nan)

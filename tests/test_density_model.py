@@ -1,6 +1,7 @@
 """DensityModel: known densities, contexts, images, a folder that the command line evaluates."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -66,6 +67,8 @@ def test_a_saved_model_is_the_same_and_the_command_line_evaluates_it(fitted, tmp
     rows = Records(tmp_path / "copy" / "eval").select(estimator="ODE")
     values = [row["value"] for row in sorted(rows, key=lambda row: row["index"])]
     assert_allclose(-again.score_samples(held_out), values, rtol=1e-4)
+    pickled = pickle.loads(pickle.dumps(fitted))  # also after log_prob has compiled
+    assert_allclose(pickled.score_samples(x), fitted.score_samples(x), rtol=1e-6)
     with pytest.raises(FileExistsError):
         fitted.save(tmp_path / "copy")
 
