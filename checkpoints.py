@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
-            self.directory, options=self._options, item_handlers=ocp.StandardCheckpointHandler()
+            self.directory, options=self._options, item_handlers=ocp.PyTreeCheckpointHandler()
         )
 
     def steps(self) -> list[int]:
@@ -146,7 +146,7 @@ class Checkpoints:
         with self._writing():
             self._manager.save(
                 step,
-                args=ocp.args.StandardSave(state),
+                args=ocp.args.PyTreeSave(state),
                 custom_metadata={CHECKSUMS: _checksums(state), KEPT_EVERY: self._keep_every},
             )
 
@@ -194,8 +194,15 @@ class Checkpoints:
         saved = self._metadata(int(state.step)).get(CHECKSUMS)
         return saved is None or saved == _checksums(state)
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
+    def restore(
+        self, step: int, like: TrainState, only: Collection[str] | None = None
+    ) -> TrainState:
         """The state saved at `step`, with the structure, shapes and dtypes of `like`.
+
+        Args:
+            step: of the checkpoint.
+            like: shapes and dtypes of the state.
+            only: the fields that are read; the others stay those of `like`. None: all.
 
         Raises:
             ValueError: there is no such checkpoint.
@@ -209,36 +216,36 @@ class Checkpoints:
             written = self._written_shapes(step)
             written |= self._written_law(step, like, written)
         wanted, like = like, _with_law_as_written(like, written)
-        # On all devices there are now, which may be others than those that wrote it.
-        everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), "all"), PartitionSpec())
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like
-        )
         with self._reading(step):
             if written != _shapes(like):
                 self._check_shapes(step, like)
-            state = self._read(step, abstract)
-            self._compare(step, state)
-            return _with_law_as_wanted(state, wanted)
+            fields = {name: vars(like)[name] for name in only or vars(like)}
+            found = self._read(step, fields)
+            self._compare(step, found)
+            return _with_law_as_wanted(like.replace(**found), wanted)
 
-    def _read(self, step: int, abstract: TrainState) -> TrainState:
-        """The state; Orbax refuses to look for a field that is newer than the checkpoint."""
+    def _read(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a state, without those that are newer than the checkpoint."""
         saved = {leaf["key_metadata"][0]["key"] for leaf in self._written_leaves(step)}
-        there = {name: part for name, part in vars(abstract).items() if name in saved}
-        if len(there) == len(vars(abstract)):
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        found = self._manager.restore(step, args=ocp.args.StandardRestore(there))
-        return abstract.replace(**found)
+        # On all devices there are now, which may be others than those that wrote it.
+        everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), "all"), PartitionSpec())
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            {name: part for name, part in like.items() if name in saved},
+        )
+        how = ocp.args.PyTreeRestore(
+            abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+        )
+        return self._manager.restore(step, args=how)
 
-    def _compare(self, step: int, state: TrainState) -> None:
+    def _compare(self, step: int, fields: dict[str, Any]) -> None:
         """Values that are not those that were saved: nothing else tells of a flipped bit."""
-        path = self.directory / str(step) / "_CHECKPOINT_METADATA"
-        saved = json_files.read(path).get("custom_metadata") or {}
-        found = _checksums(state)
+        beside = json_files.read(self._metadata_path(step)).get("custom_metadata") or {}
+        saved, found = beside.get(CHECKSUMS, {}), _checksums(fields)  # none saved by older code
         wrong = [
             leaf
-            for leaf, expected in saved.get(CHECKSUMS, {}).items()  # none in an older checkpoint
-            if found[leaf] != expected and found[leaf].split()[0] == expected.split()[0]
+            for leaf in found.keys() & saved.keys()
+            if found[leaf] != saved[leaf] and found[leaf].split()[0] == saved[leaf].split()[0]
         ]
         if wrong:
             raise ValueError(f"the values of {', '.join(wrong[:8])} are not those that were saved")
@@ -299,8 +306,8 @@ class Checkpoints:
                 f"{self.directory / str(step)} cannot be read: {reason[:300]}"
             ) from error
 
-    def read_latest(self, like: TrainState) -> TrainState:
-        """The newest state that can be read; those that cannot are told of.
+    def read_latest(self, like: TrainState, only: Collection[str] | None = None) -> TrainState:
+        """The newest state that can be read; those that cannot are told of. Arguments: `restore`.
 
         Raises:
             ValueError: it does not fit `like`, or none can be read.
@@ -308,7 +315,7 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self.restore(step, like)
+                return self.restore(step, like, only)
             except DamagedError as error:
                 logger.error("%s. The one before it is used", error)
         raise ValueError(

@@ -64,7 +64,7 @@ def is_whole(root: Path, number: int) -> bool:
     """Import to the end; say whether the folder holds what the source holds, and nothing else."""
     process = start(root, number)
     process.join()
-    like = experiment().state_like()
+    like = experiment().state_like
     numbers = []
     for workdir in (root / "source", root / str(number)):
         checkpoints = Checkpoints(workdir)

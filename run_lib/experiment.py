@@ -177,8 +177,9 @@ class Experiment:
         optimizer = self.settings.optim.chain(training.n_iters)
         return create(params, optimizer, adaptive=training.time_law == "adaptive")
 
+    @functools.cached_property
     def state_like(self) -> TrainState:
-        """Shapes and dtypes of the state."""
+        """Return the shapes and dtypes of the state."""
         return jax.eval_shape(
             lambda: self.train_state(self.model.init(jax.random.key(0), self.shape))
         )

@@ -13,7 +13,6 @@ from run_lib.experiment import Experiment
 from run_lib.sections import EvalConfig
 from run_lib.settings import Settings
 from streams import Dataset
-from train_state import TrainState
 
 logger = logging.getLogger("fokker")
 POLL_S = 5.0
@@ -55,8 +54,7 @@ def reconcile(experiment: Experiment, workdir: Path) -> None:
 def parameters_of(experiment: Experiment, workdir: Path) -> Iterator[tuple[int, Any]]:
     """(step, moving average of the parameters) of every checkpoint that the config asks for."""
     for wanted in _wanted(experiment.settings) or [None]:
-        state = load_state(experiment, workdir, wanted)
-        yield int(state.step), state.ema_params
+        yield load_average(experiment, workdir, wanted)
 
 
 def check(
@@ -157,16 +155,23 @@ def _missing(settings: Settings, workdir: Path, available: list[int]) -> str:
     )
 
 
-def load_state(experiment: Experiment, workdir: Path, step: int | None) -> TrainState:
-    """The score network at a checkpoint; None: at the latest that can be read."""
-    checkpoints = Checkpoints(workdir)
+def load_average(experiment: Experiment, workdir: Path, step: int | None) -> tuple[int, Any]:
+    """(step, moving average of the score network's parameters) of a checkpoint.
+
+    Nothing else of it is read. With None it is the latest checkpoint that can be read.
+    """
+    checkpoints, wanted = Checkpoints(workdir), ("step", "ema_params")
     try:
-        like = experiment.state_like()
-        return checkpoints.read_latest(like) if step is None else checkpoints.restore(step, like)
+        like = experiment.state_like
+        if step is None:
+            state = checkpoints.read_latest(like, wanted)
+        else:
+            state = checkpoints.restore(step, like, wanted)
+        return int(state.step), state.ema_params
     finally:
         checkpoints.close()
 
 
 def load_parameters(experiment: Experiment, workdir: Path, step: int) -> Any:
     """The moving average of the score network's parameters at a checkpoint."""
-    return load_state(experiment, workdir, step).ema_params
+    return load_average(experiment, workdir, step)[1]

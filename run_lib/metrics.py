@@ -21,6 +21,7 @@ from json_lines import is_count, is_number
 from run_lib import devices, folder
 
 logger = logging.getLogger("fokker")
+FILE = "metrics.jsonl"  # of a run folder, or of the folder of a dequantiser
 MAX_WAITING = 2  # dispatches beside the one that runs: a stop waits for all of them
 FIRST_DISPATCH = 3  # the ones before compile and fill the queues
 NumpyMetrics = dict[str, np.ndarray]
@@ -47,7 +48,7 @@ class MetricsWriter(NoMetrics):
     """
 
     def __init__(self, workdir: Path, first_step: int) -> None:
-        path = workdir / "metrics.jsonl"
+        path = workdir / FILE
         path.touch()
         _cut_after(path, first_step)
         self._file = path.open("a", encoding="utf-8")
@@ -91,7 +92,7 @@ def _is_metrics(row: dict[str, Any]) -> bool:
 
 def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
     """Rows of metrics.jsonl, one at a time; damaged lines are left out and said."""
-    path = workdir / "metrics.jsonl"
+    path = workdir / FILE
     if path.exists():
         yield from json_lines.read(path, _is_metrics)
 

@@ -251,7 +251,11 @@ def _identities(eval_folder: Path) -> list[str]:
 
 
 def save_curves(workdir: Path) -> Path | None:
-    """curves.png from metrics.jsonl; None where there are no metrics yet."""
+    """curves.png from metrics.jsonl, unless it is newer; None where there are no metrics yet."""
+    path, source = workdir / "curves.png", workdir / metrics.FILE
+    times = [file.stat().st_mtime_ns for file in (path, source) if file.exists()]
+    if len(times) == 2 and times[0] > times[1]:
+        return path
     curves: dict[str, dict[str, plotting.Curve]] = {}
     for row in metrics.read_metrics(workdir):
         label = row["split"].replace("_", "-")
@@ -266,8 +270,8 @@ def save_curves(workdir: Path) -> Path | None:
     }
     if not panels:
         return None
-    plotting.save_curves(workdir / "curves.png", panels)
-    return workdir / "curves.png"
+    plotting.save_curves(path, panels)
+    return path
 
 
 def _config(workdir: Path) -> list[str]:

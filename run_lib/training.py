@@ -157,7 +157,7 @@ def start(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> Tr
     if steps:
         if source is not None:
             logger.warning("%s has checkpoints of its own: %s is not used", workdir, source)
-        return checkpoints.restore_latest(experiment.state_like())
+        return checkpoints.restore_latest(experiment.state_like)
     if source is None:
         params = experiment.with_prior(experiment.initial_parameters())
         return experiment.train_state(params)
@@ -173,7 +173,7 @@ def given_state(experiment: Experiment, source: Path) -> TrainState:
     Raises:
         ValueError: it cannot be read or does not fit the network.
     """
-    like = experiment.state_like()
+    like = experiment.state_like
     if source.is_dir():
         free = ("data", "seed", "eval", "sampling", "deq", "classifier")
         folder.reconcile(source, experiment.settings.resolved(), ignore=free)

@@ -68,7 +68,7 @@ def build_all(config) -> None:
     experiment = Experiment(Settings.from_config(config), dataset)
     assert None not in (experiment.sampler, experiment.solver, experiment.divergence)
     experiment.per_example_loss(train=True)
-    experiment.state_like()
+    assert experiment.state_like.ema_params
 
 
 MLP = {"hidden": None, "depth": None, "embed_dim": None}

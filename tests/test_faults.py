@@ -40,7 +40,7 @@ def experiment(**changes) -> Experiment:
 
 def state_of(workdir: Path, step: int, s: Experiment):
     checkpoints = Checkpoints(workdir)
-    like = s.state_like()
+    like = s.state_like
     try:
         return checkpoints.restore(step, like)
     finally:

@@ -59,7 +59,7 @@ def test_training_goes_on_from_a_published_checkpoint(tmp_path):
     assert np.isfinite(losses).all()
     assert 0.5 * predicted < np.mean(losses) < 2.0 * predicted
     run_lib.train(experiment, direct)
-    like = experiment.state_like()
+    like = experiment.state_like
     states = [Checkpoints(run).restore(first + NEW, like) for run in (whole, direct)]
     jax.tree.map(np.testing.assert_array_equal, *states)
 

@@ -211,7 +211,7 @@ def test_a_trace_is_written_and_changes_nothing(tmp_path: Path) -> None:
 def state(workdir: Path, step: int):
     checkpoints = Checkpoints(workdir)
     try:
-        return checkpoints.restore(step, Experiment.from_config(tiny.config()).state_like())
+        return checkpoints.restore(step, Experiment.from_config(tiny.config()).state_like)
     finally:
         checkpoints.close()
 
