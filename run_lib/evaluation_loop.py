@@ -137,6 +137,8 @@ def _tell(workdir: Path, eval_folder: str) -> list[report.Result]:
         (quality.HEADER, map(quality.cells, quality.read(target))),
     ]
     logger.info("\n%s", report.table_text(results))
+    for sentence in report.probabilities(workdir, results):
+        logger.info("%s", sentence)
     for sentence in report.sentences(results):
         logger.warning("%s", sentence)
     for header, lines in tables:

@@ -28,6 +28,7 @@ from version import VERSION
 
 logger = logging.getLogger("fokker")
 LOG_BYTES = 10_000_000
+STATISTICS = "standardization.npz"  # what standardises real values and contexts
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 # Sections and fields that fix what the parameters mean; the rest may change between runs.

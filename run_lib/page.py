@@ -136,6 +136,7 @@ def _evaluation(eval_folder: Path, *, several: bool) -> Iterator[str]:
     name = f": {html.escape(eval_folder.name)}" if several or eval_folder.name != "eval" else ""
     yield f"<h2>Results{name}</h2>"
     yield from _headline(eval_folder, results)
+    yield from map(_text, report.probabilities(eval_folder.parent, headline(results)))
     yield from (f"<p class='said'>{html.escape(text)}</p>" for text in report.sentences(results))
     yield as_html(report.HEADER, (result.cells() for result in results))
     yield _text(MEANS)

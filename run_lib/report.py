@@ -4,7 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import json_files
+import npz_files
 from records import Records, Row, Summary, by, largest_share, summarize
 from run_lib import comparison, folder, identities
 
@@ -94,6 +97,27 @@ def sentences(results: list[Result]) -> list[str]:
     """List what has to be said of bounds with heavy tails, and of models worse than a baseline."""
     doubts = [sentence for result in results for sentence in result.doubts]
     return doubts + [defeat.sentence() for result in results for defeat in result.worse_than]
+
+
+def probabilities(workdir: Path, results: list[Result]) -> list[str]:
+    """Sentences on the probability of cells, where real values are known to lie in cells.
+
+    −log P(cells) <= −E log p − Σ_j log w_j for widths w_j > 0: noise within a cell makes a density
+    p, and by Jensen's inequality its mean logarithm is at most that of the probability over w.
+    """
+    path = workdir / folder.STATISTICS
+    widths = npz_files.read(path, ()).get("cell_widths") if path.exists() else None
+    if widths is None:
+        return []
+    volume = float(np.log(widths[widths > 0.0]).sum())
+    beside = "" if np.all(widths > 0.0) else ", times the density of the continuous values,"
+    return [
+        f"{result.estimator} at step {result.step} ({result.split}): −log of the probability of "
+        f"the cells{beside} is at most {result.value.mean - volume:.4f} ± "
+        f"{result.value.standard_error:.4f} {result.unit}"
+        for result in results
+        if result.estimator in comparison.MODELS
+    ]
 
 
 def protocols(eval_folder: Path) -> dict[str, dict[str, Any]]:

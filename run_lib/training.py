@@ -47,7 +47,7 @@ def train(experiment: Experiment, workdir: str | Path) -> TrainState:
         folder.write_json(workdir / "versions.json", folder.versions())
         _tell_about(experiment, workdir, trainer)
         if devices.is_first() and (found := experiment.statistics()):
-            npz_files.write(workdir / "standardization.npz", found)
+            npz_files.write(workdir / folder.STATISTICS, found)
         trainer.run()
     if devices.is_first():
         page.write(workdir)

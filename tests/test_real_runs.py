@@ -112,17 +112,24 @@ def test_the_statistics_are_those_of_the_training_of_the_run(tmp_path, tables) -
 
 
 def test_cells_are_told_in_the_protocol(tmp_path: Path) -> None:
-    """Integers with noise in their cells; the config.json of the run is a config again."""
+    """Multiples of 0.5 and integers; the config.json of the run is a config again.
+
+    Cells of 0.5 × 1 have a probability of half the density.
+    """
     rng, run = np.random.default_rng(0), tmp_path / "run"
-    np.savetxt(tmp_path / "t.csv", rng.integers(0, 9, (60, 2)), "%d", ",", header="k,m")
-    c = config(tmp_path / "t.csv", data__standardize="coordinate", data__cell_width="1")
+    table = rng.integers(0, 9, (60, 2)) * [0.5, 1.0]
+    np.savetxt(tmp_path / "t.csv", table, "%g", ",", header="k,m")
+    c = config(tmp_path / "t.csv", data__standardize="coordinate", data__cell_width="0.5,1")
     c.eval.update(enable_bpd=False, enable_sampling=False)
     evaluated(c, run)
     rows = list(Records(run / "eval").rows.values())
     (protocol,) = {row["protocol"] for row in rows if row["estimator"] == "bound"}
     assert "data real-valued, uniform noise in cells" in protocol
+    mean = np.mean([row["value"] for row in rows if row["estimator"] == "bound"])
+    said = f"the probability of the cells is at most {mean + np.log(2.0):.4f} ±"
+    assert said in (run / "report.html").read_text()
     again = config_files.load(str(run / "config.json"))
-    assert again.data.cell_width == (1.0,)
+    assert again.data.cell_width == (0.5, 1.0)
     run_lib.evaluate(Experiment.from_config(again), run, "eval")
     assert len(Records(run / "eval").rows) == len(rows)
     experiment = Experiment.from_config(c)
@@ -131,7 +138,7 @@ def test_cells_are_told_in_the_protocol(tmp_path: Path) -> None:
     table = estimators.estimators(Experiment.from_config(c))  # there is noise to draw
     assert "draws 2" in table[0].protocol
     c.data.cell_width = ()
-    with pytest.raises(ValueError, match=r"data\.cell_width: \[1\] in .*, now \[\]"):
+    with pytest.raises(ValueError, match=r"data\.cell_width: \[0\.5, 1\] in .*, now \[\]"):
         run_lib.evaluate(Experiment.from_config(c), run, "eval")
 
 
