@@ -14,14 +14,17 @@ logger = logging.getLogger("fokker")
 Row = dict[str, Any]
 
 
-def read(path: Path, is_row: Callable[[Row], bool]) -> Iterator[Row]:
-    """The objects of a file, one at a time, without those for which `is_row` is false."""
+def read(path: Path, is_row: Callable[[Row, bytes], bool]) -> Iterator[Row]:
+    """The objects of a file, one at a time, without those for which `is_row` is false.
+
+    `is_row` is given the object and its line.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
             row = _object(line)
-            if row is not None and is_row(row):
+            if row is not None and is_row(row, line):
                 yield row
             else:
                 logger.warning("%s: line %d is damaged and is left out", path, number)
@@ -29,7 +32,7 @@ def read(path: Path, is_row: Callable[[Row], bool]) -> Iterator[Row]:
 
 def _object(line: bytes) -> Row | None:
     try:
-        found = json.loads(line)
+        found = json.loads(line.decode())
     except (ValueError, RecursionError):  # of JSON or UTF-8; of a line of brackets
         return None
     return found if isinstance(found, dict) else None

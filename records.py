@@ -10,19 +10,24 @@ and evaluated anew.
 """
 
 import functools
+import itertools
 import json
 import logging
 import math
 import os
 import zlib
-from collections import Counter
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
+
+import numpy as np
 
 import json_lines
 
 Row = dict[str, Any]
+GROUP = ("estimator", "protocol", "step", "split", "identity")  # the fields that a table shares
+PLACE = ("index", "repeat")  # of a row in its table
 KEY = ("estimator", "protocol", "step", "split", "index", "repeat", "identity")
 CHECKSUM = "crc32"
 Key = tuple
@@ -63,12 +68,161 @@ class Running:
         return {name: mean, "s.e.": math.sqrt(variance / n)}
 
 
+class _Column:
+    """The values of one field, in an array of numbers as long as all are numbers of one kind.
+
+    Kinds: integers, floats, equally long lists of floats; a list of objects for anything else.
+    """
+
+    def __init__(self, absent: int) -> None:
+        """Begin with as many rows that lack the field."""
+        self._values: array | list = [ABSENT] * absent
+        self._width: int | None = None  # of lists of floats in one array
+
+    def extend(self, new: list[Any]) -> None:
+        """Take the values of the next rows; ABSENT where they have none."""
+        if not len(self):
+            self._begin(new[0])
+        if self._width is None:
+            flat = new
+        else:
+            alike = {type(one) is list and len(one) for one in new} == {self._width}
+            flat = list(itertools.chain.from_iterable(new)) if alike else [ABSENT]
+        if not self._takes(flat):
+            self._values, self._width, flat = list(self), None, new
+        self._values.extend(flat)
+
+    def _takes(self, new: list[Any]) -> bool:
+        """Say whether all of these are numbers of the kind of the array."""
+        if isinstance(self._values, list):
+            return True
+        if self._values.typecode == "d":
+            return set(map(type, new)) == {float}
+        return set(map(type, new)) == {int} and -(2**63) <= min(new) <= max(new) < 2**63
+
+    def _begin(self, first: Any) -> None:
+        """Choose the kind of the first value."""
+        if type(first) is list and first:
+            self._values, self._width = array("d"), len(first)
+        elif type(first) in TYPES:
+            self._values = array(TYPES[type(first)])
+
+    def __len__(self) -> int:
+        return len(self._values) // (self._width or 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Any:
+        if self._width is None:
+            return self._values[number]
+        return self._values[number * self._width : (number + 1) * self._width].tolist()
+
+    def is_complete(self) -> bool:
+        """Say whether every row has the field."""
+        return not isinstance(self._values, list) or ABSENT not in self._values
+
+    def as_array(self) -> np.ndarray:
+        """All values, [n] or [n, width]."""
+        found = np.asarray(self._values, object if isinstance(self._values, list) else None)
+        return found if self._width is None else found.reshape(len(self), self._width)
+
+
+ABSENT = object()
+TYPES = {int: "q", float: "d"}
+WAITING = 1000  # rows of a table that are not yet in its columns
+
+
+class Table(Sequence[Row]):
+    """The rows of one estimator, protocol, step, split and identity, held in columns.
+
+    `table[i]` is a row, `table["step"]` one of the shared fields.
+    """
+
+    def __init__(self, shared: Row) -> None:
+        self.shared = shared
+        self._columns: dict[str, _Column] = {}
+        self._there: dict[int, set[int]] = {}  # repeat → examples
+        self._number = 0
+        self._waiting: list[Row] = []
+
+    def __len__(self) -> int:
+        return self._number
+
+    @overload
+    def __getitem__(self, which: int) -> Row: ...
+    @overload
+    def __getitem__(self, which: str) -> Any: ...
+    def __getitem__(self, which: int | str) -> Any:
+        if isinstance(which, str):
+            return self.shared[which]
+        place = range(self._number)[which]
+        found = {name: column[place] for name, column in self._settled().items()}
+        return self.shared | {name: value for name, value in found.items() if value is not ABSENT}
+
+    def has(self, index: int, repeat: int) -> bool:
+        """Say whether there is a row of this example and repeat."""
+        return index in self._there.get(repeat, ())
+
+    def lacks(self, indices: Iterable[int], repeat: int) -> bool:
+        """Say whether one of these examples has no row of this repeat."""
+        return not self._there.get(repeat, set()).issuperset(indices)
+
+    def add(self, row: Row) -> None:
+        """Take a row of this table; one that is there already stays."""
+        index, there = row["index"], self._there.setdefault(row["repeat"], set())
+        if index in there:
+            return
+        there.add(index)
+        self._waiting.append(row)
+        self._number += 1
+        if len(self._waiting) == WAITING:
+            self._settled()
+
+    def _settled(self) -> dict[str, _Column]:
+        """The columns, when those rows that waited have come into them."""
+        new, self._waiting = self._waiting, []
+        for name in dict.fromkeys(itertools.chain.from_iterable(new)):
+            if name not in self.shared and name not in self._columns:
+                self._columns[name] = _Column(self._number - len(new))
+        for name, column in self._columns.items() if new else ():
+            column.extend([row.get(name, ABSENT) for row in new])
+        return self._columns
+
+    def distinct(self, field: str) -> set[Any]:
+        """The different values of a field in the rows that have it."""
+        return {value for value in self._settled().get(field, ()) if value is not ABSENT}
+
+    def knows(self, field: str) -> bool:
+        """Say whether there are rows and all have the field."""
+        columns = self._settled()
+        return field in columns and columns[field].is_complete()
+
+    def column(self, field: str) -> np.ndarray:
+        """The values of a field, [n] or [n, width]."""
+        return self._settled()[field].as_array() if self._number else np.empty(0)
+
+
+def know(rows: Sequence[Row], field: str) -> bool:
+    """Say whether there are rows and all have the field."""
+    if isinstance(rows, Table):
+        return rows.knows(field)
+    return len(rows) > 0 and all(field in row for row in rows)
+
+
+def values(rows: Sequence[Row], field: str) -> np.ndarray:
+    """The values of a field that all rows have, [n] or [n, width]."""
+    if isinstance(rows, Table):
+        return rows.column(field)
+    return np.asarray([row[field] for row in rows])
+
+
 class Records:
     """The rows of one evaluation folder; process `host` appends to its own file."""
 
     def __init__(self, folder: Path, host: int = 0) -> None:
         self.path = folder / (f"rows-{host}.jsonl" if host else "rows.jsonl")
-        self.rows: dict[Key, Row] = {}
+        self._tables: dict[tuple, Table] = {}
         for path in sorted(folder.glob("rows*.jsonl")):
             self._read(path)
 
@@ -78,11 +232,34 @@ class Records:
             if row.pop(CHECKSUM, None) is None:
                 older += 1
             else:
-                self.rows[key_of(row)] = row
+                self._table_of(row).add(row)
         if older:
             _say_older(path, older)
         if path == self.path:
             _cut_half_a_line(path)
+
+    def _table_of(self, row: Row) -> Table:
+        key = tuple(row[field] for field in GROUP)
+        if key not in self._tables:
+            self._tables[key] = Table(dict(zip(GROUP, key, strict=True)))
+        return self._tables[key]
+
+    def table(self, shared: Row) -> Table:
+        """The rows with these values of the shared fields; an empty table where there are none."""
+        return self._table_of(shared)
+
+    def tables(self, **shared: Any) -> list[Table]:
+        """All tables whose shared fields have these values, in the order of their first rows."""
+        return [
+            table
+            for table in self._tables.values()
+            if len(table) and all(table[name] == value for name, value in shared.items())
+        ]
+
+    @property
+    def rows(self) -> dict[Key, Row]:
+        """Every row by its key, as dictionaries: for few rows."""
+        return {key_of(row): row for table in self._tables.values() for row in table}
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
         """Write new rows to disk; rows that are already there are left as they are.
@@ -90,30 +267,40 @@ class Records:
         Returns:
             The rows that are new.
         """
-        new = {key_of(row): row for row in rows}
-        new = {key: row for key, row in new.items() if key not in self.rows}
-        for key, row in new.items():
+        new = self.missing({key_of(row): row for row in rows}.values())
+        for row in new:
             if not math.isfinite(row["value"]):
-                raise ValueError(f"row {key} of {self.path}: value={row['value']} is not finite")
+                raise ValueError(
+                    f"row {key_of(row)} of {self.path}: value={row['value']} is not finite"
+                )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(with_checksum(row)) + "\n" for row in new.values())
+        with self.path.open("ab") as file:
+            file.writelines(map(_line, new))
             file.flush()
             os.fsync(file.fileno())
-        self.rows |= new
-        return list(new.values())
+        for row in new:
+            self._table_of(row).add(row)
+        return new
 
     def missing(self, rows: Iterable[Row]) -> list[Row]:
         """Those rows, given by their key fields, that are not there yet."""
-        return [row for row in rows if key_of(row) not in self.rows]
-
-    def select(self, **fields: Any) -> list[Row]:
-        """Rows in which every given field has the given value."""
-        return [r for r in self.rows.values() if all(r[k] == v for k, v in fields.items())]
+        return [row for row in rows if not self._table_of(row).has(row["index"], row["repeat"])]
 
 
-def _is_row(row: Row) -> bool:
-    return is_older(row) or is_intact(row)
+def _is_row(row: Row, line: bytes) -> bool:
+    return _is_intact_line(line) or is_older(row) or is_intact(row)
+
+
+def _line(row: Row) -> bytes:
+    """The line of a row, with the CRC-32 of its text without checksum."""
+    text = json.dumps(_without_checksum(row)).encode()
+    return b'%b, "%b": "%08x"}\n' % (text[:-1], CHECKSUM.encode(), zlib.crc32(text))
+
+
+def _is_intact_line(line: bytes) -> bool:
+    """Say whether a line is as it was written: without reading its text anew."""
+    text, _, checksum = line.rpartition(b', "%b": "' % CHECKSUM.encode())
+    return checksum == b'%08x"}\n' % zlib.crc32(text + b"}")
 
 
 def with_checksum(row: Row) -> Row:
@@ -163,39 +350,48 @@ def key_of(row: Row) -> Key:
     return tuple(row[field] for field in KEY)
 
 
-def by(rows: Iterable[Row], *fields: str) -> dict[Any, list[Row]]:
-    """Rows in groups of equal fields; the key is the value of one field, or a tuple of several."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        key = tuple(row[field] for field in fields)
-        groups.setdefault(key if len(fields) > 1 else key[0], []).append(row)
-    return groups
-
-
-def example_means(rows: Iterable[Row], field: str = "value") -> dict[int, float]:
+def example_means(rows: Sequence[Row], field: str = "value") -> dict[int, float]:
     """The mean over repeats of every example, by its index."""
-    by_example: dict[int, list[float]] = {}
-    for row in rows:
-        by_example.setdefault(row["index"], []).append(row[field])
-    return {index: sum(v) / len(v) for index, v in by_example.items()}
+    examples, _, means = _by_example(values(rows, "index"), values(rows, field))
+    return dict(zip(examples.tolist(), means.tolist(), strict=True))
 
 
-def largest_share(rows: list[Row]) -> float:
+def _by_example(index: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(examples, number of the repeats, means over them [n, ...]), in order of the examples.
+
+    They depend on the values, not on the order in which these came.
+    """
+    order = np.lexsort((np.reshape(found, (len(found), -1))[:, 0], index))
+    examples, first, number = np.unique(index[order], return_index=True, return_counts=True)
+    sums = np.add.reduceat(found[order].astype(np.float64), first, axis=0)
+    return examples, number, sums / np.reshape(number, (-1, *[1] * (found.ndim - 1)))
+
+
+def largest_share(rows: Sequence[Row]) -> float:
     """The largest draw of a bound over Σ|value| of its rows; 0 where rows do not tell."""
-    total = math.fsum(abs(row["value"]) for row in rows)
-    return max((row.get("largest", 0.0) for row in rows), default=0.0) / total if total else 0.0
+    total = float(np.abs(values(rows, "value")).sum()) if know(rows, "largest") else 0.0
+    return float(values(rows, "largest").max()) / total if total else 0.0
 
 
-def summarize(rows: list[Row], field: str = "value") -> Summary:
+def summarize(rows: Sequence[Row], field: str = "value") -> Summary:
     """Mean ± s.e. over examples; the repeats of an example are averaged first.
 
     The examples are the independent draws: repeats share their image, so they do not count as n.
     """
-    values = list(example_means(rows, field).values())
-    n = len(values)
-    if n == 0:
+    if not len(rows):
         raise ValueError("no rows to summarize")
-    mean = math.fsum(values) / n
-    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else math.nan
-    repeats = min(Counter(row["index"] for row in rows).values())
-    return Summary(mean, math.sqrt(variance / n), n, repeats)
+    return summarize_values(values(rows, "index"), values(rows, field))
+
+
+def summarize_values(index: np.ndarray, found: np.ndarray) -> Summary:
+    """The same of values [n], or of each column of values [n, width], and of their examples [n].
+
+    Of columns, mean and standard error are arrays [width].
+    """
+    examples, number, means = _by_example(index, found)
+    n, mean = len(examples), means.mean(axis=0)
+    square = ((means - mean) ** 2).sum(axis=0)
+    error = np.sqrt(square / (n - 1) / n) if n > 1 else np.full_like(mean, np.nan)
+    if found.ndim == 1:
+        mean, error = float(mean), float(error)
+    return Summary(mean, error, n, int(number.min()))

@@ -28,6 +28,7 @@ from toy_data import Law
 Batch = dict[str, np.ndarray]
 Examples = Callable[[np.ndarray], np.ndarray]  # ids [b] → examples [b, *shape]
 Pipeline = Callable[[Iterator["Chosen"]], Iterator[np.ndarray]]  # batches of ids → of examples
+Wanted = Callable[[np.ndarray], bool]  # of the ids of the examples of a batch
 Shape = tuple[int, ...]
 Source = str | tuple[Path, ...]  # a description, or files
 T = TypeVar("T")
@@ -142,10 +143,16 @@ class Finite:
         choose = partial(self.shuffled, seed=seed, batch_size=batch_size, part=part)
         return self._batches(map(choose, itertools.count(first_step)))
 
-    def ordered_batches(self, *, batch_size: int, part: slice) -> Iterator[Batch]:
-        """Rows `part` of all batches in order; past the end the last example, masked, index −1."""
+    def ordered_batches(
+        self, *, batch_size: int, part: slice, wanted: Wanted | None = None
+    ) -> Iterator[Batch]:
+        """Rows `part` of all batches in order; past the end the last example, masked, index −1.
+
+        A batch is not read where `wanted` is false of the examples of its rows.
+        """
         first = range(0, self.size, batch_size)
-        return self._batches(self._in_order(n + _rows(batch_size, part)) for n in first)
+        batches = (self._in_order(n + _rows(batch_size, part)) for n in first)
+        return self._batches(b for b in batches if wanted is None or wanted(b.ids[b.mask]))
 
     def shuffled(self, step: int, *, seed: int, batch_size: int, part: slice) -> Chosen:
         """The examples of batch `step` of the shuffled stream."""
@@ -343,9 +350,21 @@ class Dataset:
         )
         return ahead(batches)
 
-    def eval_batches(self, split: str, *, batch_size: int, host: Host = Host()) -> Iterator[Batch]:
-        """This host's rows of the split, once, in order, unaugmented; ValueError if endless."""
+    def eval_batches(
+        self, split: str, *, batch_size: int, host: Host = Host(), wanted: Wanted | None = None
+    ) -> Iterator[Batch]:
+        """This host's rows of the split, once, in order, unaugmented.
+
+        Args:
+            split: its name.
+            batch_size: over all hosts.
+            host: this one.
+            wanted: whether a batch with these examples is read at all; None: all are.
+
+        Raises:
+            ValueError: the split is endless, or the hosts cannot share a batch.
+        """
         data, part = self._split(split), host.part(batch_size)
         if not isinstance(data, Finite):
             raise ValueError(f"split={split!r} of {self.name} is endless: set data.num_train > 0")
-        return ahead(data.ordered_batches(batch_size=batch_size, part=part))
+        return ahead(data.ordered_batches(batch_size=batch_size, part=part, wanted=wanted))

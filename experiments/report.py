@@ -15,9 +15,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 import json_files
 from checks import require
-from records import Records, Row, Summary, example_means, summarize
+from records import Records, Summary, Table, example_means, summarize_values
 from run_lib import comparison, folder, identities, page, report
 
 logger = logging.getLogger("fokker")
@@ -26,10 +28,10 @@ HEADER = ("run", "network", "parameters", "step", "estimator", "mean ± s.e.", "
           "difference from the first run", "protocol")  # fmt: skip
 
 
-def rows_of(run: Path, result: report.Result) -> list[Row]:
+def rows_of(run: Path, result: report.Result) -> Table:
     """The rows of one line of the table of a run."""
     fields = {name: getattr(result, name) for name in report.GROUP}
-    return Records(run / EVAL).select(**fields)
+    return Records(run / EVAL).table(fields)
 
 
 def difference(run: Path, first: Path, estimator: str) -> Summary | None:
@@ -42,8 +44,9 @@ def difference(run: Path, first: Path, estimator: str) -> Summary | None:
     if data[0] != data[1]:
         return None
     a, b = example_means(rows_of(run, ours)), example_means(rows_of(first, theirs))
-    gaps = [{"index": i, "value": a[i] - b[i]} for i in sorted(a.keys() & b.keys())]
-    return summarize(gaps) if gaps else None
+    both = sorted(a.keys() & b.keys())
+    gaps = np.asarray([a[i] - b[i] for i in both])
+    return summarize_values(np.asarray(both), gaps) if both else None
 
 
 def _last(results: list[report.Result], estimator: str) -> report.Result | None:

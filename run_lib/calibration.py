@@ -8,6 +8,7 @@ A p-value below 0.01 says that the density is not calibrated; a large one does n
 Reference: Talts et al. 2018, https://arxiv.org/abs/1804.06788 (ranks).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scipy.stats import kstest
 
 import json_files
 import plotting
-from records import Records, Row, by, summarize
+from records import Records, Row, summarize_values, values
 from run_lib import folder, identities
 
 FILE = "calibration.json"
@@ -29,15 +30,14 @@ SHOWN = 12  # coordinates in the figure
 
 def write(eval_folder: Path) -> list[dict[str, Any]]:
     """calibration.json and its figures of a folder of rows, if they have ranks; the content."""
-    rows = identities.reported(eval_folder, Records(eval_folder).rows.values())
-    groups = by((row for row in rows if "ranks" in row and row["repeat"] == 0), *GROUP)
+    tables = identities.reported(eval_folder, Records(eval_folder).tables())
+    tables.sort(key=lambda table: [table[name] for name in GROUP])
     found = []
-    for group in sorted(groups):
-        levels, ranks = places(groups[group])
-        plotting.save_calibration(
-            eval_folder / f"calibration_{group[0]}.png", levels, ranks[:, :SHOWN]
-        )
-        found.append(summary(groups[group]))
+    for table in (table for table in tables if table.knows("ranks")):
+        _, levels, ranks = places(table)
+        path = eval_folder / f"calibration_{table['step']}.png"
+        plotting.save_calibration(path, levels, ranks[:, :SHOWN])
+        found.append(summary(table))
     if found or (eval_folder / FILE).exists():
         folder.write_json(eval_folder / FILE, found)
     return found
@@ -49,20 +49,18 @@ def read(eval_folder: Path) -> list[dict[str, Any]]:
     return json_files.read(path) if path.exists() else []
 
 
-def places(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """(levels [n], ranks [n, d]), all in [0, 1]."""
-    ranks = np.asarray([row["ranks"] for row in rows]).reshape(len(rows), -1)
-    return np.asarray([row["value"] for row in rows]), ranks
+def places(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(examples [n], levels [n], ranks [n, d]) of the first repeat, levels and ranks in [0, 1]."""
+    once = values(rows, "repeat") == 0
+    examples, levels = values(rows, "index")[once], values(rows, "value")[once]
+    return examples, levels, values(rows, "ranks")[once].reshape(len(levels), -1)
 
 
-def summary(rows: list[Row]) -> dict[str, Any]:
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """All figures of the rows of one estimator, by name."""
-    levels, ranks = places(rows)
+    examples, levels, ranks = places(rows)
     each = [float(kstest(column, "uniform").pvalue) for column in ranks.T]
-    within = [
-        summarize([row | {"value": float(row["value"] <= share)} for row in rows])
-        for share in COVERAGES
-    ]
+    within = [summarize_values(examples, levels <= share) for share in COVERAGES]
     return {name: rows[0][name] for name in GROUP} | {
         "level_p_value": float(kstest(levels, "uniform").pvalue),
         "coverages": list(COVERAGES),
@@ -70,7 +68,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         "covered_standard_error": [found.standard_error for found in within],
         "ranks_p_value": min(1.0, min(each) * len(each)),
         "ranks_p_values": each,
-        "n": len(rows),
+        "n": len(levels),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import json_files
-from records import Records, Row, by, summarize
+from records import Records, Row, summarize, summarize_values, values
 from run_lib import folder, identities
 
 FILE = "classification.json"
@@ -28,9 +28,9 @@ BINS = 15
 
 def write(eval_folder: Path) -> list[dict[str, Any]]:
     """classification.json of a folder of rows, if they have classes; returns its content."""
-    rows = identities.reported(eval_folder, Records(eval_folder).rows.values())
-    groups = by((row for row in rows if "log_posterior" in row), *GROUP)
-    found = [summary(groups[group]) for group in sorted(groups)]
+    tables = identities.reported(eval_folder, Records(eval_folder).tables())
+    tables.sort(key=lambda table: [table[name] for name in GROUP])
+    found = [summary(table) for table in tables if table.knows("log_posterior")]
     if found or (eval_folder / FILE).exists():
         folder.write_json(eval_folder / FILE, found)
     return found
@@ -42,14 +42,12 @@ def read(eval_folder: Path) -> list[dict[str, Any]]:
     return json_files.read(path) if path.exists() else []
 
 
-def summary(rows: list[Row]) -> dict[str, Any]:
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """All figures of the rows of one estimator, by name; `confusion` [true][predicted]."""
-    truth = np.asarray([row["class"] for row in rows])
-    log_posterior = np.asarray([row["log_posterior"] for row in rows])
+    truth, log_posterior = values(rows, "class"), values(rows, "log_posterior")
     chosen = log_posterior.argmax(axis=1)
     right = chosen == truth
-    hits = [row | {"value": float(hit)} for row, hit in zip(rows, right, strict=True)]
-    accuracy, log_loss = summarize(hits), summarize(rows)
+    accuracy, log_loss = summarize_values(values(rows, "index"), right), summarize(rows)
     number = log_posterior.shape[1]
     confusion = np.bincount(truth * number + chosen, minlength=number**2).reshape(number, number)
     return {name: rows[0][name] for name in GROUP} | {

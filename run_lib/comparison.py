@@ -4,9 +4,12 @@ A model loses where the mean over examples of (its value − that of the baselin
 standard errors above zero.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from records import Row, Summary, example_means, summarize
+import numpy as np
+
+from records import Row, Summary, example_means, summarize_values
 
 # What may lose; neither the loss, nor a divergence, nor the bound of noised data compares.
 MODELS = {
@@ -74,7 +77,7 @@ class Defeat(NamedTuple):
         )
 
 
-def defeats(model: list[Row], others: list[list[Row]]) -> list[Defeat]:
+def defeats(model: Sequence[Row], others: Iterable[Sequence[Row]]) -> list[Defeat]:
     """The baselines that beat a model.
 
     Args:
@@ -95,16 +98,15 @@ def defeats(model: list[Row], others: list[list[Row]]) -> list[Defeat]:
     return [d for d in found if d.difference.mean > ERRORS * d.difference.standard_error]
 
 
-def _compared(model: list[Row], baseline: list[Row], both: set[int]) -> Defeat:
-    ours, theirs = example_means(model), example_means(baseline)
-    rows = [{"index": i, "ours": ours[i], "theirs": theirs[i]} for i in both]
-    gap = summarize([row | {"value": row["ours"] - row["theirs"]} for row in rows])
+def _compared(model: Sequence[Row], baseline: Sequence[Row], both: set[int]) -> Defeat:
+    means = [example_means(model), example_means(baseline)]
+    ours, theirs = (np.asarray([mean[i] for i in sorted(both)]) for mean in means)
     first, other = model[0], baseline[0]
     return Defeat(
         *(first[field] for field in ("estimator", "protocol", "step", "split", "unit")),
-        summarize(rows, "ours").mean,
+        float(ours.mean()),
         other["estimator"],
         other["protocol"],
-        summarize(rows, "theirs").mean,
-        gap,
+        float(theirs.mean()),
+        summarize_values(np.arange(len(both)), ours - theirs),
     )

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import plotting
-from records import Records, Row, Running, by, summarize
+from records import Records, Row, Running, Table, example_means, values
 from run_lib import (
     calibration,
     classification,
@@ -37,7 +37,7 @@ from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
 from run_lib.identities import Figure
 from run_lib.trainer import Progress
-from streams import Batch
+from streams import Batch, Wanted
 
 logger = logging.getLogger("fokker")
 EXTREMES = 8
@@ -65,6 +65,34 @@ class Checkpoint:
         }
 
 
+class Program:
+    """The compiled function of an estimator, for all checkpoints and all batches."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self.estimator = estimator
+        self._mapped = devices.map_over_devices(
+            estimator.function, in_axes=(None, None, 0), out_axes=0
+        )
+        self._is_compiled = False
+
+    def __call__(
+        self, progress: Progress, params: Any, key: jax.Array, batch: Batch
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """(seconds without compilation, results of the real examples) of a batch."""
+        split = devices.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
+        if not self._is_compiled:
+            with progress.compiling(self.estimator.name):
+                self._mapped.lower(params, key, split).compile()
+            self._is_compiled = True
+        started = time.monotonic()
+        results = devices.join(self._mapped(params, key, split))
+        seconds = time.monotonic() - started
+        return seconds, {name: values[batch["mask"]] for name, values in results.items()}
+
+
+Programs = dict[tuple[str, str], Program]  # by name and protocol of the estimator
+
+
 def evaluate(
     experiment: Experiment,
     workdir: str | Path,
@@ -82,6 +110,7 @@ def evaluate(
     workdir = Path(workdir)
     folder.results_folder(workdir, eval_folder, deq_folder)
     trivial: list[Estimator] = []  # the same for all checkpoints, so that each is fitted once
+    programs: Programs = {}
     for step, params, target in loading.checkpoints_of(experiment, workdir, eval_folder):
         scorer = quality.scorer(experiment, target, step)  # its errors come first
         found, name = Parameters(params), ""
@@ -95,7 +124,7 @@ def evaluate(
             step, found, target, model, identities.of_baselines(experiment, step)
         )
         identities.declare(target, [checkpoint.model, checkpoint.baselines])
-        evaluate_checkpoint(experiment, checkpoint, table)
+        evaluate_checkpoint(experiment, checkpoint, table, programs)
         if experiment.settings.eval.enable_sampling:
             quality.sample(experiment, params, model, target, scorer)
     devices.wait_for_all(f"rows {eval_folder}")
@@ -149,16 +178,19 @@ def _tell(workdir: Path, eval_folder: str) -> list[report.Result]:
 
 
 def evaluate_checkpoint(
-    experiment: Experiment, checkpoint: Checkpoint, table: list[Estimator]
+    experiment: Experiment, checkpoint: Checkpoint, table: list[Estimator], programs: Programs
 ) -> None:
-    """All rows of one checkpoint."""
+    """All rows of one checkpoint; `programs` holds those of checkpoints before."""
     target, step = checkpoint.target, checkpoint.step
     records = Records(target, devices.host().index)
     if devices.is_first():
         _write_protocols(target, table)
     for estimator in table:
-        fill = fill_rows if estimator.difference_of is None else fill_differences
-        fill(experiment, checkpoint, estimator, records)
+        if estimator.difference_of is not None:
+            fill_differences(experiment, checkpoint, estimator, records)
+            continue
+        program = programs.setdefault((estimator.name, estimator.protocol), Program(estimator))
+        fill_rows(experiment, checkpoint, program, records)
     devices.wait_for_all(f"rows of {step}")
     if devices.is_first():
         figures.save_parts(target, step, table)
@@ -176,8 +208,7 @@ def _write_protocols(target: Path, table: list[Estimator]) -> None:
 def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator) -> None:
     """extremes_<step>.png: the examples that are likeliest and least likely per dimension."""
     dataset, split = experiment.dataset, experiment.settings.eval.dataset
-    rows = Records(checkpoint.target).select(**checkpoint.key_of(estimator))
-    means = {index: summarize(group).mean for index, group in by(rows, "index").items()}
+    means = example_means(Records(checkpoint.target).table(checkpoint.key_of(estimator)))
     order = sorted(means, key=means.get)
     if len(order) < 2 * EXTREMES:
         return
@@ -190,10 +221,13 @@ def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Es
 
 
 def fill_rows(
-    experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator, records: Records
+    experiment: Experiment, checkpoint: Checkpoint, program: "Program", records: Records
 ) -> None:
-    """Compute the rows that are missing, batch by batch, each batch saved as it comes."""
-    config, commit = experiment.settings.eval, folder.git_commit()
+    """Compute the rows that are missing, batch by batch, each batch saved as it comes.
+
+    A batch of which no row is missing is not read.
+    """
+    config, commit, estimator = experiment.settings.eval, folder.git_commit(), program.estimator
     shared = checkpoint.key_of(estimator)
 
     @functools.cache
@@ -201,37 +235,42 @@ def fill_rows(
         return checkpoint.params if estimator.fit is None else devices.replicate(estimator.fit())
 
     mine = _of_this_process(config.batch_size, _number(experiment))
-
-    there = Running()
-    for row in records.select(**shared):
-        if row["index"] in mine and row["repeat"] < config.num_repeats:
-            there.add(row["index"], row["value"])
-    batches = functools.partial(
-        evaluation_batches,
-        experiment,
-        batch_size=config.batch_size,
-        num_examples=config.num_examples,
-    )
+    table, there = records.table(shared), Running()
+    for index, repeat, value in _places(table):
+        if index in mine and repeat < config.num_repeats:
+            there.add(index, value)
     progress = Progress(there.rows, config.num_repeats * len(mine), "example")
-    timed = _timed(estimator, progress)
     for repeat in range(config.num_repeats):
         key = jax.random.fold_in(experiment.keys[estimator.key], repeat)
-        for batch in batches():
-            ids = batch["index"][batch["mask"]]
-            rows = [shared | {"index": int(index), "repeat": repeat} for index in ids]
-            if not records.missing(rows):
-                continue
-            seconds, results = timed(parameters(), key, batch)
-            check_converged(estimator, rows, results.pop("converged"))
-            more = {"unit": estimator.unit, "seconds": seconds / len(rows), "commit": commit}
+        batches = evaluation_batches(
+            experiment,
+            batch_size=config.batch_size,
+            num_examples=config.num_examples,
+            wanted=functools.partial(table.lacks, repeat=repeat),
+        )
+        for batch in batches:
+            ids = batch["index"][batch["mask"]].tolist()
+            seconds, results = program(progress, parameters(), key, batch)
+            check_converged(estimator, ids, results.pop("converged"))
+            more = {"unit": estimator.unit, "seconds": seconds / len(ids), "commit": commit}
+            columns = {name: values.tolist() for name, values in results.items()}
             rows = [
-                row | {name: values[i].tolist() for name, values in results.items()} | more
-                for i, row in enumerate(rows)
+                shared
+                | {"index": index, "repeat": repeat}
+                | {name: column[i] for name, column in columns.items()}
+                | more
+                for i, index in enumerate(ids)
             ]
             for row in records.append(rows):
                 there.add(row["index"], row["value"])
             progress.update(there.rows, there.so_far(estimator.name))
     progress.close()
+
+
+def _places(table: Table) -> Iterator[tuple[int, int, float]]:
+    """(example, repeat, value) of every row."""
+    columns = (values(table, name).tolist() for name in ("index", "repeat", "value"))
+    return zip(*columns, strict=True)
 
 
 def fill_differences(
@@ -240,7 +279,7 @@ def fill_differences(
     """The rows of a difference, from those of this process that both of its estimators have."""
     mine = _of_this_process(experiment.settings.eval.batch_size, _number(experiment))
     first, second = (
-        {(row["index"], row["repeat"]): row for row in records.select(**checkpoint.key_of(one))}
+        {(index, repeat): v for index, repeat, v in _places(records.table(checkpoint.key_of(one)))}
         for one in estimator.difference_of
     )
     more = {"unit": estimator.unit, "nfe": 0, "seconds": 0.0, "commit": folder.git_commit()}
@@ -248,36 +287,16 @@ def fill_differences(
     records.append(
         shared
         | {"index": index, "repeat": repeat}
-        | {"value": estimator.factor * (row["value"] - second[index, repeat]["value"])}
+        | {"value": estimator.factor * (value - second[index, repeat])}
         | more
-        for (index, repeat), row in first.items()
+        for (index, repeat), value in first.items()
         if index in mine and (index, repeat) in second
     )
 
 
-def _timed(
-    estimator: Estimator, progress: Progress
-) -> Callable[..., tuple[float, dict[str, np.ndarray]]]:
-    """(seconds without compilation, results of the real examples) of a batch."""
-    mapped = devices.map_over_devices(estimator.function, in_axes=(None, None, 0), out_axes=0)
-    compiled = []
-
-    def call(params: Any, key: jax.Array, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-        split = devices.split(batch | {"noise_id": np.maximum(batch["index"], 0)})
-        if not compiled:
-            with progress.compiling(estimator.name):
-                compiled.append(mapped.lower(params, key, split).compile())
-        started = time.monotonic()
-        results = devices.join(mapped(params, key, split))
-        seconds = time.monotonic() - started
-        return seconds, {name: values[batch["mask"]] for name, values in results.items()}
-
-    return call
-
-
-def check_converged(estimator: Estimator, rows: list[Row], converged: np.ndarray) -> None:
+def check_converged(estimator: Estimator, ids: list[int], converged: np.ndarray) -> None:
     """An example without a value stops the evaluation; the rows before it are kept."""
-    failed = [row["index"] for row, ok in zip(rows, converged, strict=True) if not ok]
+    failed = [index for index, ok in zip(ids, converged, strict=True) if not ok]
     if failed:
         raise FloatingPointError(
             f"{estimator.name} ({estimator.protocol}): no value for examples {failed[:10]} of "
@@ -302,15 +321,19 @@ def _of_this_process(batch_size: int, number: int) -> set[int]:
 
 
 def evaluation_batches(
-    experiment: Experiment, *, batch_size: int, num_examples: int
+    experiment: Experiment, *, batch_size: int, num_examples: int, wanted: Wanted = np.size
 ) -> Iterator[Batch]:
-    """The split `eval.dataset` in order, cut to its first examples; all of them for 0."""
+    """The split `eval.dataset` in order, cut to its first examples; all of them for 0.
+
+    A batch is not read where `wanted` is false of those of its examples that count.
+    """
     batches = experiment.dataset.eval_batches(
-        experiment.settings.eval.dataset, batch_size=batch_size, host=devices.host()
+        experiment.settings.eval.dataset,
+        batch_size=batch_size,
+        host=devices.host(),
+        wanted=lambda ids: wanted(ids[ids < num_examples] if num_examples else ids),
     )
     for batch in batches:
         if num_examples:
             batch = batch | {"mask": batch["mask"] & (batch["index"] < num_examples)}
-        if not batch["mask"].any():
-            return
         yield batch

@@ -8,9 +8,8 @@ depends on the rows only, in whatever order they were computed; `bits_<step>.png
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import plotting
 from diagnostics import ode_score
 from likelihood import Divergence, ode_log_likelihood
 from operators import fold_in_each, standard_normal
-from records import Records, Row, by, example_means, key_of, summarize
+from records import Records, Row, Table, example_means, summarize, summarize_values, values
 from run_lib import comparison, devices, folder, identities
 from run_lib.estimators import Estimator
 from run_lib.experiment import Experiment
@@ -176,8 +175,8 @@ def save_parts(target: Path, step: int, table: list[Estimator]) -> None:
     path = target / f"bits_{step}.json"
     before = {(parts["estimator"], parts["protocol"]): parts["edges"] for parts in _parts_in(path)}
     edges = before | {(e.name, e.protocol): list(e.edges) for e in table if e.edges}
-    rows = identities.reported(target, Records(target).select(step=step))
-    if found := all_parts(rows, edges):
+    tables = identities.reported(target, Records(target).tables(step=step))
+    if found := all_parts(tables, edges):
         folder.write_json(path, found)
         plotting.save_bits(path.with_suffix(".png"), list(map(_drawn, found)))
 
@@ -186,30 +185,33 @@ def _parts_in(path: Path) -> list[Parts]:
     return json_files.read(path) if path.exists() else []
 
 
-def all_parts(rows: list[Row], edges: dict[tuple[str, str], list[float]]) -> list[Parts]:
+def all_parts(tables: Iterable[Table], edges: dict[tuple[str, str], list[float]]) -> list[Parts]:
     """The parts of every estimator, protocol and split whose edges are known, in order of names.
 
     Args:
-        rows: of one step; those without bins, or with another number of them, do not count.
+        tables: of one step; rows without bins, or with another number of them, do not count.
         edges: log(σ/α) at the ends of the bins, by (estimator, protocol).
     """
-    groups = by(sorted(rows, key=key_of), "estimator", "protocol", "split")
-    found = []
-    for estimator, protocol, split in sorted(groups):
-        ends = edges.get((estimator, protocol), [])
-        group = groups[estimator, protocol, split]
-        binned = [row for row in group if 0 < len(row.get("bins", ())) == len(ends) - 1]
-        if binned:
-            histogram = _histogram(binned, rows)
+    found, names = [], ("estimator", "protocol", "split")
+    for table in sorted(tables, key=lambda table: [table[name] for name in names]):
+        ends = edges.get((table["estimator"], table["protocol"]), [])
+        if len(binned := _binned(table, len(ends) - 1)):
+            histogram = _histogram(binned, tables)
             found.append(_parts(binned) | {"edges": ends, HISTOGRAM: histogram})
     return found
 
 
-def _parts(rows: list[Row]) -> Parts:
-    first, value = rows[0], summarize(rows)
-    terms = [[row["decoder"], *row["bins"], row["prior"]] for row in rows]
-    sums = [list(itertools.accumulate(row)) for row in terms]
-    mean, error = _summaries(rows, terms)
+def _binned(table: Table, number: int) -> Sequence[Row]:
+    """The rows of a table with so many bins."""
+    if table.knows("bins") and table.column("bins").ndim == 2:
+        return table if table.column("bins").shape[1] == number else []
+    return [row for row in table if 0 < len(row.get("bins", ())) == number]
+
+
+def _parts(rows: Sequence[Row]) -> Parts:
+    first, value, index = rows[0], summarize(rows), values(rows, "index")
+    terms = np.column_stack([values(rows, name) for name in ("decoder", "bins", "prior")])
+    mean, error = _summaries(index, terms)
     names = ("estimator", "protocol", "split", "step", "unit")
     return {name: first[name] for name in names} | {
         "n": value.examples,
@@ -217,7 +219,7 @@ def _parts(rows: list[Row]) -> Parts:
         "decoder": _named(mean[0], error[0]),
         "bins": _named(mean[1:-1], error[1:-1]),
         "prior": _named(mean[-1], error[-1]),
-        "cumulative": _named(*_summaries(rows, sums)),
+        "cumulative": _named(*_summaries(index, np.cumsum(terms, axis=1))),
     }
 
 
@@ -225,34 +227,29 @@ def _named(mean: float | list[float], error: float | list[float]) -> dict[str, A
     return {"mean": mean, "standard_error": error}
 
 
-def _summaries(rows: list[Row], values: list[list[float]]) -> tuple[list[float], list[float]]:
+def _summaries(index: np.ndarray, columns: np.ndarray) -> tuple[list[float], list[float]]:
     """Means and standard errors over examples, of n values for each row."""
-    found = [
-        summarize([row | {"value": v} for row, v in zip(rows, column, strict=True)])
-        for column in zip(*values, strict=True)
-    ]
-    return [s.mean for s in found], [s.standard_error for s in found]
+    found = summarize_values(index, columns)
+    return found.mean.tolist(), found.standard_error.tolist()
 
 
-def _histogram(rows: list[Row], others: Iterable[Row]) -> float | None:
+def _histogram(rows: Sequence[Row], tables: Iterable[Table]) -> float | None:
     """The mean of the independent histogram over the examples of a bound; None without it.
 
     The best one where there are several; none beside the bound of noised data, which is no bound
     of the same thing.
     """
-    first, examples = rows[0], {row["index"] for row in rows}
+    first, examples = rows[0], np.unique(values(rows, "index")).tolist()
     if first["estimator"] not in comparison.MODELS:
         return None
     alike = [
-        row
-        for row in others
-        if row["estimator"] == HISTOGRAM
-        and all(row[name] == first[name] for name in ("split", "unit"))
-        and row["index"] in examples
+        example_means(table)
+        for table in tables
+        if table["estimator"] == HISTOGRAM
+        and (table["split"], table[0]["unit"]) == (first["split"], first["unit"])
     ]
-    groups = by(alike, "protocol").values()
-    whole = [group for group in groups if example_means(group).keys() == examples]
-    return min((summarize(group).mean for group in whole), default=None)
+    whole = [means for means in alike if means.keys() >= set(examples)]
+    return min((float(np.mean([means[i] for i in examples])) for means in whole), default=None)
 
 
 def _drawn(parts: Parts) -> plotting.Bits:

@@ -83,7 +83,7 @@ def _cut_after(path: Path, step: int) -> None:
     folder.replace_file(path, (json.dumps(row) + "\n" for row in rows))
 
 
-def _is_metrics(row: dict[str, Any]) -> bool:
+def _is_metrics(row: dict[str, Any], _: bytes) -> bool:
     """Say whether a row has a step, a split, and nothing but numbers beside them."""
     values = (value for name, value in row.items() if name != "split")
     known = is_count(row.get("step")) and row.get("split") in ("train", "held_out")

@@ -30,6 +30,9 @@ EXPLAINED = {
     "bound at t_min": "the same bound of the noised data",
     "discrete bound": "the bound of grey levels, without dequantisation",
     "-ELBO": "the bound of the plug-in reverse SDE",
+    "law of the data": "−log of the known density of the data; its mean is the entropy, which no "
+    "model beats",
+    "KL(data ‖ ODE)": "what the ODE has above it, paired over the examples: 0 for the true law",
     "uniform, histogram, Gaussian": "trivial models, fitted on the training data",
     "information": "log p(x | c) − log p(x), what the context says of x: higher is more",
 }

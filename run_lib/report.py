@@ -8,7 +8,7 @@ import numpy as np
 
 import json_files
 import npz_files
-from records import Records, Row, Summary, by, largest_share, summarize
+from records import Records, Row, Summary, Table, know, largest_share, summarize, values
 from run_lib import comparison, folder, identities
 
 
@@ -80,14 +80,13 @@ HEAVY = 5.0  # examples that one draw is worth; 0.05 for VP and 64 times, 2 to 5
 
 def summaries(eval_folder: Path) -> list[Result]:
     """One result per group of rows in an evaluation folder; baselines after the models."""
-    rows = identities.reported(eval_folder, Records(eval_folder).rows.values())
-    groups = by(rows, *GROUP)
-    others = [groups[group] for group in sorted(groups, key=_place)]
-    return [_result(rows, comparison.defeats(rows, others)) for rows in others]
+    tables = identities.reported(eval_folder, Records(eval_folder).tables())
+    tables.sort(key=_place)
+    return [_result(table, comparison.defeats(table, tables)) for table in tables]
 
 
-def _place(group: tuple[int, str, str, str, str]) -> tuple:
-    step, split, estimator, protocol, identity = group
+def _place(table: Table) -> tuple:
+    step, split, estimator, protocol, identity = (table[field] for field in GROUP)
     names = list(comparison.BASELINES)
     baseline = names.index(estimator) if estimator in names else -1
     return step, split, baseline, estimator, protocol, identity
@@ -138,22 +137,23 @@ def write_summaries(eval_folder: Path, results: list[Result]) -> None:
     folder.replace_file(eval_folder / "table.md", [text])
 
 
-def _result(rows: list[Row], worse_than: list[comparison.Defeat]) -> Result:
-    group = (rows[0][field] for field in GROUP)
-    nfe = [row["nfe"] for row in rows]
-    seconds = sum(row["seconds"] for row in rows) / len(rows)
-    unit = rows[0]["unit"]
-    commits = sorted({row.get("commit", "unknown") for row in rows})
-    value, mean_nfe = summarize(rows), sum(nfe) / len(nfe)
-    errors = [row["error"] for row in rows if "error" in row]
-    solver_error = sum(errors) / len(errors) if errors else None
+def _result(rows: Table, worse_than: list[comparison.Defeat]) -> Result:
+    nfe = values(rows, "nfe")
     return Result(
-        *group, unit, value, mean_nfe, max(nfe), seconds, commits, solver_error, worse_than,
-        doubts(rows),
-    )  # fmt: skip
+        *(rows[field] for field in GROUP),
+        unit=rows[0]["unit"],
+        value=summarize(rows),
+        nfe=float(nfe.mean()),
+        max_nfe=int(nfe.max()),
+        seconds=float(values(rows, "seconds").mean()),
+        commits=sorted(rows.distinct("commit")) or ["unknown"],
+        solver_error=float(values(rows, "error").mean()) if know(rows, "error") else None,
+        worse_than=worse_than,
+        doubts=doubts(rows),
+    )
 
 
-def doubts(rows: list[Row]) -> list[str]:
+def doubts(rows: Sequence[Row]) -> list[str]:
     """Sentences on a bound whose draws are too few for its tails; none for other estimators.
 
     A draw has the weight of its stratum. Where a stratum is wide, few draws, or none, fall where

@@ -13,7 +13,7 @@ from PIL import Image
 
 import plotting
 import run_lib
-from records import Records
+from records import GROUP, Records, Row, Table
 from restarted import noise_to_signal
 from run_lib import figures, report
 from run_lib import page as page_of
@@ -140,7 +140,7 @@ def test_edges_go_from_the_noise_at_t_min_to_that_at_the_end(run: tuple) -> None
 
 def test_the_histogram_is_that_of_its_rows(run: tuple) -> None:
     config, workdir = run
-    rows = Records(workdir / "eval").select(estimator="histogram", step=10)
+    rows = [r for t in Records(workdir / "eval").tables(estimator="histogram", step=10) for r in t]
     expected = over_examples(rows, [row["value"] for row in rows])[0] if rows else None
     assert (expected is None) == (config.data.dataset == "swissroll")
     for parts in read(workdir / "eval"):
@@ -207,24 +207,33 @@ def test_a_bound_of_few_draws_for_its_tails_is_doubted() -> None:
 EDGES = {("bound", "p"): [-1.0, 0.0, 2.0]}
 
 
+def tables(rows: list[Row]) -> list[Table]:
+    """The rows as an evaluation holds them."""
+    found: dict[tuple, Table] = {}
+    for one in rows:
+        key = tuple(one[field] for field in GROUP)
+        found.setdefault(key, Table(dict(zip(GROUP, key, strict=True)))).add(one)
+    return list(found.values())
+
+
 def test_rows_without_bins_or_with_others_do_not_count() -> None:
     old = {k: v for k, v in row(2).items() if k not in ("bins", "decoder", "prior")}
     rows = [row(0), row(0, 1), row(1), old, row(3, bins=[1.0, 1.0, 3.0])]
-    (parts,) = figures.all_parts(rows, EDGES)
+    (parts,) = figures.all_parts(tables(rows), EDGES)
     assert (parts["n"], parts["repeats"]) == (2, 1)
     assert parts["bins"]["mean"] == [2.0, 3.75]  # of 3.5 and 4
     assert parts["bins"]["standard_error"] == [0.0, 0.25]
     assert parts["cumulative"]["mean"] == [4.0, 6.0, 9.75, 10.75]
     assert parts["cumulative"]["standard_error"] == [0.0, 0.0, 0.25, 0.25]
-    assert figures.all_parts([old], EDGES) == []
-    assert figures.all_parts(rows, {}) == []
+    assert figures.all_parts(tables([old]), EDGES) == []
+    assert figures.all_parts(tables(rows), {}) == []
 
 
 def test_protocols_and_splits_do_not_mix_and_the_histogram_has_the_same_examples() -> None:
     rows = [row(0), row(1), row(0, protocol="q"), row(0, split="train")]
     rows += [row(i, estimator="histogram", value=float(i), bins=[]) for i in range(3)]
     edges = EDGES | {("bound", "q"): [0.0, 1.0, 2.0]}
-    found = figures.all_parts(rows, edges)
+    found = figures.all_parts(tables(rows), edges)
     assert [(p["protocol"], p["split"], p["n"], p["histogram"]) for p in found] == [
         ("p", "test", 2, 0.5), ("p", "train", 1, None), ("q", "test", 1, 0.0),
     ]  # fmt: skip
@@ -235,7 +244,7 @@ def test_figure_draws_cost_per_unit_and_sum(tmp_path: Path, monkeypatch) -> None
     """Bins over widths and the cumulative values, as they are on the axes."""
     kept = []
     monkeypatch.setattr(plotting.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
-    (parts,) = figures.all_parts([row(0), row(1)], EDGES)
+    (parts,) = figures.all_parts(tables([row(0), row(1)]), EDGES)
     plotting.save_bits(tmp_path / "b.png", [figures._drawn(parts)])
     monkeypatch.undo()
     left, right = kept[0].axes

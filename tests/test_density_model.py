@@ -64,7 +64,7 @@ def test_a_saved_model_is_the_same_and_the_command_line_evaluates_it(fitted, tmp
     step = again.step_ // config.training.snapshot_freq
     config.eval.update(begin_ckpt=step, end_ckpt=step, enable_sampling=False, bound=False)
     run_lib.evaluate(Experiment.from_config(config), tmp_path / "copy", "eval")
-    rows = Records(tmp_path / "copy" / "eval").select(estimator="ODE")
+    (rows,) = Records(tmp_path / "copy" / "eval").tables(estimator="ODE")
     values = [row["value"] for row in sorted(rows, key=lambda row: row["index"])]
     assert_allclose(-again.score_samples(held_out), values, rtol=1e-4)
     pickled = pickle.loads(pickle.dumps(fitted))  # also after log_prob has compiled

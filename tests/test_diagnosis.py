@@ -191,10 +191,7 @@ def test_comparison_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads((out / first_name / "seed_2/config.json").read_text())["seed"] == 2
     both = [out / name / "seed_1" for name in (first_name, second_name)]
     report.write(both, tmp_path / "page.html")
-    a, b = (
-        example_means(r for r in Records(run / "eval").rows.values() if r["estimator"] == "ODE")
-        for run in both
-    )
+    a, b = (example_means(Records(run / "eval").tables(estimator="ODE")[0]) for run in both)
     gaps = np.asarray([b[i] - a[i] for i in a])
     page = (tmp_path / "page.html").read_text()
     error = gaps.std(ddof=1) / math.sqrt(len(gaps))

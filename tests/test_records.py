@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records import Records, Running, key_of, summarize, with_checksum
+import records as records_module
+from records import Records, Running, Table, key_of, summarize, with_checksum
 
 VALUES = np.random.default_rng(0).standard_normal((5, 3))  # [examples, repeats]
 
@@ -133,12 +134,13 @@ def test_rows_of_different_settings_never_mix(path, other):
     assert records.missing(others) == others
     records.append(others[:5])
     again = Records(path.parent)
-    assert again.select(**other) == others[:5]
-    mine = {field: row()[field] for field in other}
-    assert again.select(**mine) == grid_of_rows()
-    assert summarize(again.select(**mine)).mean == pytest.approx(VALUES.mean())
+    (theirs,) = again.tables(**other)
+    assert list(theirs) == others[:5]
+    (mine,) = again.tables(**{field: row()[field] for field in other})
+    assert list(mine) == grid_of_rows()
+    assert summarize(mine).mean == pytest.approx(VALUES.mean())
     assert again.missing(others) == others[5:]
-    assert again.select(**other, index=1) == others[1:2]
+    assert len(again.tables()) == 2
 
 
 def test_every_field_of_the_key_identifies(path):
@@ -146,6 +148,55 @@ def test_every_field_of_the_key_identifies(path):
                "index": 1, "repeat": 1, "identity": "0a1c"}  # fmt: skip
     keys = {key_of(row())} | {key_of(row() | {k: v}) for k, v in changed.items()}
     assert len(keys) == 8
+
+
+ANYTHING = st.one_of(
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False),
+    st.text(max_size=3),
+    st.booleans(),
+    st.none(),
+    st.lists(st.floats(allow_nan=False), max_size=3),
+    st.lists(st.integers(), max_size=2),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    fields=st.lists(st.dictionaries(st.sampled_from("abc"), ANYTHING, max_size=3), max_size=12),
+    waiting=st.integers(1, 5),
+)
+def test_columns_give_back_any_rows(fields, waiting):
+    """Of whatever kinds, with fields that come and go; read in between or not."""
+    table, rows = Table({"step": 3}), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records_module, "WAITING", waiting)
+        for number, more in enumerate(fields):
+            rows.append({"step": 3, "index": number, "repeat": 0} | more)
+            table.add(rows[-1])
+            table.add(rows[-1] | {"a": "another row of this place"})
+            if number % 3 == 0:
+                assert table[number] == rows[-1]
+    assert list(table) == rows
+    assert len(table) == len(rows)
+    for name in "abc":
+        there = [row[name] for row in rows if name in row]
+        assert table.knows(name) == (0 < len(there) == len(rows))
+        if table.knows(name) and all(type(value) is float for value in there):
+            assert table.column(name).dtype == np.float64
+            np.testing.assert_array_equal(table.column(name), there)
+
+
+def test_columns_of_lists_are_matrices():
+    table = Table({})
+    for index in range(3):
+        table.add(row(index, bins=[float(index), 2.0]))
+    np.testing.assert_array_equal(table.column("bins"), [[0.0, 2.0], [1.0, 2.0], [2.0, 2.0]])
+    table.add(row(3, bins=[1.0]))
+    assert [one["bins"] for one in table] == [[0.0, 2.0], [1.0, 2.0], [2.0, 2.0], [1.0]]
+    assert table.lacks([0, 4], 0)
+    assert not table.lacks([0, 3], 0)
+    assert table.lacks([0], 1)
 
 
 # A kill at any byte.
