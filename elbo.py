@@ -5,9 +5,9 @@
 
 In the drift parameterisation h = ½‖drift‖² + div(g drift − f). No term is singular at t = 0, so no
 smallest time and no reconstruction is needed: where σ(0) = 0 the bound is that of x itself, for VE
-it is the mean bound of x + σ(0) z. Its variance is the chi-square noise
-of ‖x_t‖² at large g²; the control variate c(t)(‖x_t‖² − α²‖x‖² − σ² d), c = ½ g²/(α² + σ²)²,
-removes it. It is zero on average for any score, so the estimate stays unbiased.
+it is the mean bound of x + σ(0) z. The variance of the estimate comes from the chi-square noise
+of ‖x_t‖² at large g². The control variate c(t)(‖x_t‖² − α²‖x‖² − σ² d), c = ½ g²/(α² + σ²)²,
+removes this noise. It is zero on average for any score, so the estimate stays unbiased.
 Reference: Huang et al. 2021, https://arxiv.org/abs/2106.02808, theorem 4 and appendix C.
 """
 

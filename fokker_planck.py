@@ -9,7 +9,8 @@
 
 v is a probe with E[v vᵀ] = I, for which E[vᵀHv] = div s and E D²s[v, v] = Δs. The forms are equal
 where s is a gradient. ∂t is exact: finite differences in t leave [0, T] and amplify dropout noise.
-A score of other data has residual zero: the equation makes scores consistent, it does not fit data.
+The score of other data has residual zero, too: the equation makes scores consistent, but it
+does not fit them to the data.
 L is ∂t log q_t for the true score: zero on average, not everywhere, so β > 0 is biased.
 Reference: Lai et al. 2023, https://arxiv.org/abs/2210.04296, eq. (7).
 """
@@ -121,7 +122,7 @@ SCALAR_FP = {"True": (False, True), "False": (True, False), "both": (True, True)
 
 @dataclasses.dataclass(frozen=True)
 class FokkerPlanck:
-    """The regulariser: which terms, their weights, how and how often they are estimated.
+    """The regulariser: its terms, their weights, and how and how often they are estimated.
 
     Attributes:
         alpha: of the vector term; 0 leaves it out.

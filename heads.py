@@ -1,4 +1,4 @@
-"""Heads: what the noise itself says of a coordinate is computed, and only the rest is learned.
+"""Heads compute what the noised value of a coordinate says about it; the rest is learned.
 
 The noise of a diffusion is independent per coordinate. So for any law of the data, with y = x_t/α
 and τ = σ/α,
@@ -55,9 +55,9 @@ def cell_terms(
 ) -> tuple[Float[Array, "b *d k"], Float[Array, "b *d k"]]:
     """(log(Φ(m + w/2) − Φ(m − w/2)), τ ∂/∂y of it) of cells of width w τ centred at y + m τ.
 
-    The mass is that of the tail the cell lies in, so that nothing cancels. Cells narrower than
-    w = eps^{1/6} (.07 in float32, .0025 in float64), where the difference would, are taken for
-    Gaussians of the same variance, see `narrow_terms`.
+    The mass is computed from the tail that the cell lies in, so that nothing cancels. For cells
+    narrower than w = eps^{1/6} (.07 in float32, .0025 in float64) the difference would cancel.
+    Gaussians of the same variance take their place, see `narrow_terms`.
     """
     threshold = float(jnp.finfo(m.dtype).eps) ** (1.0 / 6.0)
     is_narrow = w < threshold
@@ -78,11 +78,11 @@ def cell_terms(
 def narrow_terms(
     m: Float[Array, "b *d k"], w: Float[Array, "b *ones"] | float
 ) -> tuple[Float[Array, "b *d k"], Float[Array, "b *d k"]]:
-    """The same of Gaussians in the place of the cells: variance w²/12, that of the cell.
+    """As `cell_terms`, for Gaussians of the variance of the cells, w²/12, in their place.
 
-    The fourth cumulant −w⁴/120 is what is neglected: of the log-mass w⁴/2880 |m⁴ − 6m² + 3|, of its
-    derivative w⁴/720 |m³ − 3m|, which at τ = 2h (w = ½) is 8.7e-5 |m³ − 3m|. With w = 0, points:
-    the logarithms of the densities φ(m).
+    This neglects the fourth cumulant −w⁴/120. The error of the log-mass is w⁴/2880 |m⁴ − 6m² + 3|.
+    That of its derivative is w⁴/720 |m³ − 3m|, at τ = 2h (w = ½) 8.7e-5 |m³ − 3m|. For w = 0 the
+    cells are points, and the first result is the logarithm of the density φ(m).
     """
     variance = 1.0 + w**2 / 12.0
     log_density = -0.5 * (m**2 / variance + jnp.log(variance) + LOG_2PI)
@@ -109,19 +109,19 @@ def _at(rows: Outputs, index: Int[Array, "b *d"]) -> Batched:
 class Levels:
     """A head of L levels at equal distances: the logits of the law that `Cells` and `Atoms` share.
 
-    Up to 29 levels the network gives all logits. Of more it gives `rank` features per coordinate,
-    a and b: with a learned [rank, L] matrix that all coordinates share,
+    Up to 29 levels the network gives all logits. For more levels it gives `rank` features, a and b
+    for each coordinate. With a learned [rank, L] matrix that all coordinates share,
 
         log π_k = prior_k + features · matrix_k + a v_k − ½ b̃ v_k²,
         v_k = (value_k − y)/√(τ² + h²),   b̃ = softplus(b − 3) − softplus(−3)
 
-    so that a narrow law about y needs no large numbers. The matrix starts as the lowest and the
-    highest level by themselves and a discrete cosine transform.
+    so that a narrow law around y needs no large numbers. The first two rows of the matrix start as
+    the lowest and the highest level, the others as a discrete cosine transform.
 
-    The network sees x/√(α² + σ²), of about unit size at every time for every SDE, and what the
-    independent model says, p(level j | x_t,j) ∝ prior × noise: all probabilities up to 29 levels,
-    of more the mean and the probabilities of the lowest and the highest level. There the noise is
-    at least h/8, at which the level is all but known.
+    The network sees x/√(α² + σ²), which has about unit size at every time for every SDE. It also
+    sees the posterior of the independent model, p(level j | x_t,j) ∝ prior × noise: up to 29 levels
+    all probabilities, for more levels the mean and the probabilities of the lowest and the highest
+    level. In this posterior τ is at least h/8, at which the level is almost known.
 
     Attributes:
         levels: L.
@@ -228,9 +228,9 @@ class Levels:
 class Cells(Levels):
     """r_j = Σ_k π_k U[e_k, e_k + h], e_k = low + k h: integers that are dequantised uniformly.
 
-    Exact masses in all cells up to 29 levels. Of more levels: exact masses in a window around y
-    where τ < 2h (cells beyond 7 τ weigh less than e^{−24}), Gaussians of the cells' variance where
-    τ ≥ 2h, see `narrow_terms` for the error.
+    Up to 29 levels the masses of all cells are exact. For more levels they are exact in a window
+    around y where τ < 2h (cells beyond 7 τ weigh less than e^{−24}). Where τ ≥ 2h, Gaussians of the
+    variance of the cells take their place; `narrow_terms` gives the error.
     """
 
     @property
@@ -256,8 +256,8 @@ class Cells(Levels):
     def known_noise(self, x0: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
         """E[z | x_t, the cell of x0] = −σ ∇ log q(x_t | cell), at x = x_t.
 
-        As the target of score matching it has the gradient of z in expectation, with less noise:
-        where in its cell x0 lies is integrated out.
+        As the target of score matching it gives the same expected gradient as z, with less noise,
+        because the place of x0 in its cell is integrated out.
         """
         y, tau = _noise(x, t, sde)
         m, w = self.position(y, tau, self.index(x0)[..., None].astype(y.dtype))

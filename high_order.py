@@ -104,8 +104,8 @@ class HighOrder:
         second_order_weight: of frobenius_weight × frobenius + trace_weight × trace.
         frobenius_weight: of the Frobenius part within order 2; 0 leaves the quadratic form alone,
             the second order of Zheng et al. 2023, https://arxiv.org/abs/2305.03935, eq. (25): with
-            the velocity F, tr A = −α (σ tr ∂F/∂x − α(d − ‖F − F*‖²)). Theirs takes a probe for
-            tr ∂F/∂x alone; by a probe ours is v·Av, with (v·(F − F*))² for ‖F − F*‖².
+            the velocity F, tr A = −α (σ tr ∂F/∂x − α(d − ‖F − F*‖²)). They use a probe only for
+            tr ∂F/∂x. Here a probe gives v·Av, which has (v·(F − F*))² in place of ‖F − F*‖².
         trace_weight: of the trace part within order 2.
         third_order_weight: of the third part.
         third_order_form: of the third part by probes, "gradient" ∇ₓ(vᵀHv), or "directional"

@@ -184,7 +184,7 @@ class Bound(NamedTuple):
 
     @property
     def largest(self) -> PerExample:
-        """The largest part of one draw: much of a mean over examples where tails are heavy."""
+        """The largest part of one draw. If tails are heavy, it dominates a mean over examples."""
         return jnp.max(jnp.abs(self.strata), axis=0)
 
     @property
@@ -217,7 +217,7 @@ def variational_bound(
         proposal: law of the times; its t_min is the smallest time of the integral.
         num_times: draws of (t, z) per example.
         divergence: None for the form above (denoising); else the implicit form
-            E‖σ s + z‖² = E[σ²‖s‖² + 2σ² div s] + d, whose divergence is computed so.
+            E‖σ s + z‖² = E[σ²‖s‖² + 2σ² div s] + d, whose divergence this object computes.
         decoder: of the head, as `ScoreModel.decoder`; None for the Gaussian one.
         offset: True for a bound on −log p(x); False for one on E −log p_{t_min}(x_{t_min}), which
             lacks the way from x_{t_min} to x (as published without offset).
@@ -262,7 +262,7 @@ def discrete_bound(
         sde: of x_t given x.
         x: values of the levels, [B, *d].
         keys: one per example.
-        distance: of two values; the noise that is larger hides the level, for the control variate.
+        distance: of two neighbouring values, for the control variate; larger noise hides the level.
         proposal: law of the times; its t_min is the smallest time of the integral.
         num_times: draws of (t, z) per example.
 
@@ -283,9 +283,9 @@ def discrete_bound(
 def cell_shares(edges: np.ndarray, width: float) -> np.ndarray:
     """½ ∫ E(σ s + z)² dW for one coordinate that is uniform in a cell, between log(σ/α) = edges.
 
-    What the noise in a cell costs in the integral of a bound, in nats: x_t tells where in its cell
-    x lies, which is no information about the level. With J the Fisher information of y/τ,
-    y = x0 + τ z, E(σ s + z)² = 1 − J.
+    This is the part of the integral of a bound that the noise in a cell costs, in nats: x_t tells
+    where in its cell x lies, which says nothing about the level. With J the Fisher information of
+    y/τ, y = x0 + τ z, E(σ s + z)² = 1 − J.
 
     Args:
         edges: log(σ/α) at the ends of n bins, growing.

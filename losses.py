@@ -7,9 +7,10 @@
 The terms are those of `terms`; order 1 is denoising or implicit score matching.
 
 A batch is {image: [B, *d], noise_id: int32 [B], mask: bool [B]}, with context: [B, *c] for
-p(x | c); a training step adds its number, `step`, and what an adaptive law of times has learned,
-`time_law`. The noise of an example, and whether its context is dropped, is a function of
-(rng, noise_id) only. The importance proposal's constant Z is left out of the optimised loss.
+p(x | c). A training step adds to the batch its number, as `step`, and the moments that an adaptive
+law of times has learned, as `time_law`. The noise of an example, and whether its context is
+dropped, is a function of (rng, noise_id) only. The optimised loss leaves
+out the constant Z of the importance proposal.
 """
 
 import dataclasses
@@ -58,14 +59,14 @@ def likelihood_weight(t: PerExample, sde: SDE) -> PerExample:
 
 @dataclasses.dataclass(frozen=True)
 class TimeLaw:
-    """A law of times: a proposal draws them from its uniforms, w(t) weights them."""
+    """A law of times: `proposal` draws them from uniform numbers, and w(t) is their weight."""
 
     proposal: Proposal
     weight: Callable[[PerExample, SDE], PerExample]
     stratified: bool = False
 
     def at(self, batch: Batch) -> "TimeLaw":
-        """The law of this step: itself, unless it learns from former ones."""
+        """The law of this step: this law itself, unless it learns from earlier steps."""
         del batch
         return self
 
@@ -81,8 +82,8 @@ class TimeLaw:
 class AdaptiveLaw(TimeLaw):
     """Bins of equal width in W with masses m_j ∝ √E[h² | bin j], never below FLOOR/n.
 
-    h is what is integrated, ∫ h dW. The second moments come from former steps (`bin_moments`), so
-    the masses of a step do not depend on its noise, and its estimate is unbiased whatever they are.
+    h is the integrand of ∫ h dW. The second moments come from earlier steps (`bin_moments`), so
+    the masses of a step do not depend on its noise. Its estimate is unbiased for all masses.
     """
 
     def at(self, batch: Batch) -> TimeLaw:
@@ -139,10 +140,10 @@ def time_law(
 ) -> TimeLaw:
     """The law by its name, or by the published switches where the name is "".
 
-    Under `debias`, t_eps is the smallest time. With levels > 0 times are those of a discrete
-    chain, w = 1: the objectives of SMLD (Song and Ermon 2019, σ² weight) and DDPM (Ho et al. 2020,
-    eq. 14). All laws but those of w = 1 at uniform times estimate ∫ (g²/σ²) h dt; those of
-    `importance`, `velocity` and `adaptive` divided by W(T) − W(t_min).
+    Under `debias`, t_eps is the smallest time. With levels > 0 the times are those of a discrete
+    chain and w = 1. These are the objectives of SMLD (Song and Ermon 2019, σ² weight) and DDPM (Ho
+    et al. 2020, eq. 14). All other laws estimate ∫ (g²/σ²) h dt, except uniform times with w = 1.
+    The laws `importance`, `velocity` and `adaptive` estimate it divided by W(T) − W(t_min).
 
     Raises:
         ValueError: the name is unknown or contradicts a switch; importance weighting without
@@ -216,8 +217,8 @@ def score_matching(
 
     Returns:
         (params, rng, batch) → (w(t) (order 1 + weighted orders 2, 3) + weighted residual,
-        unweighted terms). With `fokker_planck.every` > 1 a training batch has the number of the
-        step as `step`.
+        unweighted terms). With `fokker_planck.every` > 1 a training batch must hold the number of
+        the step as `step`.
     """
     sde = model.sde
     terms = terms if train else terms.everywhere()
@@ -379,7 +380,7 @@ def mean_loss(per_example: Callable[..., tuple[PerExample, dict[str, PerExample]
 
 
 def masked_mean(values: Float[Array, "b *s"], mask: Array) -> Float[Array, "*s"]:
-    """Mean over real examples [B, ...]; padding counts neither above nor below the line."""
+    """Mean over the real examples [B, ...]; padding enters neither the sum nor the number."""
     count = jnp.sum(mask, dtype=values.dtype)
     real = jnp.where(jnp.expand_dims(mask, tuple(range(1, values.ndim))), values, 0.0)
     return jnp.sum(real, axis=0) / jnp.maximum(count, 1.0)

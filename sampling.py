@@ -28,7 +28,7 @@ FIELD = "sampling.smallest_time"
 
 
 class Grid(NamedTuple):
-    """The time grid as a step knows it: the spacing dt and the number of steps N of the chain."""
+    """What a step needs of the time grid: the spacing dt and the number of steps N of the chain."""
 
     dt: float
     num_steps: int

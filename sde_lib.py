@@ -119,7 +119,7 @@ class VPSDE(_LinearBeta):
 class DDPMChain(VPSDE):
     """VP with α_i² = Π_{k ≤ i} (1 − β_k), σ_i² = 1 − α_i² at i = ⌊t (N − 1)/T⌋, β_k of the chain.
 
-    What networks of the discrete objective were trained on; a and g² are those of the VP SDE.
+    Networks of the discrete objective were trained on this chain. a and g² are those of the VP SDE.
     Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. (4).
     """
 
@@ -201,7 +201,7 @@ class VESDE(SDE):
 
     @property
     def ode_variable(self) -> Variable:
-        """σ: equal steps in t are equal in log σ, and crowd where σ is far below the data."""
+        """σ. Equal steps in t are equal in log σ: too many lie where σ is far below the data."""
         return Variable("σ", self.sigma, self.time_of_sigma)
 
     @property

@@ -165,9 +165,10 @@ class Debias:
 class Velocity(_Stretched):
     """p(t) = (d log σ²/dt)/Z on [t_min, T]: log σ² is uniform.
 
-    Against the importance law, fewer times where little of the signal is left. In float32 log σ² is
-    good to 4e-6, the spacing of u and t: for VP, where it changes by α² = 4e-5 in the last unit of
-    W, that is 4e-4 of t. What vanishes with α², as the loss of a velocity does, is not touched.
+    It draws fewer times than the importance law where little of the signal is left. In float32
+    log σ² is exact to 4e-6, the spacing of u and t. For VP it changes by α² = 4e-5 in the last unit
+    of W, where the error is 4e-4 of t. This does not matter to what vanishes with α², such as the
+    loss of a velocity.
     Reference: Zheng et al. 2023, https://arxiv.org/abs/2305.03935, section 3.3.
     """
 

@@ -1,4 +1,6 @@
-"""CIFAR-10 with the head `cells` on a network without downsampling, in the size of VDM.
+"""Train a network with the head `cells` on CIFAR-10, in the size of the network of VDM.
+
+The network has no downsampling.
 
 Paper: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix B, whose network has 64 blocks
 of 128 channels and whose bound is 2.65 bits/dim after 10 M steps of 128.

@@ -1,1 +1,1 @@
-"""Experiments on digits data."""
+"""Experiments on handwritten digits."""

@@ -1,4 +1,6 @@
-"""Handwritten digits given their class: p(x | c), p(x) by the same network, and c by Bayes' rule.
+"""Train a model of handwritten digits given their class, and classify the digits with it.
+
+One network gives p(x | c) and p(x), and Bayes' rule gives the class c.
 
 Command: python main.py --config=configs/digits/class_conditional.py --workdir=runs/digits_class
          --mode=train,eval

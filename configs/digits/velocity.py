@@ -1,4 +1,4 @@
-"""Handwritten digits with an MLP that predicts the velocity, to compare the head `cells` with.
+"""Train an MLP that predicts the velocity on handwritten digits, to compare it with `cells`.
 
 Command: python main.py --config=configs/digits/velocity.py --workdir=runs/digits_velocity
          --mode=train,eval

@@ -1,9 +1,12 @@
-"""Handwritten digits, 8×8, 17 grey levels: the head `cells` on a small residual network, VP SDE.
+"""Train a small residual network with the head `cells` on handwritten digits under the VP SDE.
+
+The images have 8×8 pixels with 17 grey levels.
 
 Command: make demo
 Width, rate and batch size were chosen by the bound of the last 288 training images, which were left
-out of training; what `summary` sees by the bound of every fifth. Dropout and weight decay are those
-of an earlier trial that looked at test images; the number of steps is what four minutes allow.
+out of training. The input of `summary` was chosen by the bound of every fifth training image.
+Dropout and weight decay are those of an earlier trial, in which the test images were looked at. The
+number of steps is the one that takes four minutes.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,6 @@
-"""ImageNet 32×32 with the head `cells` on a network without downsampling, in the size of VDM.
+"""Train a network with the head `cells` on ImageNet 32×32, in the size of the network of VDM.
+
+The network has no downsampling.
 
 Paper: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix B, whose network has 64 blocks
 of 256 channels and whose bound is 3.72 bits/dim; Zheng et al. 2023,

@@ -1,1 +1,1 @@
-"""Experiments on mnist data."""
+"""Experiments on MNIST."""

@@ -1,4 +1,6 @@
-"""MNIST from an .npz file (x_train, x_test uint8 [n, 28, 28]) on two CPU cores: the head `cells`.
+"""Train a small U-Net with the head `cells` on MNIST on two CPU cores.
+
+The data are an .npz file with x_train and x_test, uint8 [n, 28, 28].
 
 Command: python main.py --config=configs/mnist/sharp.py --workdir=runs/mnist_sharp --mode=train,eval
          --config.data.path=mnist.npz

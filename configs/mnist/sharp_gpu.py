@@ -1,4 +1,6 @@
-"""MNIST from an .npz file on one GPU: the head `cells` on a larger U-Net than in `sharp.py`.
+"""Train a larger U-Net than in `sharp.py` with the head `cells` on MNIST on one GPU.
+
+The data are an .npz file with x_train and x_test.
 
 Command: python main.py --config=configs/mnist/sharp_gpu.py --workdir=runs/mnist_sharp_gpu
          --mode=train,eval --config.data.path=mnist.npz

@@ -1,4 +1,7 @@
-"""MNIST from an .npz file (x_train, x_test uint8 [n, 28, 28]): U-Net, VP SDE, likelihood weighting.
+"""Train a U-Net that predicts the velocity on MNIST under the VP SDE.
+
+The data are an .npz file with x_train and x_test, uint8 [n, 28, 28]. The loss is
+likelihood-weighted.
 
 Command: python main.py --config=configs/mnist/vp.py --workdir=runs/mnist --mode=train
          --config.data.path=mnist.npz

@@ -1,4 +1,4 @@
-"""CIFAR-10 in logit space: the ELBO of a drift network.
+"""Train a drift network on CIFAR-10 in logit space, and evaluate its ELBO.
 
 Paper: Huang et al. 2021, https://arxiv.org/abs/2106.02808
 Command: python main.py --config=configs/sdeflow/cifar10.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10 in logit space: the ELBO of a drift network."""
+    """Return the config of this experiment."""
     config = published.sdeflow()
     config.data.update(dataset="cifar10", image_size=32, num_channels=3, random_flip=True)
     config.model.update(nf=128, ch_mult=(1, 2, 2, 2))

@@ -1,4 +1,4 @@
-"""MNIST 28×28 in logit space: the ELBO of a drift network.
+"""Train a drift network on MNIST 28×28 in logit space, and evaluate its ELBO.
 
 Paper: Huang et al. 2021, https://arxiv.org/abs/2106.02808
 Command: python main.py --config=configs/sdeflow/mnist.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """MNIST 28×28 in logit space: the ELBO of a drift network."""
+    """Return the config of this experiment."""
     config = published.sdeflow()
     config.data.update(dataset="mnist", image_size=28)
     config.model.update(nf=32, ch_mult=(1, 2, 2))

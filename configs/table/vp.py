@@ -1,4 +1,6 @@
-"""A table of numbers, 100 to 100,000 rows: log-density in nats, in the units of its columns.
+"""Train an MLP with the head `mixture` on the rows of a table under the VP SDE.
+
+The table has 100 to 100,000 rows. The log-density is in nats, in the units of the columns.
 
 Command: python main.py --config=configs/table/vp.py --workdir=runs/table \
              --mode=train,eval --config.data.path=table.csv

@@ -1,4 +1,6 @@
-"""Checkerboard in the plane, VE SDE, order 1 with the score Fokker–Planck regulariser.
+"""Train an MLP on the checkerboard under the VE SDE with the Fokker–Planck regulariser.
+
+The objective is score matching of order 1 with this regulariser. The set is in the plane.
 
 Command: python main.py --config=configs/toy/checkerboard_ve_fp.py \
              --workdir=runs/checkerboard_fp --mode=train,eval,diagnose

@@ -1,4 +1,6 @@
-"""Checkerboard, VE SDE, order 1 (toy of Lu et al. 2022, 2206.08265).
+"""Train an MLP on the checkerboard under the VE SDE by score matching of order 1.
+
+The set is in the plane. It is a toy of Lu et al. 2022, https://arxiv.org/abs/2206.08265.
 
 Command: python main.py --config=configs/toy/checkerboard_ve_order1.py \
              --workdir=runs/checkerboard_1 --mode=train,eval,diagnose

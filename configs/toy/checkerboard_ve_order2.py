@@ -1,4 +1,6 @@
-"""Checkerboard in the plane, VE SDE, score matching of order 2, published weights.
+"""Train an MLP on the checkerboard under the VE SDE by score matching of order 2.
+
+The weights are the published ones.
 
 Command: python main.py --config=configs/toy/checkerboard_ve_order2.py \
              --workdir=runs/checkerboard_2 --mode=train,eval,diagnose

@@ -1,4 +1,4 @@
-"""Checkerboard, VE SDE, score matching of order 3.
+"""Train an MLP on the checkerboard under the VE SDE by score matching of order 3.
 
 ‖C‖²/d³ has the weight 0.1, which is a quarter of the published 0.1 of ‖C‖²/d.
 

@@ -1,4 +1,6 @@
-"""Three Gaussians on the line, VE SDE, order 1 with the score Fokker–Planck regulariser.
+"""Train an MLP on three Gaussians under the VE SDE with the Fokker–Planck regulariser.
+
+The objective is score matching of order 1 with this regulariser. The set is on the line.
 
 Command: python main.py --config=configs/toy/mog1d_ve_fp.py \
              --workdir=runs/mog1d_fp --mode=train,eval,diagnose

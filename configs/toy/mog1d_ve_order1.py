@@ -1,4 +1,6 @@
-"""Three Gaussians on the line, VE SDE, order 1 (toy of Lu et al. 2022, 2206.08265).
+"""Train an MLP on three Gaussians under the VE SDE by score matching of order 1.
+
+The set is on the line. It is a toy of Lu et al. 2022, https://arxiv.org/abs/2206.08265.
 
 Command: python main.py --config=configs/toy/mog1d_ve_order1.py \
              --workdir=runs/mog1d_1 --mode=train,eval,diagnose

@@ -1,4 +1,6 @@
-"""Three Gaussians on the line, VE SDE, score matching of order 2, published weights.
+"""Train an MLP on three Gaussians under the VE SDE by score matching of order 2.
+
+The weights are the published ones.
 
 Command: python main.py --config=configs/toy/mog1d_ve_order2.py \
              --workdir=runs/mog1d_2 --mode=train,eval,diagnose

@@ -1,4 +1,6 @@
-"""Three Gaussians on the line, VE SDE, score matching of order 3, published weights.
+"""Train an MLP on three Gaussians under the VE SDE by score matching of order 3.
+
+The weights are the published ones.
 
 Command: python main.py --config=configs/toy/mog1d_ve_order3.py \
              --workdir=runs/mog1d_3 --mode=train,eval,diagnose

@@ -1,4 +1,6 @@
-"""Swiss roll, VP SDE, drift network trained by denoising score matching (Huang et al. 2021).
+"""Train a drift network on the Swiss roll under the VP SDE by denoising score matching.
+
+The set-up is that of Huang et al. 2021, https://arxiv.org/abs/2106.02808.
 
 Command: python main.py --config=configs/toy/swissroll_drift.py \
              --workdir=runs/swissroll_drift --mode=train,eval

@@ -1,4 +1,6 @@
-"""Swiss roll, the drift network trained by implicit score matching, which is the ELBO itself.
+"""Train a drift network on the Swiss roll under the VP SDE by implicit score matching.
+
+This objective is the ELBO itself.
 
 Command: python main.py --config=configs/toy/swissroll_drift_ism.py \
              --workdir=runs/swissroll_ism --mode=train,eval

@@ -1,4 +1,6 @@
-"""Swiss roll in the plane: VP SDE, likelihood weighting; ODE likelihood with the exact trace.
+"""Train an MLP that predicts the velocity on the Swiss roll under the VP SDE.
+
+The loss is likelihood-weighted, and the ODE likelihood has the exact trace.
 
 Command: python main.py --config=configs/toy/swissroll_vp.py --workdir=runs/swissroll --mode=train
          python main.py --config=configs/toy/swissroll_vp.py --workdir=runs/swissroll --mode=eval

@@ -1,4 +1,4 @@
-"""LSUN church 256×256, VE, NCSN++: training of orders 1 to 3.
+"""Train NCSN++ on LSUN church 256×256 under the VE SDE by score matching of order 1, 2 or 3.
 
 Paper: Lu et al. 2022, https://arxiv.org/abs/2206.08265
 Command: python main.py --config=configs/ve/church_ncsnpp_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """LSUN church 256×256, VE, NCSN++: training of orders 1 to 3."""
+    """Return the config of this experiment."""
     config = published.mle_score_ode("vesde", "lsun", 256, "church_outdoor")
     published.ncsnpp_256(config, 380.0)
     config.training.update(batch_size=50, n_iters=3_400_001, snapshot_freq_for_preemption=5000)

@@ -1,4 +1,4 @@
-"""CIFAR-10, VE, NCSN++: maximum-likelihood training of orders 1 to 3.
+"""Train NCSN++ on CIFAR-10 under the VE SDE by score matching of order 1, 2 or 3.
 
 Paper: Lu et al. 2022, https://arxiv.org/abs/2206.08265
 Command: python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, VE, NCSN++: maximum-likelihood training of orders 1 to 3."""
+    """Return the config of this experiment."""
     config = published.mle_score_ode("vesde", "cifar10")
     published.ncsnpp(config)
     config.training.n_iters = 4_000_001

@@ -1,4 +1,4 @@
-"""ImageNet 32×32, VP, deep DDPM++: maximum-likelihood training of orders 1 to 3.
+"""Train deep DDPM++ on ImageNet 32×32 under the VP SDE by score matching of order 1, 2 or 3.
 
 Paper: Lu et al. 2022, https://arxiv.org/abs/2206.08265
 Command: python main.py --config=configs/vp/imagenet32_ddpmpp_deep_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """ImageNet 32×32, VP, deep DDPM++: maximum-likelihood training of orders 1 to 3."""
+    """Return the config of this experiment."""
     config = published.mle_score_ode("vpsde", "imagenet")
     published.ddpmpp(config, blocks=8, dropout=0.0)
     config.training.n_iters = 950_001

@@ -1,4 +1,4 @@
-"""CIFAR-10, VP, NCSN++ with the score-Fokker-Planck regulariser.
+"""Train NCSN++ on CIFAR-10 under the VP SDE with the Fokker–Planck regulariser.
 
 Paper: Lai et al. 2023, https://arxiv.org/abs/2210.04296
 Command: python main.py --config=configs/fp_diffusion/vp/cifar10_ncsnpp_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, VP, NCSN++ with the score-Fokker-Planck regulariser."""
+    """Return the config of this experiment."""
     config = published.fp_diffusion()
     published.ncsnpp(config)
     return config

@@ -1,4 +1,4 @@
-"""CIFAR-10, VP, deep DDPM++: likelihood training of score_flow.
+"""Train deep DDPM++ on CIFAR-10 under the VP SDE, as in score_flow.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2101.09258
 Command: python main.py --config=configs/score_flow/vp/cifar10_ddpmpp_deep_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, VP, deep DDPM++: likelihood training of score_flow."""
+    """Return the config of this experiment."""
     config = published.score_flow("vpsde", "cifar10")
     published.ddpmpp(config, blocks=8)
     config.training.n_iters = 950_001

@@ -1,4 +1,4 @@
-"""ImageNet 32×32, VP, deep DDPM++: likelihood training of score_flow.
+"""Train deep DDPM++ on ImageNet 32×32 under the VP SDE, as in score_flow.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2101.09258
 Command: python main.py --config=configs/score_flow/vp/imagenet32_ddpmpp_deep_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """ImageNet 32×32, VP, deep DDPM++: likelihood training of score_flow."""
+    """Return the config of this experiment."""
     config = published.score_flow("vpsde", "imagenet")
     published.ddpmpp(config, blocks=8, dropout=0.0)
     config.training.n_iters = 950_001

@@ -1,4 +1,4 @@
-"""CIFAR-10, sub-VP, deep NCSN++.
+"""Train deep NCSN++ on CIFAR-10 under the sub-VP SDE.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/subvp/cifar10_ncsnpp_deep_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, sub-VP, deep NCSN++."""
+    """Return the config of this experiment."""
     config = published.score_sde("subvpsde", "cifar10")
     published.ncsnpp(config, blocks=8)
     config.training.n_iters = 950_001

@@ -1,4 +1,4 @@
-"""CelebA 64×64, SMLD objective, NCSN++.
+"""Train NCSN++ on CelebA 64×64 with the SMLD objective.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/celeba_ncsnpp.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CelebA 64×64, SMLD objective, NCSN++."""
+    """Return the config of this experiment."""
     config = published.score_sde("vesde", "celeba", 64)
     published.ncsnpp(config)
     published.discrete(config, "reverse_diffusion")

@@ -1,4 +1,4 @@
-"""CelebA-HQ 256×256, VE, NCSN++.
+"""Train NCSN++ on CelebA-HQ 256×256 under the VE SDE.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/celebahq_256_ncsnpp_continuous.py \
@@ -14,7 +14,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CelebA-HQ 256×256, VE, NCSN++."""
+    """Return the config of this experiment."""
     config = published.score_sde("vesde", "celebahq", 256)
     published.ncsnpp_256(config, 348.0)
     return config

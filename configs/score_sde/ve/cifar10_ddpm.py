@@ -1,4 +1,4 @@
-"""CIFAR-10, SMLD objective, DDPM.
+"""Train DDPM on CIFAR-10 with the SMLD objective.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/cifar10_ddpm.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, SMLD objective, DDPM."""
+    """Return the config of this experiment."""
     config = published.score_sde("vesde", "cifar10")
     published.ddpm(config)
     published.discrete(config, "reverse_diffusion")

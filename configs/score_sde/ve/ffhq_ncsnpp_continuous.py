@@ -1,4 +1,4 @@
-"""FFHQ 1024×1024, VE, NCSN++.
+"""Train NCSN++ on FFHQ 1024×1024 under the VE SDE.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/ffhq_ncsnpp_continuous.py \
@@ -14,7 +14,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """FFHQ 1024×1024, VE, NCSN++."""
+    """Return the config of this experiment."""
     config = published.score_sde("vesde", "ffhq", 1024)
     published.ncsnpp_1024(config)
     config.sampling.snr = 0.15

@@ -1,4 +1,4 @@
-"""CIFAR-10, VP, deep DDPM++.
+"""Train deep DDPM++ on CIFAR-10 under the VP SDE.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/vp/cifar10_ddpmpp_deep_continuous.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, VP, deep DDPM++."""
+    """Return the config of this experiment."""
     config = published.score_sde("vpsde", "cifar10")
     published.ddpmpp(config, blocks=8)
     config.training.n_iters = 950_001

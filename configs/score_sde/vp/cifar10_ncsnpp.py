@@ -1,4 +1,4 @@
-"""CIFAR-10, DDPM objective, NCSN++.
+"""Train NCSN++ on CIFAR-10 with the DDPM objective.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/vp/cifar10_ncsnpp.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """CIFAR-10, DDPM objective, NCSN++."""
+    """Return the config of this experiment."""
     config = published.score_sde("vpsde", "cifar10")
     published.ncsnpp(config)
     published.discrete(config, "reverse_diffusion")

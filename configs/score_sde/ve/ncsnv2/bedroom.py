@@ -1,4 +1,4 @@
-"""LSUN bedroom 128×128, NCSNv2.
+"""Train NCSNv2 on LSUN bedroom 128×128 with the SMLD objective.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/ve/ncsnv2/bedroom.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """LSUN bedroom 128×128, NCSNv2."""
+    """Return the config of this experiment."""
     config = published.score_sde("vesde", "lsun", 128, "bedroom")
     published.ncsnv2(config, "ncsnv2_128", 190.0, 1086)
     config.training.batch_size = 128

@@ -1,4 +1,4 @@
-"""LSUN bedroom 256×256, DDPM objective, DDPM.
+"""Train DDPM on LSUN bedroom 256×256 with the DDPM objective.
 
 Paper: Song et al. 2021, https://arxiv.org/abs/2011.13456
 Command: python main.py --config=configs/score_sde/vp/ddpm/bedroom.py \
@@ -13,7 +13,7 @@ from configs import published
 
 
 def get_config() -> ConfigDict:
-    """LSUN bedroom 256×256, DDPM objective, DDPM."""
+    """Return the config of this experiment."""
     config = published.score_sde("vpsde", "lsun", 256, "bedroom")
     published.ddpm_256(config)
     published.discrete(config, "ancestral_sampling")
