@@ -256,11 +256,16 @@ def main() -> None:
                 found = run(config, seed, workdir, options.modes.split(","))
                 for quantity, value in found.items():
                     results.setdefault(name, {}).setdefault(quantity, {})[seed] = value
-                write(results, options.workdir)
+                if results:
+                    write(results, options.workdir)
     except (ValueError, FloatingPointError) as error:
         logger.error("error: %s", error)
         sys.exit(2)
-    logger.info("\n%s\nopen %s", write(results, options.workdir), options.workdir / "compare.png")
+    if results:
+        text = write(results, options.workdir)
+        logger.info("\n%s\nopen %s", text, options.workdir / "compare.png")
+    else:
+        logger.info("trained; --modes=%s evaluates nothing to compare", options.modes)
 
 
 if __name__ == "__main__":
