@@ -48,6 +48,7 @@ Shape = tuple[int, ...]
 LOG_2PI = math.log(2.0 * math.pi)
 WINDOW = 14  # cells on either side of y with exact masses: 7 τ at τ = 2h
 SPAN = 2 * WINDOW + 1  # so many levels, or fewer, have exact masses in all cells
+MATRIX_START = 0.05  # of the matrix that levels share: larger, and high noise governs the training
 
 
 def cell_terms(
@@ -116,7 +117,9 @@ class Levels:
         v_k = (value_k − y)/√(τ² + h²),   b̃ = softplus(b − 3) − softplus(−3)
 
     so that a narrow law around y needs no large numbers. The first two rows of the matrix start as
-    the lowest and the highest level, the others as a discrete cosine transform.
+    the lowest and the highest level, the others as a discrete cosine transform, all of them small.
+    A matrix that starts large gives the features so much weight at high noise that their gradient
+    governs the network, and what neighbours say at lower noise is learned late.
 
     The network sees x/√(α² + σ²), which has about unit size at every time for every SDE. It also
     sees the posterior of the independent model, p(level j | x_t,j) ∝ prior × noise: up to 29 levels
@@ -158,7 +161,7 @@ class Levels:
             order = jnp.arange(1, self.rank - 1, dtype=dtype)
             ends = 3.0 * jnp.eye(self.levels, dtype=dtype)[jnp.asarray([0, self.levels - 1])]
             waves = math.sqrt(2.0) * jnp.cos(order[:, None] * phase[None, :])
-            found["matrix"] = jnp.concatenate([ends, waves])
+            found["matrix"] = MATRIX_START * jnp.concatenate([ends, waves])
         return found
 
     def prior(self, shape: Shape, batches: Iterable[np.ndarray]) -> Array:
