@@ -4,9 +4,10 @@ TensorFlow is imported for image files and records only, and never sees the GPU.
 """
 
 import dataclasses
+import itertools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -23,7 +24,7 @@ from lazy_tensorflow import tensorflow
 from point_samplers import SAMPLERS
 from real_arrays import is_real, real_set, with_classes, with_context, with_scaled_context
 from splits import DataConfig, Origin, Rows, assembled, divided
-from streams import Context, Dataset, Finite, Fresh, Sampler, Shape
+from streams import READ_BYTES, Context, Dataset, Finite, Fresh, Sampler, Shape, Source
 from tfrecords import Records
 from toy_data import LAWS
 
@@ -81,9 +82,15 @@ def _check_array(name: str, array: np.ndarray, config: DataConfig) -> np.ndarray
     """The images [n, H, W, C], whose shape and levels are those of the config."""
     array = as_images(name, array)
     _check_shape(name, array.shape[1:], config)
-    allowed = f"more than the largest value of {name}, {array.max()}"
-    require(config.levels > array.max(), "data.levels", config.levels, allowed)
+    largest = _largest([array])
+    allowed = f"more than the largest value of {name}, {largest}"
+    require(config.levels > largest, "data.levels", config.levels, allowed)
     return array
+
+
+def _largest(arrays: Iterable[np.ndarray]) -> int:
+    """The largest value of all arrays."""
+    return max(int(part.max()) for array in arrays for part in npz_files.chunks(array))
 
 
 Labels = tuple[np.ndarray | None, np.ndarray | None]  # of train and test
@@ -103,13 +110,13 @@ def _arrays(
     shape, found = train.shape[1:], test.shape[1:]
     if shape != found:
         raise ValueError(f"x_test of {source} has images {found}: need {shape}, as in x_train")
-    _check_values(config, int(max(train.max(), test.max())), shape)
+    _check_values(config, _largest([train, test]), shape)
     keys = (f"y_train of {source}", f"y_test of {source}")
     arrays = zip((train, test), labels, strict=True)
     classes = [as_classes(key, y, len(x)) for key, (x, y) in zip(keys, arrays, strict=True)]
     given = {"class": classes, "values": values}.get(config.context, (None, None))
     splits = [
-        Finite(len(x), x.__getitem__, labels=y, context=c)
+        Finite(len(x), partial(npz_files.taken, x), labels=y, context=c, known_by=_file_of([x]))
         for x, y, c in zip((train, test), classes, given, strict=True)
     ]
     pairs = dict(zip(("train", "test"), splits, strict=True))
@@ -338,16 +345,45 @@ def _imagenet_npz(config: DataConfig) -> Dataset:
 
     def read(path: pathlib.Path) -> np.ndarray:
         data = npz_files.read(path, ("data",), ())["data"]
-        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * size**2:
+        fits = data.dtype == np.uint8 and data.size > 0 and data.shape[1:] == (3 * size**2,)
+        if not fits:
             raise ValueError(
                 f"{path}: data is {data.dtype} {data.shape}; need uint8 [n, {3 * size**2}] for "
                 f"data.image_size={size}"
             )
-        return data.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)
+        return data
 
-    images = np.concatenate([read(path) for path in train])
+    files = {"train": [read(path) for path in train], "test": [read(root / "val_data.npz")]}
+    shape = (size, size, 3)
+    _check_shape(f"{root}", shape, config)
+    _check_values(config, _largest(itertools.chain(*files.values())), shape)
+    splits = {name: _joined(arrays, shape) for name, arrays in files.items()}
     origin = Origin(f"{len(train)} files train_data*.npz, and val_data.npz, of {root}")
-    return _arrays(config, images, read(root / "val_data.npz"), (None, None), origin)
+    return assembled(config, shape, splits, origin, config.levels)
+
+
+def _joined(arrays: list[np.ndarray], shape: Shape) -> Finite:
+    """One split of arrays [n, C H W] of images whose channels come first."""
+    ends, (height, width, channels) = np.cumsum([len(array) for array in arrays]), shape
+
+    def examples(ids: np.ndarray) -> np.ndarray:
+        found = np.empty((len(ids), channels, height, width), np.uint8)
+        places = np.searchsorted(ends, ids, side="right")
+        for number in np.unique(places):
+            here = places == number
+            first = ends[number] - len(arrays[number])
+            rows = npz_files.taken(arrays[number], ids[here] - first)
+            found[here] = rows.reshape(-1, channels, height, width)
+        return found.transpose(0, 2, 3, 1)
+
+    return Finite(int(ends[-1]), examples, known_by=_file_of(arrays))
+
+
+def _file_of(arrays: list[np.ndarray]) -> Source:
+    """The files of arrays that are too large to be known by their content; '' for others."""
+    files = tuple(map(npz_files.file_of, arrays))
+    is_large = sum(array.nbytes for array in arrays) > READ_BYTES
+    return files if is_large and None not in files else ""
 
 
 DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {

@@ -3,9 +3,15 @@
 A file is written beside its place and renamed, so a process that is killed leaves the old file or
 the new one, never half of one. Every way in which a file from outside can be damaged ends in one
 sentence that names the file and the array.
+
+An array of `MAPPED` bytes or more that is stored as it is, as by np.savez and np.save, stays in the
+file: it is an np.memmap, so that all processes of a machine share one copy. Its checksum is
+compared before it is used. `taken` and `chunks` read from it without keeping it in memory.
 """
 
+import mmap
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -16,6 +22,9 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 MAGIC = b"\x93NUMPY"
+MAPPED = 2**28  # bytes of an array that is not read into memory
+READ = 2**24  # bytes of a file that are read at once
+LOCAL_HEADER = struct.Struct("<26x2H")  # of a member of an archive: length of its name, of more
 
 
 def write(path: Path, arrays: Arrays) -> None:
@@ -35,7 +44,7 @@ def is_whole(path: Path) -> bool:
 
 
 def read(path: Path, keys: Collection[str], also: Collection[str] | None = None) -> Arrays:
-    """Arrays of a file, in memory; objects, which need pickle, are refused.
+    """Arrays of a file; objects, which need pickle, are refused.
 
     Args:
         path: the file.
@@ -92,14 +101,14 @@ def _arrays(
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array of an .npy file, in memory.
+    """The array of an .npy file.
 
     Raises:
         ValueError: the file is absent, of another kind or damaged, or holds objects.
     """
     if not is_array(path):
         raise ValueError(f"{path} {_what_it_is(path, ())}")
-    return _checked(lambda: path.open("rb"), path.stat().st_size, str(path))
+    return _checked(lambda: path.open("rb"), path.stat().st_size, str(path), path, 0)
 
 
 def is_array(path: Path) -> bool:
@@ -113,34 +122,82 @@ def is_array(path: Path) -> bool:
 def _array(archive: zipfile.ZipFile, member: str, name: str) -> np.ndarray:
     """One array of an archive."""
     with _damages(name):
-        size = archive.getinfo(member).file_size
-    return _checked(lambda: archive.open(member), size, name)
+        info = archive.getinfo(member)
+        path, start = Path(archive.filename), None
+        if info.compress_type == zipfile.ZIP_STORED:
+            with path.open("rb") as file:
+                file.seek(info.header_offset)
+                lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            start = info.header_offset + LOCAL_HEADER.size + sum(lengths)
+    return _checked(lambda: archive.open(member), info.file_size, name, path, start)
 
 
-def _checked(opened: Callable[[], IO[bytes]], size: int, name: str) -> np.ndarray:
-    """An array, whose header must say what its bytes have room for and whose checksum must fit."""
+def _checked(
+    opened: Callable[[], IO[bytes]], size: int, name: str, path: Path, start: int | None
+) -> np.ndarray:
+    """An array, whose header must say what its bytes have room for and whose checksum must fit.
+
+    `start` is where it begins in the file `path`; None: it is not stored there as it is.
+    """
     with _damages(name):
         with opened() as file:
-            shape, dtype = _header(file)
-            size = size - file.tell()
+            shape, order, dtype = _header(file)
+            header = file.tell()
+            size = size - header
         if not dtype.hasobject:
             if size != dtype.itemsize * np.prod(shape, dtype=object):
                 raise ValueError(f"{size} bytes for {dtype} {shape}")
-            with opened() as file:
+            with opened() as file:  # at the end of a member of an archive its checksum is compared
+                if start is not None and size >= MAPPED:
+                    while file.read(READ):
+                        pass
+                    return np.memmap(path, dtype, "r", start + header, shape, order)
                 array = np.lib.format.read_array(file, allow_pickle=False)
-                file.read(1)  # at the end of a member of an archive its checksum is compared
+                file.read(1)
             return array
     raise ValueError(f"{name} holds objects of Python, which are not read: store numbers instead")
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """(shape, type) that an array says of itself."""
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
+    """(shape, order, type) that an array says of itself."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    return shape, dtype
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    return shape, "F" if is_fortran else "C", dtype
+
+
+def taken(array: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Those examples of an array, in memory; the pages of a file that were read are given back."""
+    found = np.asarray(array[ids])
+    _give_back(array)
+    return found
+
+
+def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """All examples of an array in turn, about `READ` bytes at a time."""
+    number = max(READ * len(array) // max(array.nbytes, 1), 1)
+    for first in range(0, len(array), number):
+        yield array[first : first + number]
+        _give_back(array)
+
+
+def file_of(array: np.ndarray | None) -> Path | None:
+    """The file that an array is in; None for one in memory."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap):
+            return Path(array.filename)
+        array = array.base
+    return None
+
+
+def _give_back(array: np.ndarray | None) -> None:
+    """Let the system take the pages of a file, which else count as memory of this process."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array.base, mmap.mmap):
+            array.base.madvise(mmap.MADV_DONTNEED)
+        array = array.base
 
 
 def _what_it_is(path: Path, keys: Collection[str]) -> str:

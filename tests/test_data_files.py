@@ -101,6 +101,37 @@ def test_no_damage_of_an_archive_is_a_traceback_or_other_data(tmp_path: Path) ->
     assert refused > 250
 
 
+def test_large_arrays_stay_in_their_file(tmp_path: Path, monkeypatch) -> None:
+    """The same batches, digests and damages as in memory; no process has a copy of its own."""
+    x = images(40, 6, 4, 3)
+    arrays = {"x_train": x[:30], "x_test": np.asfortranarray(x[30:]), "y_train": np.arange(30)}
+    (tmp_path / "a.npz").write_bytes(archive(**arrays))
+    np.savez_compressed(tmp_path / "compressed.npz", **arrays)
+    fields = {"num_channels": 3, "random_flip": True, "num_validation": 7}
+    whole = datasets.load(config("npz", tmp_path / "a.npz", **fields))
+    monkeypatch.setattr(npz_files, "MAPPED", 100)
+    monkeypatch.setattr(npz_files, "READ", 200)  # chunks of two images
+    stored = npz_files.read(tmp_path / "a.npz", ("x_train", "x_test"))
+    assert all(npz_files.file_of(a[..., None]) == tmp_path / "a.npz" for a in stored.values())
+    for name in ("a.npz", "compressed.npz"):
+        mapped = datasets.load(config("npz", tmp_path / name, **fields))
+        assert mapped.digests == whole.digests
+        for split in ("train", "validation", "test"):
+            ids = np.arange(whole.size(split))[::-1]
+            np.testing.assert_array_equal(mapped.examples(split, ids), whole.examples(split, ids))
+        batches = (d.train_batches(batch_size=8, seed=1, first_step=2) for d in (mapped, whole))
+        np.testing.assert_array_equal(*(next(b)["image"] for b in batches))
+    assert isinstance(mapped.examples("train", np.array([1])), np.ndarray)
+    monkeypatch.setattr(datasets, "READ_BYTES", 100)  # known by path, size and time
+    large = datasets.load(config("npz", tmp_path / "a.npz", **fields))
+    assert large.train.known_by == (tmp_path / "a.npz",)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[len(content) // 4] ^= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x_train of .*a\.npz is damaged .*CRC"):
+        datasets.load(config("npz", tmp_path / "a.npz", **fields))
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [

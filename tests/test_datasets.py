@@ -765,6 +765,8 @@ def test_imagenet_of_the_npz_archives(tmp_path):
     data = load(config("imagenet_npz", **options, image_size=8))
     np.testing.assert_array_equal(join(data.eval_batches("train", batch_size=5)), given[:5])
     np.testing.assert_array_equal(join(data.eval_batches("test", batch_size=2)), given[5:])
+    ids = np.array([4, 0, 3, 2, 4])
+    np.testing.assert_array_equal(data.examples("train", ids), given[ids])
     with pytest.raises(ValueError, match=r"data is uint8 \(3, 192\); need uint8 \[n, 768\]"):
         load(config("imagenet_npz", **options, image_size=16))
     (tmp_path / "val_data.npz").unlink()
