@@ -42,6 +42,7 @@ MOST_BOUNDS = 500  # held-out examples by which a checkpoint is chosen
 DRAWS, MOST_REPEATS = 300, 4  # of the bound for a checkpoint; few examples have several each
 FEW = 5000  # examples; more have more steps
 EXACT_UP_TO = 16  # coordinates, whose divergence needs no probe
+COMPILED = ("_likelihood", "_draw")
 FOLDER = "fokker-"  # of a model without a folder of its own: the start of its name
 
 
@@ -156,22 +157,13 @@ class DensityModel(DensityMixin, BaseEstimator):
             ValueError: a context is missing, or not as in `fit`.
         """
         check_is_fitted(self)
-        experiment, key = self.experiment_, jax.random.key(random_state)
+        key, size = jax.random.key(random_state), min(self._size(), n_samples)
         context = self._context(context, n_samples)
-        model, size = experiment.sampled_model, min(self._size(), n_samples)
-
-        @jax.jit
-        def draw(params: Any, ids: jax.Array, context: jax.Array | None) -> jax.Array:
-            like = jnp.zeros((len(ids), *experiment.dataset.shape), jnp.float32)
-            score_fn = model.score(params, context=context)
-            x = experiment.sampler(score_fn, model.sde, fold_in_each(key, ids), like).x
-            return experiment.encoding.decode(x)
-
         found = []
         for first in range(0, n_samples, size):
             ids = np.minimum(np.arange(first, first + size), n_samples - 1)
             given = None if context is None else context[ids]
-            found.append(np.asarray(draw(self.params_, ids, given)))
+            found.append(np.asarray(self._draw(self.params_, key, ids, given)))
         return np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
 
     def save(self, folder: str | Path) -> None:
@@ -202,7 +194,8 @@ class DensityModel(DensityMixin, BaseEstimator):
         """Itself, with what is fitted."""
         self.experiment_, self.workdir_, self.step_ = experiment, workdir, step
         self.params_ = loading.load_parameters(experiment, workdir, step)
-        vars(self).pop("_likelihood", None)  # of an earlier fit
+        for name in COMPILED:  # of an earlier fit
+            vars(self).pop(name, None)
         stored = npz_files.read(workdir / "data.npz", ("x_train",))["x_train"]
         self.shape_ = stored.shape[1:]
         return self
@@ -234,10 +227,26 @@ class DensityModel(DensityMixin, BaseEstimator):
         found = next(e for e in estimators(self.experiment_) if e.name == "ODE")
         return found, jax.jit(found.function)
 
+    @functools.cached_property
+    def _draw(self) -> Callable:
+        """The function of (parameters, key, ids [b], contexts) → samples [b, *d]."""
+        experiment, model = self.experiment_, self.experiment_.sampled_model
+
+        @jax.jit
+        def draw(
+            params: Any, key: jax.Array, ids: jax.Array, context: jax.Array | None
+        ) -> jax.Array:
+            like = jnp.zeros((len(ids), *experiment.dataset.shape), jnp.float32)
+            score_fn = model.score(params, context=context)
+            x = experiment.sampler(score_fn, model.sde, fold_in_each(key, ids), like).x
+            return experiment.encoding.decode(x)
+
+        return draw
+
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but the compiled function."""
+        """Return what is pickled: all but the compiled functions."""
         state = super().__getstate__()
-        return {name: value for name, value in state.items() if name != "_likelihood"}
+        return {name: value for name, value in state.items() if name not in COMPILED}
 
     def _size(self) -> int:
         return self.experiment_.settings.eval.batch_size

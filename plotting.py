@@ -6,20 +6,23 @@ They are drawn without pyplot, so that no display is needed and the backend of a
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curve = tuple[Sequence[int], Sequence[float]]
 
 
 def _panels(
     rows: int, columns: int, *, figsize: tuple[float, float], layout: str | None = "constrained"
-) -> tuple[Figure, np.ndarray]:
+) -> tuple["Figure", np.ndarray]:
     """A figure and its axes [rows, columns], which pyplot does not know."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=figsize, layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -72,6 +75,8 @@ def save_images(
     grid = image_grid(images, levels - 1, columns=columns).astype(np.float64) / (levels - 1)
     enlarge = max(1, 640 // max(grid.shape[:2]))
     grid = np.clip(np.kron(grid, np.ones((enlarge, enlarge, 1))), 0.0, 1.0)
+    from matplotlib.image import imsave
+
     imsave(path, np.repeat(grid, 3, axis=2) if grid.shape[2] == 1 else grid)
 
 
@@ -238,7 +243,7 @@ def save_bits(path: str | Path, bounds: list[Bits]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw_rate(axes: Axes, bits: Bits) -> None:
+def _draw_rate(axes: "Axes", bits: Bits) -> None:
     """The bins over their widths, as steps."""
     mean, error = np.asarray(bits.bins) / np.diff(bits.edges)
     axes.stairs(mean, bits.edges, fill=True, alpha=0.15, color="C0")
@@ -249,7 +254,7 @@ def _draw_rate(axes: Axes, bits: Bits) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_sum(axes: Axes, bits: Bits) -> None:
+def _draw_sum(axes: "Axes", bits: Bits) -> None:
     """The cumulative sum at the edges, the first and the last term as bars at the ends."""
     edges, (mean, error) = np.asarray(bits.edges), np.asarray(bits.cumulative)
     (first, low), (last, high) = bits.ends.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -243,7 +244,7 @@ def test_protocols_and_splits_do_not_mix_and_the_histogram_has_the_same_examples
 def test_figure_draws_cost_per_unit_and_sum(tmp_path: Path, monkeypatch) -> None:
     """Bins over widths and the cumulative values, as they are on the axes."""
     kept = []
-    monkeypatch.setattr(plotting.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
     (parts,) = figures.all_parts(tables([row(0), row(1)]), EDGES)
     plotting.save_bits(tmp_path / "b.png", [figures._drawn(parts)])
     monkeypatch.undo()
