@@ -16,7 +16,10 @@ from records import Records
 from run_lib.experiment import Experiment
 
 MIX = np.array([[1.0, 0.5], [0.0, 2.0]])
-FEW = {"training.n_iters": 400, "model.hidden": 32, "model.depth": 1}
+FEW = {
+    "training.n_iters": 400, "model.hidden": 32, "model.depth": 1, "training.n_jitted_steps": 100,
+    "eval.num_steps": 16,
+}  # fmt: skip
 
 
 def correlated(n, seed):

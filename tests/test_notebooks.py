@@ -13,6 +13,9 @@ from tests.test_importers import CASES, FIXTURES, needs_fixtures
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
+# The solver's steps are most of the time of these tests.
+SET_STEPS = '"training.n_iters": STEPS'
+FEW_STEPS = f'{SET_STEPS}, "eval.num_steps": 6, "training.n_jitted_steps": 10'
 HERE = {  # the modules of the package are at the top level of the repository
     "from fokker import DensityModel": "from density_model import DensityModel",
     "from fokker import run_lib": "import run_lib",
@@ -31,6 +34,7 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **values:
         code, found = re.subn(rf"(?m)^{constant} = .*$", f"{constant} = {value!r}", code)
         assert found == 1, constant
     assert "fokker" not in code
+    code = code.replace(SET_STEPS, FEW_STEPS)
     monkeypatch.chdir(folder)
     mpl.use("Agg")
     names: dict = {}

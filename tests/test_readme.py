@@ -28,8 +28,10 @@ def examples(page: str) -> list[dict]:
 def test_the_library_examples_learn_a_density_and_give_a_known_one() -> None:
     """In some of the steps, for the time that they take."""
     page = LIBRARY.replace('"training.n_iters": 1000', '"training.n_iters": 300')
-    page = page.replace("3000)", "1000)")
-    assert page.count("300}") == 1
+    page = page.replace("3000)", "1000)").replace(
+        ": 300}", ': 300, "training.n_jitted_steps": 100}'
+    )
+    assert page.count("300,") == 1
     assert page.count("1000)") == 4
     fitted, trained, exact = examples(page)
     assert fitted["log_p"].min() > -0.5  # 1.38 if learned exactly
@@ -45,7 +47,10 @@ def test_the_library_examples_learn_a_density_and_give_a_known_one() -> None:
 
 def test_the_example_of_the_readme_learns_the_moons() -> None:
     """After some of the steps, on some of the points, for the time that they take."""
-    page = README.replace("DensityModel()", 'DensityModel(changes={"training.n_iters": 300})')
+    page = README.replace(
+        "DensityModel()",
+        'DensityModel(changes={"training.n_iters": 300, "training.n_jitted_steps": 100})',
+    )
     page = page.replace("x[2000:]", "x[2000:2200]")
     assert page.count("2200") == 1
     assert page != README
