@@ -244,7 +244,7 @@ class Checkpoints:
         saved, found = beside.get(CHECKSUMS, {}), _checksums(fields)  # none saved by older code
         wrong = [
             leaf
-            for leaf in found.keys() & saved.keys()
+            for leaf in sorted(found.keys() & saved.keys())
             if found[leaf] != saved[leaf] and found[leaf].split()[0] == saved[leaf].split()[0]
         ]
         if wrong:

@@ -24,7 +24,7 @@ from lazy_tensorflow import tensorflow
 from point_samplers import SAMPLERS
 from real_arrays import is_real, real_set, with_classes, with_context, with_scaled_context
 from splits import DataConfig, Origin, Rows, assembled, divided
-from streams import READ_BYTES, Context, Dataset, Finite, Fresh, Sampler, Shape, Source
+from streams import Context, Dataset, Finite, Fresh, Sampler, Shape
 from tfrecords import Records
 from toy_data import LAWS
 
@@ -78,14 +78,14 @@ def _kind(splits: dict[str, Finite]) -> Context | None:
     return Context(found[0].shape[1:])
 
 
-def _check_array(name: str, array: np.ndarray, config: DataConfig) -> np.ndarray:
-    """The images [n, H, W, C], whose shape and levels are those of the config."""
+def _check_array(name: str, array: np.ndarray, config: DataConfig) -> tuple[np.ndarray, int]:
+    """(images [n, H, W, C], largest value), of the shape and the levels of the config."""
     array = as_images(name, array)
     _check_shape(name, array.shape[1:], config)
     largest = _largest([array])
     allowed = f"more than the largest value of {name}, {largest}"
     require(config.levels > largest, "data.levels", config.levels, allowed)
-    return array
+    return array, largest
 
 
 def _largest(arrays: Iterable[np.ndarray]) -> int:
@@ -105,18 +105,18 @@ def _arrays(
     values: Labels = (None, None),
 ) -> Dataset:
     source = config.path or config.dataset.lower()
-    train = _check_array(f"x_train of {source}", train, config)
-    test = _check_array(f"x_test of {source}", test, config)
+    train, largest = _check_array(f"x_train of {source}", train, config)
+    test, other = _check_array(f"x_test of {source}", test, config)
     shape, found = train.shape[1:], test.shape[1:]
     if shape != found:
         raise ValueError(f"x_test of {source} has images {found}: need {shape}, as in x_train")
-    _check_values(config, _largest([train, test]), shape)
+    _check_values(config, max(largest, other), shape)
     keys = (f"y_train of {source}", f"y_test of {source}")
     arrays = zip((train, test), labels, strict=True)
     classes = [as_classes(key, y, len(x)) for key, (x, y) in zip(keys, arrays, strict=True)]
     given = {"class": classes, "values": values}.get(config.context, (None, None))
     splits = [
-        Finite(len(x), partial(npz_files.taken, x), labels=y, context=c, known_by=_file_of([x]))
+        Finite(len(x), partial(npz_files.taken, x), labels=y, context=c)
         for x, y, c in zip((train, test), classes, given, strict=True)
     ]
     pairs = dict(zip(("train", "test"), splits, strict=True))
@@ -376,14 +376,7 @@ def _joined(arrays: list[np.ndarray], shape: Shape) -> Finite:
             found[here] = rows.reshape(-1, channels, height, width)
         return found.transpose(0, 2, 3, 1)
 
-    return Finite(int(ends[-1]), examples, known_by=_file_of(arrays))
-
-
-def _file_of(arrays: list[np.ndarray]) -> Source:
-    """The files of arrays that are too large to be known by their content; '' for others."""
-    files = tuple(map(npz_files.file_of, arrays))
-    is_large = sum(array.nbytes for array in arrays) > READ_BYTES
-    return files if is_large and None not in files else ""
+    return Finite(int(ends[-1]), examples)
 
 
 DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {

@@ -12,6 +12,7 @@ compared before it is used. `taken` and `chunks` read from it without keeping it
 import mmap
 import os
 import struct
+import weakref
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ MAGIC = b"\x93NUMPY"
 MAPPED = 2**28  # bytes of an array that is not read into memory
 READ = 2**24  # bytes of a file that are read at once
 LOCAL_HEADER = struct.Struct("<26x2H")  # of a member of an archive: length of its name, of more
+# The file of every map, and its state when the checksum was compared.
+_mapped: weakref.WeakKeyDictionary[mmap.mmap, tuple[Path, tuple[int, int, int]]]
+_mapped = weakref.WeakKeyDictionary()
 
 
 def write(path: Path, arrays: Arrays) -> None:
@@ -108,7 +112,14 @@ def read_array(path: Path) -> np.ndarray:
     """
     if not is_array(path):
         raise ValueError(f"{path} {_what_it_is(path, ())}")
-    return _checked(lambda: path.open("rb"), path.stat().st_size, str(path), path, 0)
+    with path.open("rb") as whole:
+
+        def opened() -> IO[bytes]:
+            file = open(whole.fileno(), "rb", closefd=False)
+            file.seek(0)
+            return file
+
+        return _checked(opened, os.fstat(whole.fileno()).st_size, str(path), whole, 0)
 
 
 def is_array(path: Path) -> bool:
@@ -123,21 +134,20 @@ def _array(archive: zipfile.ZipFile, member: str, name: str) -> np.ndarray:
     """One array of an archive."""
     with _damages(name):
         info = archive.getinfo(member)
-        path, start = Path(archive.filename), None
+        start = None
         if info.compress_type == zipfile.ZIP_STORED:
-            with path.open("rb") as file:
-                file.seek(info.header_offset)
-                lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            archive.fp.seek(info.header_offset)
+            lengths = LOCAL_HEADER.unpack(archive.fp.read(LOCAL_HEADER.size))
             start = info.header_offset + LOCAL_HEADER.size + sum(lengths)
-    return _checked(lambda: archive.open(member), info.file_size, name, path, start)
+    return _checked(lambda: archive.open(member), info.file_size, name, archive.fp, start)
 
 
 def _checked(
-    opened: Callable[[], IO[bytes]], size: int, name: str, path: Path, start: int | None
+    opened: Callable[[], IO[bytes]], size: int, name: str, whole: IO[bytes], start: int | None
 ) -> np.ndarray:
     """An array, whose header must say what its bytes have room for and whose checksum must fit.
 
-    `start` is where it begins in the file `path`; None: it is not stored there as it is.
+    `start` is where it begins in the open file `whole`; None: it is not stored there as it is.
     """
     with _damages(name):
         with opened() as file:
@@ -151,7 +161,10 @@ def _checked(
                 if start is not None and size >= MAPPED:
                     while file.read(READ):
                         pass
-                    return np.memmap(path, dtype, "r", start + header, shape, order)
+                    array = np.memmap(whole, dtype, "r", start + header, shape, order)
+                    state = _state(os.fstat(whole.fileno()))
+                    _mapped[_map_of(array)] = Path(whole.name).absolute(), state
+                    return array
                 array = np.lib.format.read_array(file, allow_pickle=False)
                 file.read(1)
             return array
@@ -169,7 +182,12 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
 
 
 def taken(array: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Those examples of an array, in memory; the pages of a file that were read are given back."""
+    """Those examples of an array, in memory; the pages of a file that were read are given back.
+
+    Raises:
+        ValueError: the file was written anew since its checksum was compared.
+    """
+    _check_unchanged(array)
     found = np.asarray(array[ids])
     _give_back(array)
     return found
@@ -183,21 +201,31 @@ def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
         _give_back(array)
 
 
-def file_of(array: np.ndarray | None) -> Path | None:
-    """The file that an array is in; None for one in memory."""
+def _map_of(array: np.ndarray | None) -> mmap.mmap | None:
+    """The map of a file that an array is a view of; None for one in memory."""
     while isinstance(array, np.ndarray):
-        if isinstance(array, np.memmap):
-            return Path(array.filename)
         array = array.base
-    return None
+    return array if isinstance(array, mmap.mmap) else None
 
 
-def _give_back(array: np.ndarray | None) -> None:
+def _check_unchanged(array: np.ndarray) -> None:
+    """Refuse a file whose time or size is another: what is in it now was never checked."""
+    found = _map_of(array)
+    if found is None:
+        return
+    path, then = _mapped[found]
+    if not path.exists() or _state(path.stat()) != then:
+        raise ValueError(f"{path} has changed while it was in use: start again")
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _give_back(array: np.ndarray) -> None:
     """Let the system take the pages of a file, which else count as memory of this process."""
-    while isinstance(array, np.ndarray):
-        if isinstance(array.base, mmap.mmap):
-            array.base.madvise(mmap.MADV_DONTNEED)
-        array = array.base
+    if (found := _map_of(array)) is not None:
+        found.madvise(mmap.MADV_DONTNEED)
 
 
 def _what_it_is(path: Path, keys: Collection[str]) -> str:

@@ -27,7 +27,6 @@ import json_lines
 
 Row = dict[str, Any]
 GROUP = ("estimator", "protocol", "step", "split", "identity")  # the fields that a table shares
-PLACE = ("index", "repeat")  # of a row in its table
 KEY = ("estimator", "protocol", "step", "split", "index", "repeat", "identity")
 CHECKSUM = "crc32"
 Key = tuple
@@ -164,6 +163,10 @@ class Table(Sequence[Row]):
         """Say whether there is a row of this example and repeat."""
         return index in self._there.get(repeat, ())
 
+    def has_repeat(self, repeat: int) -> bool:
+        """Say whether there is a row of this repeat."""
+        return bool(self._there.get(repeat))
+
     def lacks(self, indices: Iterable[int], repeat: int) -> bool:
         """Say whether one of these examples has no row of this repeat."""
         return not self._there.get(repeat, set()).issuperset(indices)
@@ -189,9 +192,9 @@ class Table(Sequence[Row]):
             column.extend([row.get(name, ABSENT) for row in new])
         return self._columns
 
-    def distinct(self, field: str) -> set[Any]:
-        """The different values of a field in the rows that have it."""
-        return {value for value in self._settled().get(field, ()) if value is not ABSENT}
+    def present(self, field: str) -> list[Any]:
+        """The values of a field in the rows that have it."""
+        return [value for value in self._settled().get(field, ()) if value is not ABSENT]
 
     def knows(self, field: str) -> bool:
         """Say whether there are rows and all have the field."""
@@ -203,11 +206,11 @@ class Table(Sequence[Row]):
         return self._settled()[field].as_array() if self._number else np.empty(0)
 
 
-def know(rows: Sequence[Row], field: str) -> bool:
-    """Say whether there are rows and all have the field."""
+def present(rows: Sequence[Row], field: str) -> list[Any]:
+    """The values of a field in the rows that have it."""
     if isinstance(rows, Table):
-        return rows.knows(field)
-    return len(rows) > 0 and all(field in row for row in rows)
+        return rows.present(field)
+    return [row[field] for row in rows if field in row]
 
 
 def values(rows: Sequence[Row], field: str) -> np.ndarray:
@@ -223,8 +226,8 @@ class Records:
     def __init__(self, folder: Path, host: int = 0) -> None:
         self.path = folder / (f"rows-{host}.jsonl" if host else "rows.jsonl")
         self._tables: dict[tuple, Table] = {}
-        for path in sorted(folder.glob("rows*.jsonl")):
-            self._read(path)
+        for path in sorted(folder.glob("rows*.jsonl"), reverse=True):  # of equal keys the first is
+            self._read(path)  # taken: that of the first process
 
     def _read(self, path: Path) -> None:
         older = 0
@@ -288,7 +291,7 @@ class Records:
 
 
 def _is_row(row: Row, line: bytes) -> bool:
-    return _is_intact_line(line) or is_older(row) or is_intact(row)
+    return _is_intact_line(line) or is_older(row)
 
 
 def _line(row: Row) -> bytes:
@@ -352,6 +355,8 @@ def key_of(row: Row) -> Key:
 
 def example_means(rows: Sequence[Row], field: str = "value") -> dict[int, float]:
     """The mean over repeats of every example, by its index."""
+    if not len(rows):
+        return {}
     examples, _, means = _by_example(values(rows, "index"), values(rows, field))
     return dict(zip(examples.tolist(), means.tolist(), strict=True))
 
@@ -369,8 +374,8 @@ def _by_example(index: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def largest_share(rows: Sequence[Row]) -> float:
     """The largest draw of a bound over Σ|value| of its rows; 0 where rows do not tell."""
-    total = float(np.abs(values(rows, "value")).sum()) if know(rows, "largest") else 0.0
-    return float(values(rows, "largest").max()) / total if total else 0.0
+    total = float(np.abs(values(rows, "value")).sum()) if len(rows) else 0.0
+    return max(present(rows, "largest"), default=0.0) / total if total else 0.0
 
 
 def summarize(rows: Sequence[Row], field: str = "value") -> Summary:

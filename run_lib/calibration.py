@@ -32,7 +32,9 @@ def write(eval_folder: Path) -> list[dict[str, Any]]:
     tables = identities.reported(eval_folder, Records(eval_folder).tables())
     tables.sort(key=lambda table: [table[name] for name in GROUP])
     found = []
-    for table in (table for table in tables if table.knows("ranks")):
+    for table in tables:
+        if not (table.knows("ranks") and table.has_repeat(0)):
+            continue
         _, levels, ranks = places(table)
         path = eval_folder / f"calibration_{table['step']}.png"
         plotting.save_calibration(path, levels, ranks[:, :SHOWN])

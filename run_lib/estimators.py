@@ -266,8 +266,10 @@ def _law_of_the_data(experiment: Experiment) -> Estimator:
 
 def _divergence(model: Estimator, law: Estimator) -> Estimator:
     """log q(x) − log p(x), whose mean is the divergence of the model from the known law."""
+    # What all such data have in common is left out, as in the rows of earlier versions.
+    details = {name: value for name, value in model.details.items() if name != "data"}
     name = f"KL(data ‖ {model.name})"
-    return dataclasses.replace(model, name=name, difference_of=(model, law))
+    return dataclasses.replace(model, name=name, details=details, difference_of=(model, law))
 
 
 def _ode_details(experiment: Experiment, t_min: float) -> Details:

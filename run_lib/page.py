@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -255,10 +256,12 @@ def _identities(eval_folder: Path) -> list[str]:
 
 
 def save_curves(workdir: Path) -> Path | None:
-    """curves.png from metrics.jsonl, unless it is newer; None where there are no metrics yet."""
+    """curves.png from metrics.jsonl, unless it is of that time; None where there are no metrics."""
     path, source = workdir / "curves.png", workdir / metrics.FILE
-    times = [file.stat().st_mtime_ns for file in (path, source) if file.exists()]
-    if len(times) == 2 and times[0] > times[1]:
+    if not source.exists():
+        return None
+    written = source.stat().st_mtime_ns  # before it is read: rows that come then are drawn later
+    if path.exists() and path.stat().st_mtime_ns == written:
         return path
     curves: dict[str, dict[str, plotting.Curve]] = {}
     for row in metrics.read_metrics(workdir):
@@ -274,7 +277,10 @@ def save_curves(workdir: Path) -> Path | None:
     }
     if not panels:
         return None
-    plotting.save_curves(path, panels)
+    unfinished = path.with_name("curves.tmp.png")
+    plotting.save_curves(unfinished, panels)
+    os.utime(unfinished, ns=(written, written))
+    os.replace(unfinished, path)
     return path
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 import json_files
 import npz_files
-from records import Records, Row, Summary, Table, know, largest_share, summarize, values
+from records import Records, Row, Summary, Table, largest_share, present, summarize, values
 from run_lib import comparison, folder, identities
 
 
@@ -105,7 +105,9 @@ def probabilities(workdir: Path, results: list[Result]) -> list[str]:
     p, and by Jensen's inequality its mean logarithm is at most that of the probability over w.
     """
     path = workdir / folder.STATISTICS
-    widths = npz_files.read(path, ()).get("cell_widths") if path.exists() else None
+    widths = (
+        npz_files.read(path, (), ("cell_widths",)).get("cell_widths") if path.exists() else None
+    )
     if widths is None:
         return []
     volume = float(np.log(widths[widths > 0.0]).sum())
@@ -138,7 +140,7 @@ def write_summaries(eval_folder: Path, results: list[Result]) -> None:
 
 
 def _result(rows: Table, worse_than: list[comparison.Defeat]) -> Result:
-    nfe = values(rows, "nfe")
+    nfe, errors = values(rows, "nfe"), present(rows, "error")
     return Result(
         *(rows[field] for field in GROUP),
         unit=rows[0]["unit"],
@@ -146,8 +148,8 @@ def _result(rows: Table, worse_than: list[comparison.Defeat]) -> Result:
         nfe=float(nfe.mean()),
         max_nfe=int(nfe.max()),
         seconds=float(values(rows, "seconds").mean()),
-        commits=sorted(rows.distinct("commit")) or ["unknown"],
-        solver_error=float(values(rows, "error").mean()) if know(rows, "error") else None,
+        commits=sorted(set(rows.present("commit"))) or ["unknown"],
+        solver_error=float(np.mean(errors)) if errors else None,
         worse_than=worse_than,
         doubts=doubts(rows),
     )

@@ -74,16 +74,21 @@ def test_restores_into_shapes_alone(saved):
 
 def test_of_a_state_only_some_fields_may_be_read(saved, monkeypatch):
     """Values that were not asked for are neither read nor compared; those that were, are."""
-    shapes, compared = jax.eval_shape(lambda: state_of()), []
-    checksums = checkpoints._checksums
+    shapes, compared, read = jax.eval_shape(lambda: state_of()), [], []
+    checksums, restore = checkpoints._checksums, saved._manager.restore
     monkeypatch.setattr(
         checkpoints, "_checksums", lambda tree: compared.append(tree) or checksums(tree)
+    )
+    monkeypatch.setattr(
+        saved._manager,
+        "restore",
+        lambda step, args: read.append(args.item) or restore(step, args=args),
     )
     found = saved.restore(5, shapes, ("step", "ema_params"))
     assert_same(found, shapes.replace(step=found.step, ema_params=found.ema_params))
     assert_same(found.ema_params, state_of(5, seed=5).ema_params)
     assert int(found.step) == 5
-    assert [set(tree) for tree in compared] == [{"step", "ema_params"}]
+    assert [set(tree) for tree in (*compared, *read)] == [{"step", "ema_params"}] * 2
     monkeypatch.setattr(checkpoints, "_checksums", lambda tree: {"ema_params.half": "bfloat16 0"})
     with pytest.raises(DamagedError, match=r"the values of ema_params\.half are not those"):
         saved.restore(5, shapes, ("step", "ema_params"))

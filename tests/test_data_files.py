@@ -103,33 +103,54 @@ def test_no_damage_of_an_archive_is_a_traceback_or_other_data(tmp_path: Path) ->
 
 def test_large_arrays_stay_in_their_file(tmp_path: Path, monkeypatch) -> None:
     """The same batches, digests and damages as in memory; no process has a copy of its own."""
-    x = images(40, 6, 4, 3)
-    arrays = {"x_train": x[:30], "x_test": np.asfortranarray(x[30:]), "y_train": np.arange(30)}
-    (tmp_path / "a.npz").write_bytes(archive(**arrays))
+    x, path = images(2100, 6, 4, 3), tmp_path / "a.npz"
+    arrays = {"x_train": x[:2000], "x_test": np.asfortranarray(x[2000:])}
+    path.write_bytes(archive(y_train=np.arange(2000), y_test=np.arange(100), **arrays))
     np.savez_compressed(tmp_path / "compressed.npz", **arrays)
     fields = {"num_channels": 3, "random_flip": True, "num_validation": 7}
-    whole = datasets.load(config("npz", tmp_path / "a.npz", **fields))
-    monkeypatch.setattr(npz_files, "MAPPED", 100)
+    whole = datasets.load(config("npz", path, **fields))
+    monkeypatch.setattr(npz_files, "MAPPED", 7000)
     monkeypatch.setattr(npz_files, "READ", 200)  # chunks of two images
-    stored = npz_files.read(tmp_path / "a.npz", ("x_train", "x_test"))
-    assert all(npz_files.file_of(a[..., None]) == tmp_path / "a.npz" for a in stored.values())
-    for name in ("a.npz", "compressed.npz"):
-        mapped = datasets.load(config("npz", tmp_path / name, **fields))
-        assert mapped.digests == whole.digests
-        for split in ("train", "validation", "test"):
-            ids = np.arange(whole.size(split))[::-1]
-            np.testing.assert_array_equal(mapped.examples(split, ids), whole.examples(split, ids))
-        batches = (d.train_batches(batch_size=8, seed=1, first_step=2) for d in (mapped, whole))
-        np.testing.assert_array_equal(*(next(b)["image"] for b in batches))
-    assert isinstance(mapped.examples("train", np.array([1])), np.ndarray)
-    monkeypatch.setattr(datasets, "READ_BYTES", 100)  # known by path, size and time
-    large = datasets.load(config("npz", tmp_path / "a.npz", **fields))
-    assert large.train.known_by == (tmp_path / "a.npz",)
-    content = bytearray((tmp_path / "a.npz").read_bytes())
-    content[len(content) // 4] ^= 1
-    (tmp_path / "a.npz").write_bytes(content)
+    stored = npz_files.read(path, ("x_train", "x_test", "y_test"))
+    kinds = {name: isinstance(array, np.memmap) for name, array in stored.items()}
+    assert kinds == {"x_train": True, "x_test": True, "y_train": True, "y_test": False}
+    mapped = datasets.load(config("npz", path, **fields))
+    packed = datasets.load(config("npz", tmp_path / "compressed.npz", **fields))
+    assert mapped.digests == whole.digests
+    for split in ("train", "validation", "test"):
+        ids = np.arange(min(whole.size(split), 9))[::-1]
+        for data in (mapped, packed):
+            np.testing.assert_array_equal(data.examples(split, ids), whole.examples(split, ids))
+    batches = (d.train_batches(batch_size=8, seed=1, first_step=2) for d in (mapped, whole))
+    np.testing.assert_array_equal(*(next(b)["image"] for b in batches))
+    # In place or by another file: what is read then was never checked.
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"a\.npz has changed while it was in use"):
+        mapped.examples("train", np.array([1]))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"x_test.npy") - 5000] ^= 1  # in the last images of x_train
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x_train of .*a\.npz is damaged .*CRC"):
-        datasets.load(config("npz", tmp_path / "a.npz", **fields))
+        datasets.load(config("npz", path, **fields))
+
+
+def test_an_array_is_mapped_from_the_file_whose_checksum_was_compared(tmp_path, monkeypatch):
+    """Another file that takes its place in between has another table of contents."""
+    path, other = tmp_path / "a.npz", tmp_path / "b.npz"
+    x = images(500, 4, 4)
+    np.savez(path, x=x)
+    np.savez(other, before=x, x=np.zeros_like(x))
+    monkeypatch.setattr(npz_files, "MAPPED", 100)
+    header = npz_files._header
+    monkeypatch.setattr(
+        npz_files,
+        "_header",
+        lambda file: (other.exists() and os.replace(other, path), header(file))[1],
+    )
+    found = npz_files.read(path, ("x",))["x"]
+    np.testing.assert_array_equal(found, x)
+    with pytest.raises(ValueError, match="has changed"):
+        npz_files.taken(found, np.array([0]))
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,23 @@ def test_curves_are_those_of_the_metrics(tmp_path: Path, monkeypatch) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 15, "spl'
     (tmp_path / "metrics.jsonl").write_text(text)
     drawn = []
-    monkeypatch.setattr(page.plotting, "save_curves", lambda path, panels: drawn.append(panels))
-    page.save_curves(tmp_path)
+
+    def draw(path: Path, panels: dict) -> None:
+        path.write_text("half a picture" if not drawn else "a picture")
+        drawn.append(panels)
+        if len(drawn) == 1:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(page.plotting, "save_curves", draw)
+    with pytest.raises(OSError, match="the disk is full"):
+        page.save_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+    for more in ("", "", '{"step": 15, "split": "train", "time": 2.0, "loss": 1.0}\n'):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(more)
+        path = page.save_curves(tmp_path)
+        assert path.read_text() == "a picture"
+    assert len(drawn) == 3  # not where nothing was written
     found = {
         name: {label: tuple(map(list, curve)) for label, curve in panel.items()}
         for name, panel in drawn[0].items()
