@@ -113,13 +113,14 @@ class Levels:
     Up to 29 levels the network gives all logits. For more levels it gives `rank` features, a and b
     for each coordinate. With a learned [rank, L] matrix that all coordinates share,
 
-        log π_k = prior_k + features · matrix_k + a v_k − ½ b̃ v_k²,
+        log π_k = prior_k + features · matrix_k + g a v_k − ½ b̃ v_k²,
         v_k = (value_k − y)/√(τ² + h²),   b̃ = softplus(b − 3) − softplus(−3)
 
     so that a narrow law around y needs no large numbers. The first two rows of the matrix start as
     the lowest and the highest level, the others as a discrete cosine transform, all of them small.
     A matrix that starts large gives the features so much weight at high noise that their gradient
-    governs the network, and what neighbours say at lower noise is learned late.
+    governs the network, and what neighbours say at lower noise is learned late. A gain g above 1
+    lets a, which moves the law along, learn faster than the rest.
 
     The network sees x/√(α² + σ²), which has about unit size at every time for every SDE. It also
     sees the posterior of the independent model, p(level j | x_t,j) ∝ prior × noise: up to 29 levels
@@ -131,15 +132,18 @@ class Levels:
         low: the lower end of the first cell (cells), or the first value (atoms), in model space.
         high: the upper end of the last cell, or the last value.
         rank: features per coordinate, for more than 29 levels.
+        gain: g, for more than 29 levels.
     """
 
     levels: int
     low: float
     high: float
     rank: int = 16
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.rank >= 2, "rank", self.rank, "at least 2")
+        require(self.gain > 0.0, "gain", self.gain, "more than 0")
 
     @property
     def width(self) -> float:
@@ -196,7 +200,7 @@ class Levels:
         # of matrices its gradient costs a tenth of that of sums over the levels.
         unit = expand(jax.lax.rsqrt(tau**2 + self.width**2), y)
         bend = (jax.nn.softplus(net[..., -1] - 3.0) - math.log1p(math.exp(-3.0))) * unit**2
-        local = [net[..., -2] * unit + bend * y, -0.5 * bend]
+        local = [self.gain * net[..., -2] * unit + bend * y, -0.5 * bend]
         numbers = jnp.concatenate([net[..., :-2], jnp.stack(local, axis=-1)], axis=-1)
         values = self._values(jnp.arange(self.levels, dtype=y.dtype))
         rows = jnp.concatenate([arrays["matrix"], jnp.stack([values, values**2])])

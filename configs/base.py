@@ -84,6 +84,8 @@ def _model() -> ConfigDict:
             "end": placeholder(float),  # linear: largest time of the path, below 1
             # Of the head:
             "rank": placeholder(int),  # cells, atoms: features per coordinate, from 30 levels on
+            # cells, atoms: how much faster the law of a value learns to move, from 30 levels on
+            "gain": placeholder(float),
             "components": placeholder(int),  # mixture: Gaussians per coordinate
             "floor": placeholder(float),  # mixture: smallest width, in standard deviations
             "whitening": placeholder(str),  # whitened: full | diagonal covariance

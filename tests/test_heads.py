@@ -494,3 +494,18 @@ def test_more_levels_than_a_window_share_a_matrix(levels):
     head = Cells(levels, LOW, HIGH, rank=3)
     assert head.outputs == (levels if levels == SPAN else 5)
     assert ("matrix" in head.arrays((2,))) == (levels > SPAN)
+
+
+def test_the_gain_multiplies_what_moves_the_law():
+    """A network that gives a under a gain of 3 is one that gives 3 a under a gain of 1."""
+    rng = np.random.default_rng(0)
+    net = jnp.asarray(rng.standard_normal((2, 3, 18)), jnp.float32)
+    y, tau = jnp.asarray(0.5 * rng.standard_normal((2, 3)), jnp.float32), jnp.asarray([0.01, 0.3])
+    found = []
+    for gain, output in ((3.0, net), (1.0, net.at[..., -2].multiply(3.0))):
+        head = Cells(256, LOW, HIGH, gain=gain)
+        found.append(head.mean_and_log_mass(head.logits(head.arrays((3,)), output, y, tau), y, tau))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"gain=0.0: need more than 0"):
+        Cells(256, LOW, HIGH, gain=0.0)
