@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     """64 residual blocks of 128 channels at 32×32 (about 20 M parameters)."""
     config = base.get_config()
     config.data.update(dataset="cifar10", image_size=32, num_channels=3)
-    config.model.update(name="unet", parameterization="cells", time_label="log_snr")
+    config.model.update(name="unet", parameterization="cells", time_label="log_snr", gain=3.0)
     config.model.update(channels=(128,), blocks=(64,), dropout=0.1, ema_rate=0.9999)
     config.model.update(dtype="bfloat16", remat="keep_convs")
     config.training.update(n_iters=2_000_000, batch_size=128, stratified=True)
