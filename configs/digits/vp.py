@@ -5,8 +5,10 @@ The images have 8×8 pixels with 17 grey levels.
 Command: make demo
 Width, rate and batch size were chosen by the bound of the last 288 training images, which were left
 out of training. The input of `summary` was chosen by the bound of every fifth training image.
-Dropout and weight decay are those of an earlier trial, in which the test images were looked at. The
-number of steps is the one that takes four minutes.
+Dropout was chosen by the bound of 288 training images drawn at random (`data.num_validation=288`),
+after 2,800 steps: 1.807 for 0.1, 1.780 for 0.2, 1.769 for 0.3 and 1.772 for 0.4. The weight decay
+is that of an earlier trial, in which the test images were looked at. The number of steps is the one
+that takes four minutes.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +21,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.data.update(dataset="digits", levels=17)
     config.model.update(name="unet", parameterization="cells", time_label="log_snr")
-    config.model.update(channels=(48,), blocks=(3,), summary=128, dropout=0.2, ema_rate=0.999)
+    config.model.update(channels=(48,), blocks=(3,), summary=128, dropout=0.3, ema_rate=0.999)
     config.training.update(n_iters=2800, batch_size=64, stratified=True)
     config.training.update(likelihood_weighting=True, time_law="adaptive")
     config.training.update(log_freq=200, eval_freq=700)
