@@ -79,7 +79,7 @@ def cell_terms(
 def narrow_terms(
     m: Float[Array, "b *d k"], w: Float[Array, "b *ones"] | float
 ) -> tuple[Float[Array, "b *d k"], Float[Array, "b *d k"]]:
-    """As `cell_terms`, for Gaussians of the variance of the cells, w²/12, in their place.
+    """Do what `cell_terms` does, with Gaussians of the variance w²/12 in the place of the cells.
 
     This neglects the fourth cumulant −w⁴/120. The error of the log-mass is w⁴/2880 |m⁴ − 6m² + 3|.
     That of its derivative is w⁴/720 |m³ − 3m|, at τ = 2h (w = ½) 8.7e-5 |m³ − 3m|. For w = 0 the

@@ -28,7 +28,7 @@ FIELD = "sampling.smallest_time"
 
 
 class Grid(NamedTuple):
-    """What a step needs of the time grid: the spacing dt and the number of steps N of the chain."""
+    """A step needs two numbers of the time grid: its spacing dt and the steps N of the chain."""
 
     dt: float
     num_steps: int

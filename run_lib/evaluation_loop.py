@@ -221,7 +221,7 @@ def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Es
 
 
 def fill_rows(
-    experiment: Experiment, checkpoint: Checkpoint, program: "Program", records: Records
+    experiment: Experiment, checkpoint: Checkpoint, program: Program, records: Records
 ) -> None:
     """Compute the rows that are missing, batch by batch, each batch saved as it comes.
 

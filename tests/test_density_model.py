@@ -16,10 +16,7 @@ from records import Records
 from run_lib.experiment import Experiment
 
 MIX = np.array([[1.0, 0.5], [0.0, 2.0]])
-FEW = {
-    "training.n_iters": 400, "model.hidden": 32, "model.depth": 1, "training.n_jitted_steps": 100,
-    "eval.num_steps": 16,
-}  # fmt: skip
+FEW = {"training.n_iters": 400, "model.hidden": 32, "model.depth": 1, "eval.num_steps": 16}
 
 
 def correlated(n, seed):
@@ -56,6 +53,7 @@ def test_samples_follow_the_data(fitted):
     assert_allclose(np.cov(x.T), MIX.T @ MIX, atol=0.5)
     assert_allclose(fitted.sample(3), x[:3], atol=0.05)  # of standard deviations of 1 and 2
     assert np.abs(fitted.sample(3, random_state=1) - x[:3]).max() > 0.5
+    assert fitted._draw._cache_size() == 2  # compiled once for each number of samples
 
 
 def test_a_saved_model_is_the_same_and_the_command_line_evaluates_it(fitted, tmp_path):

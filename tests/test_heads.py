@@ -493,7 +493,10 @@ def test_moments_and_mixtures_of_a_stream_are_those_of_the_whole():
 def test_more_levels_than_a_window_share_a_matrix(levels):
     head = Cells(levels, LOW, HIGH, rank=3)
     assert head.outputs == (levels if levels == SPAN else 5)
-    assert ("matrix" in head.arrays((2,))) == (levels > SPAN)
+    arrays = head.arrays((2,))
+    assert ("matrix" in arrays) == (levels > SPAN)
+    if levels > SPAN:  # of size 1, high noise governs the training
+        assert 0.0 < np.abs(arrays["matrix"]).max() < 0.2
 
 
 def test_the_gain_multiplies_what_moves_the_law():

@@ -685,9 +685,17 @@ def test_eval_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
         run_lib.evaluate(Experiment.from_config(tiny.config()), tmp_path, "eval")
 
 
-def test_chosen_checkpoints_are_evaluated_and_missing_ones_named(trained: Path) -> None:
-    rows = evaluate(trained, "f", begin_ckpt=1, end_ckpt=2, enable_bpd=False, enable_sampling=False)
+def test_chosen_checkpoints_are_evaluated_and_missing_ones_named(trained: Path, caplog) -> None:
+    """The estimator is compiled once for both, and the rows of a network are its own."""
+    with caplog.at_level("INFO", logger="fokker"):
+        rows = evaluate(
+            trained, "f", begin_ckpt=1, end_ckpt=2, enable_bpd=False, enable_sampling=False
+        )
+    assert caplog.text.count("compiling bound") == 1
     assert {row["step"] for row in rows.values()} == {10, 20}
+    values = {step: [r["value"] for r in rows.values() if r["step"] == step] for step in (10, 20)}
+    assert len(values[10]) == len(values[20])
+    assert values[10] != values[20]
     with pytest.raises(ValueError, match=r"no checkpoint of steps \[30\]"):
         evaluate(trained, "f", begin_ckpt=1, end_ckpt=3)
 
