@@ -26,7 +26,7 @@ MAGIC = b"\x93NUMPY"
 MAPPED = 2**28  # bytes of an array that is not read into memory
 READ = 2**24  # bytes of a file that are read at once
 LOCAL_HEADER = struct.Struct("<26x2H")  # of a member of an archive: length of its name, of more
-# The file of every map, and its state when the checksum was compared.
+# The file of every map, and its state before the checksum was compared.
 _mapped: weakref.WeakKeyDictionary[mmap.mmap, tuple[Path, tuple[int, int, int]]]
 _mapped = weakref.WeakKeyDictionary()
 
@@ -150,6 +150,7 @@ def _checked(
     `start` is where it begins in the open file `whole`; None: it is not stored there as it is.
     """
     with _damages(name):
+        state = _state(os.fstat(whole.fileno()))  # before anything is compared
         with opened() as file:
             shape, order, dtype = _header(file)
             header = file.tell()
@@ -162,7 +163,6 @@ def _checked(
                     while file.read(READ):
                         pass
                     array = np.memmap(whole, dtype, "r", start + header, shape, order)
-                    state = _state(os.fstat(whole.fileno()))
                     _mapped[_map_of(array)] = Path(whole.name).absolute(), state
                     return array
                 array = np.lib.format.read_array(file, allow_pickle=False)
@@ -214,7 +214,7 @@ def _check_unchanged(array: np.ndarray) -> None:
     if found is None:
         return
     path, then = _mapped[found]
-    if not path.exists() or _state(path.stat()) != then:
+    if not (path.exists() and _state(path.stat()) == then):
         raise ValueError(f"{path} has changed while it was in use: start again")
 
 

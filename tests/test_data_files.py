@@ -142,15 +142,18 @@ def test_an_array_is_mapped_from_the_file_whose_checksum_was_compared(tmp_path, 
     np.savez(other, before=x, x=np.zeros_like(x))
     monkeypatch.setattr(npz_files, "MAPPED", 100)
     header = npz_files._header
-    monkeypatch.setattr(
-        npz_files,
-        "_header",
-        lambda file: (other.exists() and os.replace(other, path), header(file))[1],
-    )
-    found = npz_files.read(path, ("x",))["x"]
-    np.testing.assert_array_equal(found, x)
-    with pytest.raises(ValueError, match="has changed"):
-        npz_files.taken(found, np.array([0]))
+
+    def meanwhile(change) -> np.ndarray:
+        """The array, where the file changes after its state is known and before it is compared."""
+        monkeypatch.setattr(npz_files, "_header", lambda file: (change(), header(file))[1])
+        return npz_files.read(path, ("x",))["x"]
+
+    touched = meanwhile(lambda: os.utime(path, ns=(5, 5)))
+    replaced = meanwhile(lambda: other.exists() and os.replace(other, path))
+    np.testing.assert_array_equal(replaced, x)
+    for found in (touched, replaced):
+        with pytest.raises(ValueError, match="has changed"):
+            npz_files.taken(found, np.array([0]))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ out of training. The input of `summary` was chosen by the bound of every fifth t
 Dropout was chosen by the bound of 288 training images drawn at random (`data.num_validation=288`),
 after 2,800 steps: 1.807 for 0.1, 1.780 for 0.2, 1.769 for 0.3 and 1.772 for 0.4. The weight decay
 is that of an earlier trial, in which the test images were looked at. The number of steps is the one
-that takes four minutes.
+that takes four to six minutes.
 """
 
 from ml_collections import ConfigDict
