@@ -20,7 +20,7 @@ def as_images(name: str, array: np.ndarray) -> np.ndarray:
             f"{name} has shape {array.shape}: need [n, H, W(, C)], not empty; x.astype(np.float32) "
             "makes real values of it, of any shape"
         )
-    array = array[..., None] if array.ndim == 3 else array
+    array = array.reshape(*array.shape, 1) if array.ndim == 3 else array
     if advice := _as_colours(array.shape):
         raise ValueError(f"{name} has shape {array.shape}: need 1 or 3 channels, last; {advice}")
     return array

@@ -6,9 +6,11 @@ sentence that names the file and the array.
 
 An array of `MAPPED` bytes or more that is stored as it is, as by np.savez and np.save, stays in the
 file: it is an np.memmap, so that all processes of a machine share one copy. Its checksum is
-compared before it is used. `taken` and `chunks` read from it without keeping it in memory.
+compared before it is used. `taken` and `chunks` read from it without keeping it in memory, and
+`part` chooses examples of it without reading them.
 """
 
+import math
 import mmap
 import os
 import struct
@@ -181,24 +183,56 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
     return shape, "F" if is_fortran else "C", dtype
 
 
-def taken(array: np.ndarray, ids: np.ndarray) -> np.ndarray:
+class Part:
+    """Some examples of an array that stays in its file: shape and type are known, none is read."""
+
+    def __init__(self, whole: np.ndarray, ids: np.ndarray) -> None:
+        self.whole, self.ids = whole, ids
+        self.dtype, self.shape = whole.dtype, (len(ids), *whole.shape[1:])
+        self.ndim, self.size = whole.ndim, math.prod(self.shape)
+        self.nbytes = self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def reshape(self, size: int, *shape: int) -> "Part":
+        """Return the same examples in another shape."""
+        return Part(self.whole.reshape(len(self.whole), *shape), self.ids)
+
+
+def part(array: np.ndarray, ids: np.ndarray) -> np.ndarray | Part:
+    """Those examples of an array: in memory if it is, else in the file."""
+    return Part(array, ids) if is_mapped(array) else array[ids]
+
+
+def is_mapped(array: np.ndarray | Part) -> bool:
+    """Say whether an array, or a part of one, stays in its file."""
+    return isinstance(array, Part) or _map_of(array) is not None
+
+
+def taken(array: np.ndarray | Part, ids: np.ndarray) -> np.ndarray:
     """Those examples of an array, in memory; the pages of a file that were read are given back.
 
     Raises:
         ValueError: the file was written anew since its checksum was compared.
     """
+    if isinstance(array, Part):
+        array, ids = array.whole, array.ids[ids]
     _check_unchanged(array)
     found = np.asarray(array[ids])
     _give_back(array)
     return found
 
 
-def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+def chunks(array: np.ndarray | Part) -> Iterator[np.ndarray]:
     """All examples of an array in turn, about `READ` bytes at a time."""
     number = max(READ * len(array) // max(array.nbytes, 1), 1)
     for first in range(0, len(array), number):
-        yield array[first : first + number]
-        _give_back(array)
+        if isinstance(array, Part):
+            yield taken(array, np.arange(first, min(first + number, len(array))))
+        else:
+            yield array[first : first + number]
+            _give_back(array)
 
 
 def _map_of(array: np.ndarray | None) -> mmap.mmap | None:

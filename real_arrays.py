@@ -10,11 +10,13 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 import marginals
+import npz_files
 from checks import FieldError, require
 from image_arrays import as_classes
 from splits import DataConfig, Origin, Rows, assembled
@@ -34,7 +36,7 @@ KINDS = {  # of `data.standardize`, in words
 logger = logging.getLogger("fokker")
 
 
-def is_real(array: np.ndarray) -> bool:
+def is_real(array: np.ndarray | npz_files.Part) -> bool:
     """Say whether an array holds real values, not grey levels, bits or what is no number."""
     return array.dtype.kind in "iuf" and array.dtype != np.uint8
 
@@ -86,26 +88,32 @@ def _split(rows: Rows, shape: Shape) -> Finite:
     if x.shape[1:] != shape:
         raise ValueError(f"{name} has examples {x.shape[1:]}: need {shape}, as those of x_train")
     check_finite(name, x)
-    values = np.ascontiguousarray(x, np.float32)
-    return Finite(len(x), values.__getitem__, labels=rows.labels, context=rows.context)
+    if not npz_files.is_mapped(x):
+        x = np.ascontiguousarray(x, np.float32)
+    return Finite(len(x), partial(_float32, x), labels=rows.labels, context=rows.context)
 
 
-def check_finite(name: str, array: np.ndarray) -> None:
+def _float32(array: np.ndarray | npz_files.Part, ids: np.ndarray) -> np.ndarray:
+    """Those examples of an array as a batch has them."""
+    return np.asarray(npz_files.taken(array, ids), np.float32)
+
+
+def check_finite(name: str, array: np.ndarray | npz_files.Part) -> None:
     """Refuse what is NaN, infinite, or beyond float32.
 
     Raises:
         ValueError: there is such a value; names the first one.
     """
-    most = np.finfo(np.float32).max
-    bad = [i for i in range(0, len(array), CHUNK) if not _is_within(array[i : i + CHUNK], most)]
-    if bad:
-        chunk = array[bad[0] : bad[0] + CHUNK]
-        place = np.argwhere(~(np.abs(chunk) <= most))[0]
-        value, place[0] = chunk[tuple(place)], place[0] + bad[0]
-        raise ValueError(
-            f"value {place.tolist()} of {name}, counted from 0, is {value}: need finite numbers in "
-            "float32; remove such examples or fill them"
-        )
+    most, first = np.finfo(np.float32).max, 0
+    for chunk in npz_files.chunks(array):
+        if not _is_within(chunk, most):
+            place = np.argwhere(~(np.abs(chunk) <= most))[0]
+            value, place[0] = chunk[tuple(place)], place[0] + first
+            raise ValueError(
+                f"value {place.tolist()} of {name}, counted from 0, is {value}: need finite "
+                "numbers in float32; remove such examples or fill them"
+            )
+        first += len(chunk)
 
 
 def _is_within(array: np.ndarray, most: float) -> bool:

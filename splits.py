@@ -59,14 +59,14 @@ class Rows(NamedTuple):
     """Examples x [n, *d], and what stands beside them: classes and context, if there are any."""
 
     name: str  # of x, in messages
-    x: np.ndarray
+    x: np.ndarray | npz_files.Part
     labels: np.ndarray | None = None
     context: np.ndarray | None = None
 
     def only(self, ids: np.ndarray) -> "Rows":
         """Return the rows of those examples."""
-        parts = (None if part is None else part[ids] for part in self[1:])
-        return Rows(self.name, *parts)
+        beside = (None if array is None else array[ids] for array in (self.labels, self.context))
+        return Rows(self.name, npz_files.part(self.x, ids), *beside)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,6 +134,41 @@ def test_large_arrays_stay_in_their_file(tmp_path: Path, monkeypatch) -> None:
         datasets.load(config("npz", path, **fields))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_a_large_array_that_is_divided_stays_in_its_file(tmp_path, monkeypatch, dtype, suffix):
+    """Also real values, and images without an axis of channels."""
+    x, path = np.random.default_rng(0).integers(0, 200, (300, 6, 4)), tmp_path / f"a{suffix}"
+    x = x.astype(dtype)
+    np.save(path, x) if suffix == ".npy" else np.savez(path, x=x)
+    fields = {"num_channels": 1, "num_validation": 20}
+    whole = datasets.load(config("npz", path, **fields))
+    monkeypatch.setattr(npz_files, "MAPPED", 7000)
+    monkeypatch.setattr(npz_files, "READ", 200)
+    read, give_back = [], npz_files._give_back
+    monkeypatch.setattr(npz_files, "_give_back", lambda a: (read.append(a), give_back(a)))
+    mapped = datasets.load(config("npz", path, **fields))
+    mapped.examples("train", np.array([1]))
+    assert len(read) > 3
+    assert all(npz_files.is_mapped(array) for array in read)
+    for split in ("train", "validation", "test"):
+        np.testing.assert_array_equal(
+            *(data.examples(split, np.arange(data.size(split))) for data in (mapped, whole))
+        )
+    assert mapped.digests == whole.digests
+    assert mapped.describe() == whole.describe()
+
+
+def test_a_value_of_a_large_array_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    x = np.zeros((300, 5), np.float32)
+    x[217, 3] = np.nan
+    np.savez(tmp_path / "a.npz", x_train=x, x_test=x[:5])
+    monkeypatch.setattr(npz_files, "MAPPED", 1000)
+    monkeypatch.setattr(npz_files, "READ", 200)
+    with pytest.raises(ValueError, match=r"value \[217, 3\] of x_train of .* is nan"):
+        datasets.load(config("npz", tmp_path / "a.npz"))
+
+
 def test_an_array_is_mapped_from_the_file_whose_checksum_was_compared(tmp_path, monkeypatch):
     """Another file that takes its place in between has another table of contents."""
     path, other = tmp_path / "a.npz", tmp_path / "b.npz"
