@@ -290,6 +290,25 @@ class Records:
         return [row for row in rows if not self._table_of(row).has(row["index"], row["repeat"])]
 
 
+def stored(folder: Path) -> list[Table]:
+    """The tables of an evaluation folder, to read only: files are parsed again where they changed.
+
+    A report, its figures and its summaries are made from the same rows one after another.
+    """
+    paths = sorted(folder.glob("rows*.jsonl"))
+    return _stored(folder, tuple((path, *_state(path.stat())) for path in paths))
+
+
+@functools.lru_cache(maxsize=1)
+def _stored(folder: Path, states: tuple[tuple, ...]) -> list[Table]:
+    del states
+    return Records(folder).tables()
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def _is_row(row: Row, line: bytes) -> bool:
     return _is_intact_line(line) or is_older(row)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import json_files
 import plotting
-from records import Records, Row, summarize_values, values
+from records import Row, stored, summarize_values, values
 from run_lib import folder, identities
 
 FILE = "calibration.json"
@@ -29,7 +29,7 @@ SHOWN = 12  # coordinates in the figure
 
 def write(eval_folder: Path) -> list[dict[str, Any]]:
     """calibration.json and its figures of a folder of rows, if they have ranks; the content."""
-    tables = identities.reported(eval_folder, Records(eval_folder).tables())
+    tables = identities.reported(eval_folder, stored(eval_folder))
     tables.sort(key=lambda table: [table[name] for name in GROUP])
     found = []
     for table in tables:

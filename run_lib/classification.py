@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import json_files
-from records import Records, Row, summarize, summarize_values, values
+from records import Row, stored, summarize, summarize_values, values
 from run_lib import folder, identities
 
 FILE = "classification.json"
@@ -28,7 +28,7 @@ BINS = 15
 
 def write(eval_folder: Path) -> list[dict[str, Any]]:
     """classification.json of a folder of rows, if they have classes; returns its content."""
-    tables = identities.reported(eval_folder, Records(eval_folder).tables())
+    tables = identities.reported(eval_folder, stored(eval_folder))
     tables.sort(key=lambda table: [table[name] for name in GROUP])
     found = [summary(table) for table in tables if table.knows("log_posterior")]
     if found or (eval_folder / FILE).exists():

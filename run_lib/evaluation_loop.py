@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import plotting
-from records import Records, Row, Running, Table, example_means, values
+from records import Records, Row, Running, Table, example_means, stored, values
 from run_lib import (
     calibration,
     classification,
@@ -208,7 +208,11 @@ def _write_protocols(target: Path, table: list[Estimator]) -> None:
 def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator) -> None:
     """extremes_<step>.png: the examples that are likeliest and least likely per dimension."""
     dataset, split = experiment.dataset, experiment.settings.eval.dataset
-    means = example_means(Records(checkpoint.target).table(checkpoint.key_of(estimator)))
+    wanted = checkpoint.key_of(estimator)
+    means = {}
+    for table in stored(checkpoint.target):
+        if table.shared == wanted:
+            means = example_means(table)
     order = sorted(means, key=means.get)
     if len(order) < 2 * EXTREMES:
         return

@@ -22,7 +22,7 @@ import plotting
 from diagnostics import ode_score
 from likelihood import Divergence, ode_log_likelihood
 from operators import fold_in_each, standard_normal
-from records import Records, Row, Table, example_means, summarize, summarize_values, values
+from records import Row, Table, example_means, stored, summarize, summarize_values, values
 from run_lib import comparison, devices, folder, identities
 from run_lib.estimators import Estimator
 from run_lib.experiment import Experiment
@@ -175,7 +175,7 @@ def save_parts(target: Path, step: int, table: list[Estimator]) -> None:
     path = target / f"bits_{step}.json"
     before = {(parts["estimator"], parts["protocol"]): parts["edges"] for parts in _parts_in(path)}
     edges = before | {(e.name, e.protocol): list(e.edges) for e in table if e.edges}
-    tables = identities.reported(target, Records(target).tables(step=step))
+    tables = [t for t in identities.reported(target, stored(target)) if t["step"] == step]
     if found := all_parts(tables, edges):
         folder.write_json(path, found)
         plotting.save_bits(path.with_suffix(".png"), list(map(_drawn, found)))

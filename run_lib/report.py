@@ -8,7 +8,7 @@ import numpy as np
 
 import json_files
 import npz_files
-from records import Records, Row, Summary, Table, largest_share, present, summarize, values
+from records import Row, Summary, Table, largest_share, present, stored, summarize, values
 from run_lib import comparison, folder, identities
 
 
@@ -80,7 +80,7 @@ HEAVY = 5.0  # examples that one draw is worth; 0.05 for VP and 64 times, 2 to 5
 
 def summaries(eval_folder: Path) -> list[Result]:
     """One result per group of rows in an evaluation folder; baselines after the models."""
-    tables = identities.reported(eval_folder, Records(eval_folder).tables())
+    tables = identities.reported(eval_folder, stored(eval_folder))
     tables.sort(key=_place)
     return [_result(table, comparison.defeats(table, tables)) for table in tables]
 

@@ -333,3 +333,13 @@ def test_the_running_mean_is_that_of_the_rows_so_far():
             assert running.rows == number
             assert found["ODE"] == pytest.approx(expected.mean, rel=1e-12)
             assert found["s.e."] == pytest.approx(expected.standard_error, rel=1e-9)
+
+
+def test_stored_tables_are_parsed_again_where_a_file_changed(path: Path, monkeypatch) -> None:
+    Records(path.parent).append([row(0)])
+    (first,) = records_module.stored(path.parent)
+    assert records_module.stored(path.parent)[0] is first
+    Records(path.parent, host=1).append([row(1)])
+    (second,) = records_module.stored(path.parent)
+    assert (len(first), len(second)) == (1, 2)
+    assert records_module.stored(path.parent / "none") == []
