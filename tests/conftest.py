@@ -1,5 +1,6 @@
 """Strict numerics for every test: no implicit rank promotion, float64 where a test asks for it."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ QUICK = (
 )
 if version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", QUICK)
+
+# JAX traces into very many small objects: looking for cycles among them all takes 8 % of the time.
+gc.set_threshold(200_000, 20, 1000)
 
 import jax
 import pytest
