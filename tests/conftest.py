@@ -62,6 +62,14 @@ def compiled_at_o0() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def optimised(compiled_at_o0: None) -> Iterator[None]:
+    """Optimise the programs of one test of such a file."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of toy runs are drawn from few points in few steps."""

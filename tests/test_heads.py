@@ -35,6 +35,8 @@ from time_sampling import Importance
 from toy_data import Boxes
 from toy_data import Mixture as MixtureLaw
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 every_sde = pytest.mark.parametrize("sde", [cls() for cls in SDES.values()], ids=SDES)
 LEVELS, LOW, HIGH = 5, -1.0, 1.0
 # Three examples of three coordinates, as levels; the law puts these weights on them.

@@ -8,6 +8,8 @@ import pytest
 
 from configs import base
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 LIBRARY = (ROOT / "docs" / "guides" / "library.md").read_text()
