@@ -27,11 +27,11 @@ demo: $(VENV)/.installed
 install: $(VENV)/.installed
 
 check: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow" \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow" \
 	  $(QUICK:%=tests/test_%.py) $(WHOLE:%=tests/test_run_lib.py::test_%)
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from density_model import DensityModel
 from records import Records
 from run_lib.experiment import Experiment
 
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
 MIX = np.array([[1.0, 0.5], [0.0, 2.0]])
 FEW = {"training.n_iters": 400, "model.hidden": 32, "model.depth": 1, "eval.num_steps": 16}
 
