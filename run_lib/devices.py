@@ -1,7 +1,7 @@
 """Devices and processes: how they find each other, the one `jax.pmap`, what a step needs of them.
 
 Functions of one device see [B/devices, ...] and the axis name "batch"; nothing below this file has
-a [devices, B, ...] shape. Each process feeds its own
+a [devices, B, ...] shape. Each process feeds its own devices.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ PyTree = Any
 AXIS_NAME = "batch"
 START_S = 300.0  # for the slowest process to read its data
 DAY_S = 86_400.0
+PATIENCE_S = 60.0  # after which a process that is waited for is named
 _meetings = itertools.count()  # no point of meeting has the name of another
 
 
@@ -68,15 +69,17 @@ def wait_for_all(name: str, *, seconds: float = DAY_S) -> None:
     """Return when every process has come to this point; at once with one process.
 
     By JAX's coordination service, which hears of a process that dies and lets the others end. A
-    collective of devices gives up after 30 s on CPU, however alive the others are.
+    collective of devices gives up after 30 s on CPU, however alive the others are. A process that
+    is waited for is named every minute.
 
     Args:
         name: of the point; all processes come to the same ones in the same order.
         seconds: after which the others are given up, with a JaxRuntimeError.
     """
     if jax.process_count() > 1:
-        client = importlib.import_module("jax._src.distributed").global_state.client
-        client.wait_at_barrier(f"{name} {next(_meetings)}", round(1000 * seconds))
+        key = f"fokker/{name} {next(_meetings)}"
+        _texts(key, "here", seconds)
+        _client().wait_at_barrier(key, round(1000 * seconds))
 
 
 def told_by_all(name: str, text: str) -> list[str]:
@@ -88,15 +91,40 @@ def told_by_all(name: str, text: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    client = importlib.import_module("jax._src.distributed").global_state.client
-    key, limit = f"fokker/{name} {next(_meetings)}", round(1000 * START_S)
-    client.key_value_set(f"{key}/{jax.process_index()}", text)
-    found = [
-        client.blocking_key_value_get(f"{key}/{index}", limit)
-        for index in range(jax.process_count())
-    ]
-    wait_for_all(f"{key}, read", seconds=START_S)  # the first one keeps the texts until then
+    found = _texts(f"fokker/{name} {next(_meetings)}", text, START_S)
+    wait_for_all(f"{name}, read", seconds=START_S)  # the first one keeps the texts until then
     return found
+
+
+def _client() -> Any:
+    """JAX's client of the coordination service, which it has no public name for."""
+    return importlib.import_module("jax._src.distributed").global_state.client
+
+
+def _texts(key: str, text: str, seconds: float) -> list[str]:
+    """Set the text of this process under a new key, and return those of all."""
+    _client().key_value_set(f"{key}/{jax.process_index()}", text)
+    return [_text(key, index, seconds) for index in range(jax.process_count())]
+
+
+def _text(key: str, index: int, seconds: float) -> str:
+    """Wait for the text of a process, and name it every `PATIENCE_S` seconds that it is not there.
+
+    Raises:
+        JaxRuntimeError: there is none after so many seconds, or the service has ended.
+    """
+    started = time.monotonic()
+    while True:
+        left = seconds - (time.monotonic() - started)
+        limit = round(1000 * min(left, PATIENCE_S))
+        try:
+            return _client().blocking_key_value_get(f"{key}/{index}", limit)
+        except jax.errors.JaxRuntimeError as error:
+            if left <= PATIENCE_S or not str(error).startswith("DEADLINE_EXCEEDED"):
+                raise
+        waited = time.monotonic() - started
+        name = key.removeprefix("fokker/")
+        logger.warning("process %d has not come to %r for %.0f s", index, name, waited)
 
 
 def of_first_process(values: np.ndarray) -> np.ndarray:

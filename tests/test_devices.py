@@ -207,18 +207,57 @@ def test_a_coordinator_that_does_not_answer_is_told(monkeypatch) -> None:
 
 def test_processes_wait_for_each_other_by_the_coordination_service(monkeypatch) -> None:
     """Not by a collective of devices, which gives up after 30 s; each meeting has its own name."""
-    calls = []
-    monkeypatch.setattr(
-        global_state, "client", SimpleNamespace(wait_at_barrier=lambda *a: calls.append(a))
+    calls, told = [], {}
+
+    def told_by(key: str, limit: int) -> str:
+        assert limit == 60_000
+        return told.get(key, "another process")
+
+    client = SimpleNamespace(
+        wait_at_barrier=lambda *a: calls.append(a),
+        key_value_set=told.__setitem__,
+        blocking_key_value_get=told_by,
     )
-    devices.wait_for_all("data")
+    devices.wait_for_all("data")  # alone
+    monkeypatch.setattr(global_state, "client", client)
     assert calls == []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
     devices.wait_for_all("data", seconds=devices.START_S)
     devices.wait_for_all("data")
     (first, short), (second, long) = calls
     assert first != second
     assert (short, long) == (300_000, 86_400_000)
+    assert devices.told_by_all("data", "mine") == ["mine", "another process"]
+
+
+LATE_SCRIPT = """
+import sys, time
+from run_lib import devices
+devices.PATIENCE_S = 1.0
+devices.connect(sys.argv[1], 2, int(sys.argv[2]))
+devices.host()  # the devices of both are known
+if sys.argv[2] == "1":
+    time.sleep(3.5)
+devices.wait_for_all("the end")
+print("both are here", devices.told_by_all("name", sys.argv[2]))
+"""
+
+
+def test_a_process_that_is_waited_for_is_named() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    first, late = (
+        subprocess.Popen(
+            [sys.executable, "-c", LATE_SCRIPT, address, str(rank)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    )  # fmt: skip
+    texts = [process.communicate(timeout=120)[0] for process in (first, late)]
+    assert (first.returncode, late.returncode) == (0, 0), texts
+    assert "process 1 has not come to 'the end" in texts[0]
+    assert "has not come" not in texts[1]
+    assert all("both are here ['0', '1']" in text for text in texts)
 
 
 def test_processes_with_different_configs_end_together(tmp_path: Path) -> None:
