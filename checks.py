@@ -8,6 +8,7 @@ builds them from a section adds its name by `in_section`.
 
 import difflib
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,11 @@ def path_of(field: str, text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # of pathlib, where the system knows no such user
         raise FieldError(field, text, "need the ~ of a user that exists") from None
+
+
+def user_cache() -> Path:
+    """Where what can be found again is kept between runs; it need not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fokker")
 
 
 LARGEST = 2**31 - 1  # of integers: steps and indices are int32

@@ -13,7 +13,6 @@ al. 2018, https://arxiv.org/abs/1801.01401.
 import dataclasses
 import hashlib
 import math
-import os
 import socket
 import sys
 import types
@@ -25,13 +24,13 @@ import numpy as np
 
 import classifier
 import npz_files
-from checks import path_of
+from checks import path_of, user_cache
 from lazy_tensorflow import tensorflow
 from streams import Dataset
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 if not ASSETS.is_dir():  # of the package
-    ASSETS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fokker")
+    ASSETS = user_cache()
 INCEPTION = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 DOWNLOAD_SECONDS = 60.0  # without an answer
 CHUNK = 64  # images at once through a SavedModel: 1 GB at Inception's 299×299

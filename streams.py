@@ -225,6 +225,11 @@ def _rows(batch_size: int, part: slice) -> np.ndarray:
     return np.arange(batch_size)[part]
 
 
+def is_known_by_content(source: Source) -> bool:
+    """Say whether files are few enough bytes to be read at every start; so is a description."""
+    return isinstance(source, str) or sum(p.stat().st_size for p in source) <= READ_BYTES
+
+
 def _digest_of(source: Source) -> str:
     """Digest a description, or files by their content and their paths below a common folder.
 
@@ -235,15 +240,13 @@ def _digest_of(source: Source) -> str:
         return hashlib.sha256(source.encode()).hexdigest()
     found, root = hashlib.sha256(), os.path.commonpath([path.parent for path in source])
     stats = [path.stat() for path in source]
-    total = sum(stat.st_size for stat in stats)
-    if total > READ_BYTES:
+    by_content = is_known_by_content(source)
+    if not by_content:
+        total = sum(stat.st_size for stat in stats)
         logger.info("%.1f GB below %s are known by path, size and time", total / 1e9, root)
     for path, stat in zip(source, stats, strict=True):
         found.update(f"{os.path.relpath(path, root)} {stat.st_size} ".encode())
-        if total > READ_BYTES:
-            found.update(f"{int(stat.st_mtime)}".encode())
-        else:
-            found.update(path.read_bytes())
+        found.update(path.read_bytes() if by_content else f"{int(stat.st_mtime)}".encode())
     return found.hexdigest()
 
 

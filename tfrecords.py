@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from checks import user_cache
+
 HEADER, FOOTER = 12, 4
 MANY = 1000  # records of a file whose places are worth keeping
 MASK = 0xA282EAD8  # of the format
@@ -32,10 +34,9 @@ def _checksum(data: bytes) -> int:
 
 def _kept_at(path: Path) -> Path:
     """Say where the places of the records of a file are kept, as long as it stays the same."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fokker"
     stat = path.stat()
     told = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-    return root / f"records-{hashlib.sha256(told.encode()).hexdigest()[:32]}.npy"
+    return user_cache() / f"records-{hashlib.sha256(told.encode()).hexdigest()[:32]}.npy"
 
 
 def _places(path: Path) -> np.ndarray:

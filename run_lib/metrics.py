@@ -181,10 +181,9 @@ class Progress:
         rate = (step - self.step) / (now - self.spoken)  # of the steps since the last line
         left = (self.last - step) / rate
         self.step, self.spoken = step, now
-        logger.info(
-            "%s %d/%d, %s, %.1f %ss/s, %.0f s left",
-            self.unit, step, self.last, as_text(values), rate, self.unit, left,
-        )  # fmt: skip
+        place, shown = f"{self.unit} {step}/{self.last}", as_text(values)
+        speed = f"{rate:.1f} {self.unit}s/s, {left:.0f} s left"
+        logger.info("%s", ", ".join(filter(None, (place, shown, speed))))
 
     def message(self, text: str) -> None:
         """A line of its own."""

@@ -18,7 +18,7 @@ from checkpoints import Checkpoints, whole_steps
 from checks import path_of, require
 from losses import NUM_BINS, mean_loss
 from operators import fold_in_each
-from run_lib import devices, folder, identities, page
+from run_lib import devices, folder, identities, image_check, page
 from run_lib.experiment import Experiment
 from run_lib.sampling_loop import Generator
 from run_lib.settings import Settings
@@ -41,6 +41,7 @@ def train(experiment: Experiment, workdir: str | Path) -> TrainState:
     settings, workdir = experiment.settings, Path(workdir)
     check(experiment, workdir)
     with folder.alone(workdir):
+        image_check.check(experiment.dataset)
         trainer = score_trainer(experiment, workdir)
         identities.claim(experiment, workdir)
         folder.write_json(workdir / "config.json", settings.resolved())

@@ -16,13 +16,17 @@ from PIL import Image
 from scipy.stats import kstest, norm
 
 import datasets
+import run_lib
 import streams
 import tfrecords
 import toy_data
 from array_records import ArrayRecords
 from datasets import DataConfig, load
+from run_lib import image_check
+from run_lib.experiment import Experiment
 from sde_lib import LinearVESDE
 from streams import Host
+from tests import tiny
 from tfrecords import Records
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -521,6 +525,36 @@ def test_odd_images_of_a_folder_are_refused_by_file_name(tmp_path):
         next(data.eval_batches("test", batch_size=1))
     file.write_text("not a picture")
     refused(r"009\.png cannot be read as an image", "folder", path=str(tmp_path))
+
+
+def test_damaged_images_are_met_before_training_and_whole_sets_are_decoded_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "images"
+    write_images(folder, images(90, 8, 8))
+    c = tiny.config()
+    c.data.update(dataset="folder", path=str(folder), levels=256, num_test=0)
+    experiment = Experiment.from_config(c)
+    file = folder / "088.png"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"088\.png is damaged or gone"):
+        run_lib.train(experiment, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    file.write_bytes(whole)
+    decoded, decode = [], image_check._decode
+    monkeypatch.setattr(image_check, "_decode", lambda d, n: (decoded.append(n), decode(d, n)))
+    for _ in range(2):
+        image_check.check(Experiment.from_config(c).dataset)
+    assert decoded == ["train", "test"]
+    write_images(folder, images(90, 8, 8, seed=1))
+    image_check.check(Experiment.from_config(c).dataset)
+    assert decoded == ["train", "test"] * 2
+    monkeypatch.setattr(streams, "READ_BYTES", 1000)  # too much to be read at every start
+    write_images(folder, images(90, 8, 8, seed=2))
+    image_check.check(Experiment.from_config(c).dataset)
+    assert len(decoded) == 4
 
 
 def test_stream_arguments_are_refused_before_the_first_batch(make):
