@@ -9,6 +9,7 @@ builds them from a section adds its name by `in_section`.
 import difflib
 import math
 import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,8 +98,13 @@ def path_of(field: str, text: str) -> Path:
 
 
 def user_cache() -> Path:
-    """Where what can be found again is kept between runs; it need not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fokker")
+    """The folder for files that the program can make again; it need not exist yet."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given, "fokker")
+    try:
+        return Path.home() / ".cache" / "fokker"
+    except RuntimeError:  # of pathlib, for a user without a home folder
+        return Path(tempfile.gettempdir(), "fokker")
 
 
 LARGEST = 2**31 - 1  # of integers: steps and indices are int32

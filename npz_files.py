@@ -5,9 +5,9 @@ the new one, never half of one. Every way in which a file from outside can be da
 sentence that names the file and the array.
 
 An array of `MAPPED` bytes or more that is stored as it is, as by np.savez and np.save, stays in the
-file: it is an np.memmap, so that all processes of a machine share one copy. Its checksum is
-compared before it is used. `taken` and `chunks` read from it without keeping it in memory, and
-`part` chooses examples of it without reading them.
+file: it is an np.memmap, so that all processes of a machine share one copy. In an archive its
+checksum is compared before it is used. `taken` and `chunks` read from it without keeping it in
+memory, and `part` chooses examples of it without reading them.
 """
 
 import math
@@ -161,8 +161,9 @@ def _checked(
             if size != dtype.itemsize * np.prod(shape, dtype=object):
                 raise ValueError(f"{size} bytes for {dtype} {shape}")
             with opened() as file:  # at the end of a member of an archive its checksum is compared
-                if start is not None and size >= MAPPED:
-                    while file.read(READ):
+                by_examples = order == "C" or len(shape) == 1  # the numbers of one are together
+                if start is not None and size >= MAPPED and by_examples:
+                    while start > 0 and file.read(READ):  # an .npy file has no checksum
                         pass
                     array = np.memmap(whole, dtype, "r", start + header, shape, order)
                     _mapped[_map_of(array)] = Path(whole.name).absolute(), state
@@ -200,8 +201,10 @@ class Part:
         return Part(self.whole.reshape(len(self.whole), *shape), self.ids)
 
 
-def part(array: np.ndarray, ids: np.ndarray) -> np.ndarray | Part:
+def part(array: np.ndarray | Part, ids: np.ndarray) -> np.ndarray | Part:
     """Those examples of an array: in memory if it is, else in the file."""
+    if isinstance(array, Part):
+        return Part(array.whole, array.ids[ids])
     return Part(array, ids) if is_mapped(array) else array[ids]
 
 

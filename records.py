@@ -296,17 +296,15 @@ def stored(folder: Path) -> list[Table]:
     A report, its figures and its summaries are made from the same rows one after another.
     """
     paths = sorted(folder.glob("rows*.jsonl"))
-    return _stored(folder, tuple((path, *_state(path.stat())) for path in paths))
+    states = [(path, path.stat()) for path in paths]
+    known_by = tuple((path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in states)
+    return list(_parsed(folder, known_by))
 
 
 @functools.lru_cache(maxsize=1)
-def _stored(folder: Path, states: tuple[tuple, ...]) -> list[Table]:
-    del states
-    return Records(folder).tables()
-
-
-def _state(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino
+def _parsed(folder: Path, known_by: tuple[tuple, ...]) -> tuple[Table, ...]:
+    del known_by
+    return tuple(Records(folder).tables())
 
 
 def _is_row(row: Row, line: bytes) -> bool:

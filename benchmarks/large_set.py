@@ -3,10 +3,10 @@
     python -m benchmarks.large_set --workdir=runs/large [--gigabytes=20]
 
 The set is one .npy file of images 64×64×3. It is sparse: 3,000 of the images are noise and take
-room on the disk, the others are holes that read as zeros. Training divides the file at random, so
-that all of it is read, once by the check of its values and once for its digest, before batches are
-drawn from all over it. The peak is that of the process that trains, with the pages of the file that
-it has mapped.
+room on the disk, the others are holes that read as zeros. Training divides the file at random. All
+of it is read before the first step, once by the check of its values and once for its digest; then
+batches are drawn from all over it. The peak is that of the process that trains, with the pages of
+the file that it has mapped.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, default=20.0)
     args = parser.parse_args()
-    args.workdir.mkdir(parents=True, exist_ok=True)
+    args.workdir.mkdir(parents=True)  # a run that is there would have nothing left to do
     path = args.workdir / "images.npy"
     number = make(path, args.gigabytes)
     flags = [f"--config.{field}={value}" for field, value in FIELDS.items()]

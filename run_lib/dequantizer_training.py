@@ -19,7 +19,7 @@ import train_state
 from checkpoints import Checkpoints, whole_steps
 from checks import path_of, require
 from losses import dequantizer_loss, mean_loss
-from run_lib import devices, folder, identities, loading, training
+from run_lib import devices, folder, identities, image_check, loading, training
 from run_lib.experiment import Experiment
 from run_lib.trainer import HeldOut, Task, Trainer
 from train_state import TrainState
@@ -48,10 +48,12 @@ def train_dequantizer(
     _check_same_score(target, score)
     identities.claim(experiment, workdir)
     with folder.alone(target):
-        identities.claim(experiment, target)
         kept = Checkpoints(target, keep_every=settings.training.snapshot_freq)
         state, task = _start(experiment, kept), _task(experiment, score_params)
         trainer = Trainer(experiment, task, state, kept)
+        if trainer.step < task.n_iters:
+            image_check.check(experiment.dataset)
+        identities.claim(experiment, target)
         folder.write_json(target / "config.json", settings.resolved())
         folder.write_json(target / "versions.json", folder.versions() | score)
         trainer.run()

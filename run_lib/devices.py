@@ -69,17 +69,15 @@ def wait_for_all(name: str, *, seconds: float = DAY_S) -> None:
     """Return when every process has come to this point; at once with one process.
 
     By JAX's coordination service, which hears of a process that dies and lets the others end. A
-    collective of devices gives up after 30 s on CPU, however alive the others are. A process that
-    is waited for is named every minute.
+    collective of devices gives up after 30 s on CPU, however alive the others are. Lines of the log
+    name a process that does not come, the first one after a minute.
 
     Args:
         name: of the point; all processes come to the same ones in the same order.
         seconds: after which the others are given up, with a JaxRuntimeError.
     """
     if jax.process_count() > 1:
-        key = f"fokker/{name} {next(_meetings)}"
-        _texts(key, "here", seconds)
-        _client().wait_at_barrier(key, round(1000 * seconds))
+        _meet(name, "here", seconds)
 
 
 def told_by_all(name: str, text: str) -> list[str]:
@@ -91,9 +89,7 @@ def told_by_all(name: str, text: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    found = _texts(f"fokker/{name} {next(_meetings)}", text, START_S)
-    wait_for_all(f"{name}, read", seconds=START_S)  # the first one keeps the texts until then
-    return found
+    return _meet(name, text, START_S)
 
 
 def _client() -> Any:
@@ -101,30 +97,33 @@ def _client() -> Any:
     return importlib.import_module("jax._src.distributed").global_state.client
 
 
-def _texts(key: str, text: str, seconds: float) -> list[str]:
-    """Set the text of this process under a new key, and return those of all."""
+def _meet(name: str, text: str, seconds: float) -> list[str]:
+    """Tell the other processes a text, wait until all have told one, and return them in order."""
+    key, until = f"fokker/{name} {next(_meetings)}", time.monotonic() + seconds
     _client().key_value_set(f"{key}/{jax.process_index()}", text)
-    return [_text(key, index, seconds) for index in range(jax.process_count())]
+    found = [_text(f"{key}/{i}", name, i, until) for i in range(jax.process_count())]
+    # The first process keeps the texts: it goes on when all have read them.
+    _client().wait_at_barrier(key, round(1000 * max(until - time.monotonic(), 1.0)))
+    return found
 
 
-def _text(key: str, index: int, seconds: float) -> str:
-    """Wait for the text of a process, and name it every `PATIENCE_S` seconds that it is not there.
+def _text(key: str, name: str, index: int, until: float) -> str:
+    """Wait for the text of a process, and name the process while it does not come.
 
     Raises:
-        JaxRuntimeError: there is none after so many seconds, or the service has ended.
+        JaxRuntimeError: there is none at this time, or the service has ended.
     """
-    started = time.monotonic()
+    patience, began = PATIENCE_S, time.monotonic()
     while True:
-        left = seconds - (time.monotonic() - started)
-        limit = round(1000 * min(left, PATIENCE_S))
+        left = max(until - time.monotonic(), 1.0)
         try:
-            return _client().blocking_key_value_get(f"{key}/{index}", limit)
+            return _client().blocking_key_value_get(key, round(1000 * min(left, patience)))
         except jax.errors.JaxRuntimeError as error:
-            if left <= PATIENCE_S or not str(error).startswith("DEADLINE_EXCEEDED"):
+            if left <= patience or not str(error).startswith("DEADLINE_EXCEEDED"):
                 raise
-        waited = time.monotonic() - started
-        name = key.removeprefix("fokker/")
-        logger.warning("process %d has not come to %r for %.0f s", index, name, waited)
+        waited = time.monotonic() - began
+        logger.info("waiting for process %d at %r for %.0f s", index, name, waited)
+        patience *= 2.0
 
 
 def of_first_process(values: np.ndarray) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""Decode every image of a set once before training, so that a damaged one is met then, not later.
+"""Decode every image of a set before training, so that a damaged one stops the run before it.
 
 What was decoded without an error is remembered by its digest in the cache of the user, so other
-runs on the same content skip the check. A set that is known by size and time only, because it has
-too many bytes to be read at every start, is not checked: an image of it is named when its turn
-comes.
+runs on the same content skip the check. A set of so many bytes that it is known by size and time
+only is not checked: a damaged image of it is named when its turn comes.
 """
 
 import contextlib
 import logging
+import os
 
 from checks import user_cache
 from run_lib import devices
@@ -19,10 +19,10 @@ BATCH = 64  # images that a process decodes at once
 
 
 def check(dataset: Dataset) -> None:
-    """Decode the part of this process of every split that is decoded on demand.
+    """Decode the part of this process of every split that is decoded on demand; wait for all.
 
     Raises:
-        ValueError: an image is damaged or gone; names its file or record.
+        ValueError: an image is damaged; names its file or record.
     """
     host = devices.host()
     for name, split in dataset.splits.items():
@@ -30,18 +30,19 @@ def check(dataset: Dataset) -> None:
             continue
         if not is_known_by_content(split.known_by):
             logger.info(
-                "the %d %s images are too many to decode before training: a damaged one is named "
-                "when its turn comes",
-                split.size, name,
+                "the %s images have more than 1 GiB and are not decoded before training: a damaged "
+                "one is named when its turn comes",
+                name,
             )  # fmt: skip
             continue
         part = f"{dataset.digests[name]}-{host.index}-of-{host.count}"
         kept = user_cache() / f"decoded-{part}"
-        if not kept.exists():
+        if not os.path.exists(kept):  # False, too, where it may not be looked for
             _decode(dataset, name)
             with contextlib.suppress(OSError):  # without a place to write, it is done again
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 kept.touch()
+    devices.wait_for_all("images are decoded")
 
 
 def _decode(dataset: Dataset, name: str) -> None:

@@ -41,8 +41,9 @@ def train(experiment: Experiment, workdir: str | Path) -> TrainState:
     settings, workdir = experiment.settings, Path(workdir)
     check(experiment, workdir)
     with folder.alone(workdir):
-        image_check.check(experiment.dataset)
         trainer = score_trainer(experiment, workdir)
+        if trainer.step < trainer.task.n_iters:
+            image_check.check(experiment.dataset)
         identities.claim(experiment, workdir)
         folder.write_json(workdir / "config.json", settings.resolved())
         folder.write_json(workdir / "versions.json", folder.versions())

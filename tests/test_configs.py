@@ -226,8 +226,7 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
     mapped = jax.vmap(step, (None, None, 0), axis_name=devices.AXIS_NAME)
     family = settings.model.name
     if settings.training.alpha:  # its derivatives of convolutions compile for half a minute
-        family = "residual of an mlp" if family == "mlp" else "residual of convolutions"
-        FAMILIES.setdefault("residual of convolutions", "test_terms runs it")
+        family = "residual"
     if FAMILIES.setdefault(family, name) != name:  # another of them runs; here types and shapes
         _, metrics = jax.eval_shape(mapped, state, jax.random.key(1), one_device)
         return {metric: 1.0 for metric, value in metrics.items() if value.shape == (1,)}

@@ -113,7 +113,7 @@ def test_large_arrays_stay_in_their_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(npz_files, "READ", 200)  # chunks of two images
     stored = npz_files.read(path, ("x_train", "x_test", "y_test"))
     kinds = {name: isinstance(array, np.memmap) for name, array in stored.items()}
-    assert kinds == {"x_train": True, "x_test": True, "y_train": True, "y_test": False}
+    assert kinds == {"x_train": True, "x_test": False, "y_train": True, "y_test": False}
     mapped = datasets.load(config("npz", path, **fields))
     packed = datasets.load(config("npz", tmp_path / "compressed.npz", **fields))
     assert mapped.digests == whole.digests
@@ -157,6 +157,9 @@ def test_a_large_array_that_is_divided_stays_in_its_file(tmp_path, monkeypatch, 
         )
     assert mapped.digests == whole.digests
     assert mapped.describe() == whole.describe()
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="has changed while it was in use"):
+        mapped.examples("test", np.array([1]))
 
 
 def test_a_value_of_a_large_array_that_is_not_finite_is_named(tmp_path, monkeypatch):

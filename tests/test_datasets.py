@@ -21,6 +21,7 @@ import streams
 import tfrecords
 import toy_data
 from array_records import ArrayRecords
+from checkpoints import whole_steps
 from datasets import DataConfig, load
 from run_lib import image_check
 from run_lib.experiment import Experiment
@@ -539,9 +540,11 @@ def test_damaged_images_are_met_before_training_and_whole_sets_are_decoded_once(
     file = folder / "088.png"
     whole = file.read_bytes()
     file.write_bytes(whole[:-30])
-    with pytest.raises(ValueError, match=r"088\.png is damaged or gone"):
-        run_lib.train(experiment, tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"088\.png is damaged or gone"):
+            run_lib.train(experiment, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"checkpoints", "lock"}
+    assert not whole_steps(tmp_path / "run")
     file.write_bytes(whole)
     decoded, decode = [], image_check._decode
     monkeypatch.setattr(image_check, "_decode", lambda d, n: (decoded.append(n), decode(d, n)))
@@ -551,10 +554,17 @@ def test_damaged_images_are_met_before_training_and_whole_sets_are_decoded_once(
     write_images(folder, images(90, 8, 8, seed=1))
     image_check.check(Experiment.from_config(c).dataset)
     assert decoded == ["train", "test"] * 2
+    second = Host(1, 2)  # which decodes the second half of every batch of 128
+    monkeypatch.setattr(image_check.devices, "host", lambda: second)
+    image_check.check(Experiment.from_config(c).dataset)
+    assert len(decoded) == 6
+    assert {path.name[-7:] for path in (tmp_path / "cache" / "fokker").iterdir()} == {
+        "-0-of-1", "-1-of-2",
+    }  # fmt: skip
     monkeypatch.setattr(streams, "READ_BYTES", 1000)  # too much to be read at every start
     write_images(folder, images(90, 8, 8, seed=2))
     image_check.check(Experiment.from_config(c).dataset)
-    assert len(decoded) == 4
+    assert len(decoded) == 6
 
 
 def test_stream_arguments_are_refused_before_the_first_batch(make):

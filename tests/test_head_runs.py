@@ -55,7 +55,7 @@ def test_heads_that_do_not_fit_are_refused_by_name(
 
 @pytest.mark.parametrize("kind", ["cells", "atoms", "mixture", "whitened"])
 def test_a_run_with_a_head_trains_evaluates_and_samples(tmp_path: Path, kind: str) -> None:
-    """The prior is in the checkpoint; orders 2 and 3, the residual, diagnoses go through a head."""
+    """The prior is in the checkpoint; orders 2 and 3 and the residual go through the head."""
     c = config("digits" if kind in ("cells", "atoms") else "moons")
     c.data.uniform_dequantization = kind != "atoms"
     c.model.update(parameterization=kind, num_scales=10)

@@ -339,7 +339,9 @@ def test_stored_tables_are_parsed_again_where_a_file_changed(path: Path, monkeyp
     Records(path.parent).append([row(0)])
     (first,) = records_module.stored(path.parent)
     assert records_module.stored(path.parent)[0] is first
-    Records(path.parent, host=1).append([row(1)])
+    Records(path.parent).append([row(2)])
     (second,) = records_module.stored(path.parent)
-    assert (len(first), len(second)) == (1, 2)
+    Records(path.parent, host=1).append([row(1)])
+    (third,) = records_module.stored(path.parent)
+    assert (len(first), len(second), len(third)) == (1, 2, 3)
     assert records_module.stored(path.parent / "none") == []
