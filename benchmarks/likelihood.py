@@ -2,7 +2,7 @@
 
     python -m benchmarks.likelihood --workdir=runs/digits_velocity [--set data.path=mnist.npz]
         [--config=configs/digits/velocity.py] [--images=64] [--rounds=5] [--only=tsit5]
-    python -m benchmarks.likelihood --variables [--only=VESDE] [--workdir=… --config=…]
+    python -m benchmarks.likelihood --variables [--only=network] [--workdir=… --config=…]
 
 "published" is the way of the published codes: SciPy's RK45 on the host in float64, rtol = atol =
 1e-5, one error norm for the whole batch, steps in t, divergence by a vjp. All have the same images,
