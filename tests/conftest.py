@@ -1,6 +1,7 @@
 """Strict numerics for every test: no implicit rank promotion, float64 where a test asks for it."""
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -83,6 +84,16 @@ def no_process_stays() -> Iterator[None]:
     """An endless run of a test that failed would slow down all that follow."""
     yield
     processes.end_all()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def the_logger_is_as_before() -> Iterator[None]:
+    """What a file of tests writes to, no other writes to."""
+    logger = logging.getLogger("fokker")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture(autouse=True, scope="module")

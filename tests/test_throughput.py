@@ -404,4 +404,4 @@ def test_compilation_is_not_counted_in_the_time_left(monkeypatch, caplog) -> Non
     progress.update(40, {})
     assert "compiling a step" in caplog.text
     # From the start to here 80 s, of which 40 count.
-    assert "step 40/100, , 1.0 steps/s, 60 s left" in caplog.text
+    assert "step 40/100, 1.0 steps/s, 60 s left" in caplog.text
