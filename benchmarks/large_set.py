@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, default=20.0)
     args = parser.parse_args()
-    args.workdir.mkdir(parents=True)  # a run that is there would have nothing left to do
+    if args.workdir.exists():
+        parser.error(f"--workdir={args.workdir}: need a new folder; an ended run has no steps left")
+    args.workdir.mkdir(parents=True)
     path = args.workdir / "images.npy"
     number = make(path, args.gigabytes)
     flags = [f"--config.{field}={value}" for field, value in FIELDS.items()]

@@ -556,8 +556,17 @@ def test_damaged_images_are_met_before_training_and_whole_sets_are_decoded_once(
     assert decoded == ["train", "test"] * 2
     second = Host(1, 2)  # which decodes the second half of every batch of 128
     monkeypatch.setattr(image_check.devices, "host", lambda: second)
+    read, batches = [], streams.Dataset.eval_batches
+
+    def eval_batches(self, split, **options):
+        for batch in batches(self, split, **options):
+            read.extend(batch["index"][batch["mask"]].tolist())
+            yield batch
+
+    monkeypatch.setattr(streams.Dataset, "eval_batches", eval_batches)
     image_check.check(Experiment.from_config(c).dataset)
     assert len(decoded) == 6
+    assert read == list(range(64, 81))  # of 81 for training, and none of 9 for the test
     assert {path.name[-7:] for path in (tmp_path / "cache" / "fokker").iterdir()} == {
         "-0-of-1", "-1-of-2",
     }  # fmt: skip

@@ -241,6 +241,7 @@ def test_a_process_that_does_not_come_is_given_up(monkeypatch, caplog, code, wai
         if key.endswith("/0"):
             return "mine"
         asked.append(limit)
+        assert len(asked) <= len(waits)
         now[0] += limit / 1000
         raise jax.errors.JaxRuntimeError(f"{code}: no such key")
 

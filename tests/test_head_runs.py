@@ -69,7 +69,7 @@ def test_a_run_with_a_head_trains_evaluates_and_samples(tmp_path: Path, kind: st
     experiment = Experiment.from_config(c)
     run_lib.train(experiment, tmp_path)
     run_lib.evaluate(experiment, tmp_path, "eval")
-    if kind == "cells":
+    if kind in ("cells", "mixture"):
         run_lib.diagnose(experiment, tmp_path, "eval")
     rows = [
         json.loads(line) for line in (tmp_path / "eval" / "rows.jsonl").read_text().splitlines()

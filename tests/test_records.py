@@ -335,7 +335,7 @@ def test_the_running_mean_is_that_of_the_rows_so_far():
             assert found["s.e."] == pytest.approx(expected.standard_error, rel=1e-9)
 
 
-def test_stored_tables_are_parsed_again_where_a_file_changed(path: Path, monkeypatch) -> None:
+def test_stored_tables_are_parsed_again_where_a_file_changed(path: Path) -> None:
     Records(path.parent).append([row(0)])
     (first,) = records_module.stored(path.parent)
     assert records_module.stored(path.parent)[0] is first
