@@ -170,7 +170,13 @@ def save_curves(path: str | Path, panels: dict[str, dict[str, Curve]]) -> None:
     """A PNG with one panel per quantity, three in a row, one line per split, over the steps."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, all_axes = _panels(rows, columns, figsize=(4.2 * columns, 3.1 * rows))
+    width, height = 4.2 * columns, 3.1 * rows
+    # Every run draws these curves, and a constrained layout would draw each of them twice.
+    figure, all_axes = _panels(rows, columns, figsize=(width, height), layout=None)
+    figure.subplots_adjust(
+        left=0.75 / width, right=1 - 0.15 / width, wspace=0.9 / 3.3,
+        bottom=0.5 / height, top=1 - 0.35 / height, hspace=0.85 / 2.25,
+    )  # fmt: skip
     for axes in all_axes.ravel()[len(panels) :]:
         axes.axis("off")
     for axes, (title, curves) in zip(all_axes.ravel(), panels.items(), strict=False):

@@ -30,6 +30,7 @@ gc.set_threshold(200_000, 20, 1000)
 import jax
 import pytest
 
+from plotting import Curve, save_curves
 from tests import processes
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -73,10 +74,17 @@ def optimised(compiled_at_o0: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures of toy runs are drawn from few points in few steps."""
+    """The figures of toy runs are drawn from few points in few steps, of the curves the first."""
     if "run_lib.figures" in sys.modules:
         for name, value in SMALL_FIGURES.items():
             monkeypatch.setattr(f"run_lib.figures.{name}", value)
+    if "run_lib.page" in sys.modules:
+        monkeypatch.setattr("run_lib.page.plotting.save_curves", first_curve)
+
+
+def first_curve(path: Path, panels: dict[str, dict[str, Curve]]) -> None:
+    """The picture of one quantity instead of one of each."""
+    save_curves(path, dict(list(panels.items())[:1]))
 
 
 @pytest.fixture(autouse=True)

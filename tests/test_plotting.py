@@ -12,6 +12,11 @@ from PIL import Image
 import plotting
 
 
+@pytest.fixture(autouse=True)
+def small_figures() -> None:
+    """Here all of a figure is drawn."""
+
+
 def pixels(path):
     """RGB values of a PNG, [H, W, 3]."""
     with Image.open(path) as image:
@@ -127,6 +132,8 @@ def test_curves_have_one_panel_per_quantity(tmp_path):
     height, width, _ = pixels(one).shape
     assert pixels(two).shape == (height, 2 * width, 3)
     assert pixels(two).std() > 0
+    for edge in (np.s_[:2], np.s_[-2:], np.s_[:, :2], np.s_[:, -2:]):  # no text is cut off
+        assert (pixels(two)[edge] == 255).all()
 
 
 LINE = np.linspace(-1.0, 1.0, 20)

@@ -12,7 +12,7 @@ def config(dataset: str = "digits") -> ConfigDict:
     c.model.update(name="mlp", hidden=16, depth=1, embed_dim=8, dropout=0.0)
     c.model.update(parameterization="velocity", time_label="log_snr", ema_rate=0.9, num_scales=10)
     c.training.update(n_iters=20, batch_size=16, n_jitted_steps=5, log_freq=5, eval_freq=10)
-    c.training.update(snapshot_freq=10, snapshot_freq_for_preemption=5)
+    c.training.update(snapshot_freq=10, snapshot_freq_for_preemption=10)
     c.training.update(likelihood_weighting=True, importance_weighting=True, snapshot_sampling=False)
     c.optim.update(lr=1e-3, warmup=2)
     c.sampling.update(method="sde")
