@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from checks import one_of, positive
@@ -306,10 +305,12 @@ def cell_shares(edges: np.ndarray, width: float) -> np.ndarray:
 
 def _cell_information(w: float) -> float:
     """J = ∫ (φ(a) − φ(b))²/(w (Φ(b) − Φ(a))) dy of U[−w/2, w/2] + N(0, 1), a, b = ∓w/2 − y."""
+    from scipy.special import ndtr  # here, since not every run needs it
+
     distance = np.linspace(-10.0, min(10.0, 0.5 * w), 2001)  # of y from the nearer edge, inwards
     far = w - distance
     phi = (np.exp(-0.5 * distance**2) - np.exp(-0.5 * far**2)) / math.sqrt(2.0 * math.pi)
-    mass = scipy.special.ndtr(distance) - scipy.special.ndtr(-far)
+    mass = ndtr(distance) - ndtr(-far)
     return float(2.0 * np.trapezoid(phi**2 / (w * np.maximum(mass, 1e-300)), distance))
 
 

@@ -19,11 +19,12 @@ estimate is 2^p − 1 times too large.
 """
 
 import dataclasses
+import functools
 import itertools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -38,15 +39,26 @@ ADAPTIVE_POWER, FIXED_POWER = 2, 3
 FIRST_STEP = 1e-3  # of the interval; a step that is too long is rejected and shortened
 VectorField = Callable[[PerExample, State, Any], State]
 
-# Name: (solver, evaluations of the field per step, evaluations before the first step). Where the
-# last stage of a step is the first of the next, only the start of the solve pays for it.
+# Name: (class of diffrax, evaluations of the field per step, evaluations before the first step).
+# Where the last stage of a step is the first of the next, only the start of the solve pays for it.
 SOLVERS = {
-    "tsit5": (diffrax.Tsit5, 6, 1),
-    "dopri5": (diffrax.Dopri5, 6, 1),
-    "dopri8": (diffrax.Dopri8, 13, 1),
-    "bosh3": (diffrax.Bosh3, 3, 1),
-    "heun": (diffrax.Heun, 2, 0),
+    "tsit5": ("Tsit5", 6, 1),
+    "dopri5": ("Dopri5", 6, 1),
+    "dopri8": ("Dopri8", 13, 1),
+    "bosh3": ("Bosh3", 3, 1),
+    "heun": ("Heun", 2, 0),
 }
+
+
+@functools.cache
+def _diffrax() -> types.ModuleType:
+    """Import diffrax with the first solve, since it is a quarter of what a start imports.
+
+    The arrays that it makes while it is imported belong to no function that is being traced.
+    """
+    with jax.ensure_compile_time_eval():
+        import diffrax
+    return diffrax
 
 
 class Solution(NamedTuple):
@@ -138,7 +150,7 @@ class Solver:
         return (self._fixed if self.num_steps else self._adaptive)(slope, state, args)
 
     def _adaptive(self, slope: VectorField, state: State, args: Any) -> Solution:
-        kind, per_step, at_start = SOLVERS[self.name]
+        diffrax, (kind, per_step, at_start) = _diffrax(), SOLVERS[self.name]
         start = jnp.zeros(jax.tree.leaves(state)[0].shape[:1])
         # What the field closes over becomes an argument: the batching rule needs it so.
         closed_slope, constants = _closed(slope, start, state, args)
@@ -148,7 +160,7 @@ class Solver:
 
         def solve_one(y0: State, a: Any) -> tuple[State, Array, Array]:
             solution = diffrax.diffeqsolve(
-                term, kind(), 0.0, 1.0, FIRST_STEP, y0, a,
+                term, getattr(diffrax, kind)(), 0.0, 1.0, FIRST_STEP, y0, a,
                 stepsize_controller=controller, max_steps=self.max_steps, throw=False,
                 saveat=diffrax.SaveAt(t1=True),
                 adjoint=diffrax.ForwardMode(),
@@ -185,14 +197,19 @@ def _worst_leaf(error: State) -> Float[Array, ""]:
     return jnp.stack([jnp.sqrt(jnp.mean(e**2)) for e in jax.tree.leaves(error)]).max()
 
 
+def _tableau(name: str) -> Any:
+    """The coefficients of a solver."""
+    return getattr(_diffrax(), SOLVERS[name][0]).tableau
+
+
 def _stages(name: str) -> int:
     """Stages that the solution needs: those behind its last weight serve the embedded error."""
-    return int(SOLVERS[name][0].tableau.b_sol.nonzero()[0][-1]) + 1
+    return int(_tableau(name).b_sol.nonzero()[0][-1]) + 1
 
 
 def _equal_steps(name: str, slope: VectorField, number: int, state: State, args: Any) -> State:
     """Steps of h = 1/number: k_i = slope(u + c_i h, y + h Σ_j a_ij k_j), y + h Σ_i b_i k_i."""
-    tableau, stages = SOLVERS[name][0].tableau, _stages(name)
+    tableau, stages = _tableau(name), _stages(name)
     rows = [*tableau.a_lower[: stages - 1], tableau.b_sol[:stages]]
     nodes = (0.0, *tableau.c)[:stages]
     batch = jax.tree.leaves(state)[0].shape[:1]
