@@ -13,9 +13,9 @@ from tests.test_importers import CASES, FIXTURES, needs_fixtures
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
-# The solver's steps are most of the time of these tests.
+# The network and the steps of the solver are most of the time of these tests.
 SET_STEPS = '"training.n_iters": STEPS'
-FEW_STEPS = f'{SET_STEPS}, "eval.num_steps": 6, "training.n_jitted_steps": 10'
+FEW_STEPS = f'{SET_STEPS}, "eval.num_steps": 6, "training.n_jitted_steps": 10, "model.hidden": 32'
 HERE = {  # the modules of the package are at the top level of the repository
     "from fokker import DensityModel": "from density_model import DensityModel",
     "from fokker import run_lib": "import run_lib",
