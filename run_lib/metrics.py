@@ -146,6 +146,17 @@ def as_text(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
+def duration(seconds: float) -> str:
+    """The time in the unit that suits it.
+
+    >>> duration(80), duration(800), duration(40_000)
+    ('80 s', '13 min', '11.1 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
     """A bar with rate and time left on a terminal, plain lines otherwise."""
 
@@ -182,8 +193,15 @@ class Progress:
         left = (self.last - step) / rate
         self.step, self.spoken = step, now
         place, shown = f"{self.unit} {step}/{self.last}", as_text(values)
-        speed = f"{rate:.1f} {self.unit}s/s, {left:.0f} s left"
+        speed = f"{rate:.1f} {self.unit}s/s, {duration(left)} left"
         logger.info("%s", ", ".join(filter(None, (place, shown, speed))))
+
+    def estimate(self, step: int, count: int, seconds: float) -> None:
+        """Say at a step how long the rest takes, when the `count` steps before took `seconds`."""
+        left = self.last - step
+        if left > 0:
+            text = f"{left} more {self.unit}s take about {duration(left * seconds / count)}"
+            self.message(f"{text}, without evaluations and checkpoints")
 
     def message(self, text: str) -> None:
         """A line of its own."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,7 +84,7 @@ class Trainer:
             Interrupted: the process was asked to stop; the state is saved.
             FloatingPointError: a value was not finite.
         """
-        workdir, started = self.checkpoints.directory.parent, False
+        workdir = self.checkpoints.directory.parent
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(interruption.saving())
             stack.callback(self.checkpoints.close)
@@ -95,13 +96,18 @@ class Trainer:
             traced = self.settings.training.profile_steps if devices.is_first() else 0
             profile = stack.enter_context(contextlib.closing(Profile(workdir / "profile", traced)))
             stack.callback(stop.steps_are_over)
-            for first, batches in self.batches():
+            for number, (first, batches) in enumerate(self.batches()):
                 arguments = (self.state, self.key, batches, *self.task.frozen)
-                if not started:
+                if number == 0:
                     self.compile_steps(arguments, progress)
-                started = True
+                if number == 1:  # the first dispatch also loads its program
+                    jax.block_until_ready(self.state)
+                began = time.monotonic()
                 self.state, metrics = self.step_fn(*arguments)
                 self.step = first + len(batches["mask"])
+                if number == 1:
+                    jax.block_until_ready(self.state)
+                    progress.estimate(self.step, self.step - first, time.monotonic() - began)
                 self.metrics.add(first, metrics)
                 self.events(writer, progress)
                 profile.after(self.step, self.state)

@@ -405,3 +405,19 @@ def test_compilation_is_not_counted_in_the_time_left(monkeypatch, caplog) -> Non
     assert "compiling a step" in caplog.text
     # From the start to here 80 s, of which 40 count.
     assert "step 40/100, 1.0 steps/s, 60 s left" in caplog.text
+
+
+def test_the_time_that_the_rest_takes_is_said_once(tmp_path, caplog) -> None:
+    """By the second dispatch, of the steps behind it, in the unit that suits it."""
+    caplog.set_level("INFO", logger="fokker")
+    run_lib.train(Experiment.from_config(tiny.config()), tmp_path)
+    (said,) = [message for message in caplog.messages if "more steps take about" in message]
+    assert re.fullmatch(r"10 more steps take about \d+ s, without evaluations and .*", said)
+    progress = metrics.Progress(0, 1000, "step")
+    for seconds, text in ((2.0, "36 s"), (20.0, "6 min"), (200.0, "60 min"), (400.0, "2.0 h")):
+        caplog.clear()
+        progress.estimate(100, 50, seconds)
+        assert f"900 more steps take about {text}, " in caplog.text
+    caplog.clear()
+    progress.estimate(1000, 50, 2.0)
+    assert not caplog.text
