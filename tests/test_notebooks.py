@@ -21,6 +21,7 @@ HERE = {  # the modules of the package are at the top level of the repository
     "from fokker import run_lib": "import run_lib",
     "from fokker.": "from ",
 }
+FEW_IMAGES = {"test_size=100": "train_size=100, test_size=16"}
 
 
 def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> dict:
@@ -28,7 +29,7 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **values:
     notebook = json.loads((FOLDER / f"{name}.ipynb").read_text())
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     code = "\n".join(cells)
-    for old, new in HERE.items():
+    for old, new in (HERE | FEW_IMAGES).items():
         code = code.replace(old, new)
     for constant, value in values.items():
         code, found = re.subn(rf"(?m)^{constant} = .*$", f"{constant} = {value!r}", code)
@@ -57,7 +58,7 @@ def test_a_conditional_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bits_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny network and few equal steps in the place of what convolutions cost."""
+    """A tiny network, few images and few equal steps in the place of what convolutions cost."""
     changes = {"training.n_iters": 2, "data.levels": 17, "training.batch_size": 16,
                "model.channels": "(4,)", "model.blocks": "(1,)", "model.summary": 0,
                "eval.num_steps": 8, "eval.num_times": 8}  # fmt: skip
