@@ -15,7 +15,7 @@ CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # These versions compile for the CPU in 0.6 of the time with their older emitters, at -O2. The whole
-# runs of test_architecture compile as users do, and so do, with XLA_FLAGS= in the environment, all
+# run of test_architecture compiles as users do, and so do, with XLA_FLAGS= in the environment, all
 # files that are not compiled_at_o0.
 QUICK = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "

@@ -64,12 +64,8 @@ def random_params(net, *args):
     rng = np.random.default_rng(1)
     with jax.numpy_dtype_promotion("standard"):
         shapes = jax.eval_shape(net.init, jax.random.key(0), *args)["params"]
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(
-            rng.normal(size=leaf.shape) / math.prod(leaf.shape[:-1]) ** 0.5, jnp.float32
-        ),
-        shapes,
-    )
+    draw = lambda leaf: rng.normal(size=leaf.shape) / math.prod(leaf.shape[:-1]) ** 0.5  # noqa: E731
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf).astype(np.float32)), shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,6 +1,7 @@
 """Whole runs with every dequantisation: training of the dequantiser, rows, errors."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -262,10 +263,10 @@ def test_another_sde_or_folder_is_refused_and_the_score_step_stays(
             run_lib.train_dequantizer(experiment(), trained, name)
     (tmp_path / FOLDER).mkdir()  # of a training that was killed before its first checkpoint
     (tmp_path / FOLDER / "versions.json").write_text('{"score_step": 5}')
+    (tmp_path / "config.json").write_bytes((trained / "config.json").read_bytes())
     for last in (10, 20):
+        shutil.copytree(trained / f"checkpoints/{last}", tmp_path / f"checkpoints/{last}")
         c = config()
-        c.training.update(n_iters=last, snapshot_freq=5)
-        run_lib.train(Experiment.from_config(c), tmp_path)
         c.deq.n_iters = last // 5
         run_lib.train_dequantizer(Experiment.from_config(c), tmp_path, FOLDER)
         assert json.loads((tmp_path / FOLDER / "versions.json").read_text())["score_step"] == 10

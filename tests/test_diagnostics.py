@@ -52,22 +52,27 @@ def test_score_of_the_ode_is_the_gradient_of_its_log_likelihood():
         return -(x + 0.3 * jnp.sin(2.0 * x + s[:, None]) + 0.2 * jnp.roll(x, -1, 1) * jnp.sin(x))
 
     x = jnp.asarray([[0.3, -0.8]])
-    log_p = lambda y: ode_score(score_fn, sde, y, t, TIGHT).log_p  # noqa: E731
+    solved = jax.jit(lambda y: ode_score(score_fn, sde, y, t, TIGHT))
     steps = h * jnp.eye(2)[:, None]
-    difference = [(log_p(x + e) - log_p(x - e))[0] / (2 * h) for e in steps]
-    found = ode_score(score_fn, sde, x, t, TIGHT)
+    difference = [(solved(x + e).log_p - solved(x - e).log_p)[0] / (2 * h) for e in steps]
+    found = solved(x)
     np.testing.assert_allclose(found.score[0], jnp.stack(difference), rtol=1e-5)
 
 
 def curves(sde, law, score_fn, t, number=400):
-    point = point_of(law, sde, number, t)
-    own = ode_score(score_fn, sde, point.x, t, TIGHT)
-    return error_curves(score_fn, sde, point) | truth_curves(score_fn, sde, point, law, own)
+    @jax.jit
+    def found():
+        point = point_of(law, sde, number, t)
+        own = ode_score(score_fn, sde, point.x, t, TIGHT)
+        curves = error_curves(score_fn, sde, point)
+        return point, own, curves | truth_curves(score_fn, sde, point, law, own)
+
+    return found()
 
 
 def test_the_exact_score_has_no_errors():
     law, sde = bimodal(), VPSDE()
-    found = curves(sde, law, lambda x, t: law.score(x, t, sde), 0.3)
+    _, _, found = curves(sde, law, lambda x, t: law.score(x, t, sde), 0.3)
     for name in ("r_fp", "curl", "fisher", "jacobian"):
         np.testing.assert_allclose(found[name], 0.0, atol=1e-8)
     # What is left is the prior in place of q_T, of relative size 4e-5.
@@ -80,10 +85,8 @@ def test_curves_of_a_scaled_score(kappa):
     """s = κ s* of N(0, S): fisher g²(1 − κ)²‖x‖²/v², r_fp κ(1 − κ) g²‖x‖/v²/√d, and the rest."""
     sde, variance, t = VPSDE(), 0.25, 0.3
     law = gaussian(jnp.zeros((2,)), variance)
-    point = point_of(law, sde, 50, t)
     score_fn = lambda x, s: kappa * law.score(x, s, sde)  # noqa: E731
-    own = ode_score(score_fn, sde, point.x, t, TIGHT)
-    found = error_curves(score_fn, sde, point) | truth_curves(score_fn, sde, point, law, own)
+    point, own, found = curves(sde, law, score_fn, t, number=50)
     g2, v = sde.g2(jnp.asarray(t)), sde.alpha(jnp.asarray(t)) ** 2 * variance
     v = v + sde.sigma(jnp.asarray(t)) ** 2
     square = (point.x**2).sum(1)
@@ -107,8 +110,8 @@ def test_probed_curves_in_many_dimensions():
     sde, law = VPSDE(), gaussian(jnp.zeros((9,)), 0.25)
     point = point_of(law, sde, 6, 0.3)
     score_fn = lambda x, s: 0.8 * law.score(x, s, sde)  # noqa: E731
-    found = error_curves(score_fn, sde, point)
-    eps = exact_residual(score_fn, sde, point.x, point.t)
+    found = jax.jit(lambda point: error_curves(score_fn, sde, point))(point)
+    eps = jax.jit(lambda x, t: exact_residual(score_fn, sde, x, t))(point.x, point.t)
     np.testing.assert_allclose(found["r_fp"], jnp.sqrt((eps**2).sum(1) / 9), rtol=1e-9)
 
 

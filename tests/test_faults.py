@@ -34,7 +34,7 @@ LAST, KILLS = 120, 6
 
 def experiment(**changes) -> Experiment:
     config = tiny.config()
-    config.training.update(snapshot_freq=1000, **changes)
+    config.training.update(snapshot_freq=1000, snapshot_freq_for_preemption=5, **changes)
     return Experiment.from_config(config)
 
 

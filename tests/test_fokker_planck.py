@@ -1,5 +1,6 @@
 """The residual against closed forms of right and wrong scores, and published values."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -41,13 +42,18 @@ def mixture_data():
 def over_basis(function, x):
     """Mean of function(v) over the probes √d e_i, for which vᵀHv averages to the exact trace."""
     d = x.shape[1]
-    probes = jnp.sqrt(1.0 * d) * jnp.eye(d)
-    return sum(function(jnp.broadcast_to(e[None], x.shape)) for e in probes) / d
+    probes = np.sqrt(d) * np.eye(d)
+    mean = jax.jit(lambda probes: jax.vmap(function)(probes).mean(axis=0))
+    return mean(jnp.asarray(np.broadcast_to(probes[:, None], (d, *x.shape))))
 
 
 def scalar_of(score_fn, sde, x, t, v):
-    score, hv = jax.jvp(lambda y: score_fn(y, t), (x,), (v,))
-    return scalar_term(score, hv, x, t, v, sde)
+    @jax.jit
+    def term(x, t, v):
+        score, hv = jax.jvp(lambda y: score_fn(y, t), (x,), (v,))
+        return scalar_term(score, hv, x, t, v, sde)
+
+    return term(x, t, v)
 
 
 def exact_residual(form, score, sde, at):
@@ -141,7 +147,7 @@ def normal_score(sde, components, off=0.0):
             logs.append(jnp.log(weight) - 0.5 * (square + jnp.linalg.slogdet(spread)[1]))
         return jax.nn.logsumexp(jnp.stack(logs))
 
-    return jax.vmap(jax.grad(log_density))
+    return jax.jit(jax.vmap(jax.grad(log_density)))
 
 
 def wrong_score(kind, sde, components):
@@ -213,8 +219,9 @@ def test_the_residual_moves_the_curl(name):
         return jax.jacobian(lambda y: function(y, *arguments)[0])(x)[:, 0]
 
     residual = lambda y, s: exact_residual("gradient", fixture_score, sde, (y, s))  # noqa: E731
-    moved = jax.jacfwd(lambda s: curl(jacobian(fixture_score, s)))(t)[..., 0]
-    np.testing.assert_allclose(curl(jacobian(residual, t)), moved, rtol=1e-9, atol=1e-11)
+    moved = jax.jit(jax.jacfwd(lambda s: curl(jacobian(fixture_score, s))))(t)[..., 0]
+    found = jax.jit(lambda s: curl(jacobian(residual, s)))(t)
+    np.testing.assert_allclose(found, moved, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -222,9 +229,11 @@ def test_the_third_derivative_comes_along(form, at):
     """∇ₓ(vᵀHv) of the gradient form, D²s[v, v] of the advective one; the rest is unchanged."""
     operator = {"gradient": value_hvp_and_gradient, "advective": value_hvp_and_directional}[form]
     v = jnp.asarray([[1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-    plain = FORMS[form](fixture_score, VPSDE(), *at, v)
-    with_third = FORMS[form](fixture_score, VPSDE(), *at, v, third=True)
-    score, hv, third = operator(lambda y: fixture_score(y, at[1]), at[0], v)
+    of_form = functools.partial(FORMS[form], fixture_score, VPSDE())
+    plain = jax.jit(of_form)(*at, v)
+    with_third = jax.jit(functools.partial(of_form, third=True))(*at, v)
+    field = lambda y: fixture_score(y, at[1])  # noqa: E731
+    score, hv, third = jax.jit(functools.partial(operator, field))(at[0], v)
     assert plain.third is None
     for ours, theirs in zip(with_third, (score, hv, third, plain.residual), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -245,8 +254,8 @@ def test_published_values(name):
         pytest.skip(f"{path.name} is not here")
     data, sde = np.load(path), SDES[name + "sde"]()
     x, t, v, v2 = (jnp.asarray(data[k]) for k in ("x", "t", "v", "v2"))
-    one = gradient_residual(fixture_score, sde, x, t, v).residual
-    two = gradient_residual(fixture_score, sde, x, t, v2).residual
+    residual = jax.jit(lambda v: gradient_residual(fixture_score, sde, x, t, v).residual)
+    one, two = residual(v), residual(v2)
     gradient = over_basis(lambda e: gradient_residual(fixture_score, sde, x, t, e).residual, x)
     advective = over_basis(lambda e: advective_residual(fixture_score, sde, x, t, e).residual, x)
     scalar = over_basis(lambda e: scalar_of(fixture_score, sde, x, t, e), x)
@@ -267,7 +276,8 @@ def test_two_probes_are_unbiased_and_one_is_not(at):
     exact = over_basis(lambda e: gradient_residual(score, sde, x[:1], t[:1], e).residual, x[:1])
     keys = jax.random.split(jax.random.key(0))
     probes = [jax.random.normal(k, x.shape, jnp.float64) for k in keys]
-    one, two = (gradient_residual(score, sde, x, t, v).residual for v in probes)
+    residual = jax.jit(lambda v: gradient_residual(score, sde, x, t, v).residual)
+    one, two = map(residual, probes)
     truth = float(inner(exact, exact)[0])
     product, square = inner(one, two), inner(one, one)
     assert abs(float(product.mean()) - truth) < 4 * float(product.std()) / number**0.5

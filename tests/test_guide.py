@@ -75,8 +75,8 @@ def test_the_loss_is_least_for_the_true_classifier() -> None:
 def test_the_network_begins_with_equal_classes(shape: tuple[int, ...]) -> None:
     network = TimeClassifier(classes=5, width=8, depth=3)
     x = jax.random.normal(jax.random.key(0), (6, *shape))
-    params = network.init(jax.random.key(1), x, jnp.zeros(6))
-    logits = network.apply(params, x, jnp.linspace(-5.0, 5.0, 6))
+    params = jax.jit(network.init)(jax.random.key(1), x, jnp.zeros(6))
+    logits = jax.jit(network.apply)(params, x, jnp.linspace(-5.0, 5.0, 6))
     assert logits.shape == (6, 5)
     assert_allclose(logits, 0.0, atol=1e-3)
     with pytest.raises(ValueError, match="depth=0: need an integer of at least 1"):

@@ -71,6 +71,13 @@ def zero_prior(head, shape):
     return jax.tree.map(jnp.zeros_like, head.arrays(shape))
 
 
+def check_score(head, arrays, net, x, t, sde, law, rtol):
+    """The score of the head is that of the law."""
+    found = jax.jit(lambda *a: head.score(*a, sde))(arrays, net, x, t)
+    expected = jax.jit(lambda *a: law.score(*a, sde))(x, t)
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=1e-11)
+
+
 @every_sde
 @pytest.mark.usefixtures("x64")
 def test_atoms_with_the_exact_law_give_the_score_of_weighted_points(sde):
@@ -81,8 +88,7 @@ def test_atoms_with_the_exact_law_give_the_score_of_weighted_points(sde):
     alpha, sigma = sde.alpha(t)[:, None, None], sde.sigma(t)[:, None, None]
     logs = np.asarray(-0.5 * ((x[:, None] - alpha * values[None]) / sigma) ** 2)
     logits = logits_of(POINTS, np.log(WEIGHTS)[None, :, None] + others(logs), LEVELS)
-    found = head.score(zero_prior(head, (3,)), logits, x, t, sde)
-    np.testing.assert_allclose(found, law.score(x, t, sde), rtol=1e-12, atol=1e-11)
+    check_score(head, zero_prior(head, (3,)), logits, x, t, sde, law, rtol=1e-12)
 
 
 @every_sde
@@ -96,8 +102,7 @@ def test_cells_with_the_exact_law_give_the_score_of_boxes(sde):
     m = (centers[None] - np.asarray(x)[:, None] / alpha) * alpha / sigma
     logs, _ = cell_terms(jnp.asarray(m), jnp.asarray(2.0 * half * alpha / sigma))
     logits = logits_of(POINTS, others(np.asarray(logs)), LEVELS)
-    found = head.score(zero_prior(head, (3,)), logits, x, t, sde)
-    np.testing.assert_allclose(found, law.score(x, t, sde), rtol=1e-11, atol=1e-11)
+    check_score(head, zero_prior(head, (3,)), logits, x, t, sde, law, rtol=1e-11)
 
 
 @every_sde
@@ -125,8 +130,7 @@ def test_mixture_with_the_exact_law_gives_the_score_of_a_mixture(sde):
         ],
         axis=-1,
     )
-    found = head.score({"prior": prior}, jnp.asarray(net), x, t, sde)
-    np.testing.assert_allclose(found, law.score(x, t, sde), rtol=1e-12, atol=1e-11)
+    check_score(head, {"prior": prior}, jnp.asarray(net), x, t, sde, law, rtol=1e-12)
 
 
 @every_sde
@@ -204,22 +208,29 @@ def test_ode_of_independent_cells_is_their_probability(sde, levels):
     x = jnp.asarray(LOW + head.width * (k + u))
     keys = fold_in_each(jax.random.key(0), jnp.arange(number))
     t_min = 0.02 if sde.alpha(jnp.ones(())) == 1.0 else 1e-4
-    start = noised_start(model.decoder(params), sde, Draw(x, jnp.zeros(number)), keys, t_min)
-    found = ode_log_likelihood(
-        model.score(params), sde, start.x, keys, t_min=t_min,
-        solver=Solver("dopri8", 1e-7, 1e-7), divergence=Divergence("exact"),
-    )  # fmt: skip
+
+    @jax.jit
+    def solved(x, keys):
+        start = noised_start(model.decoder(params), sde, Draw(x, jnp.zeros(number)), keys, t_min)
+        found = ode_log_likelihood(
+            model.score(params), sde, start.x, keys, t_min=t_min,
+            solver=Solver("dopri8", 1e-7, 1e-7), divergence=Divergence("exact"),
+        )  # fmt: skip
+        return found.log_p - start.log_q, found.latent
+
+    log_p, latent = solved(x, keys)
     log_pi = np.take_along_axis(law[None], k[..., None], -1)[..., 0].sum(-1)
     # The model is what the flow makes of the prior, not of the law that the cells have at T.
     end = jnp.full(number, sde.T)
     tau = sde.sigma(end) / sde.alpha(end)
     logits = jnp.broadcast_to(jnp.asarray(law)[None], (number, *law.shape))
-    _, log_mass = head.mean_and_log_mass(logits, found.latent / sde.alpha(end)[:, None], tau)
+    y = latent / sde.alpha(end)[:, None]
+    _, log_mass = jax.jit(head.mean_and_log_mass)(logits, y, tau)
     log_p_end = log_mass.sum(axis=1) - math.prod(shape) * jnp.log(head.width * sde.alpha(end))
     expected = log_pi - math.prod(shape) * math.log(head.width)
-    expected = expected + sde.prior_logp(found.latent) - log_p_end
+    expected = expected + sde.prior_logp(latent) - log_p_end
     allowed = 1e-5 if levels == 4 else 1e-3  # of coarse cells
-    np.testing.assert_allclose(found.log_p - start.log_q, expected, atol=allowed)
+    np.testing.assert_allclose(log_p, expected, atol=allowed)
 
 
 @every_sde
@@ -232,10 +243,7 @@ def test_bound_of_independent_cells_is_their_entropy(sde):
     rng = np.random.default_rng(0)
     k = rng.choice(levels, number, p=np.exp(law[0]))
     x = jnp.asarray(LOW + head.width * (k + rng.random(number)))[:, None]
-    found = variational_bound(
-        model.score(params), sde, x, fold_in_each(jax.random.key(0), jnp.arange(number)),
-        decoder=model.decoder(params), **exact_times(sde),
-    )  # fmt: skip
+    found = bound_of(model, params, sde, x)
     check_entropy(found, np.asarray(found.nll) - math.log(head.width) + law[0][k])
 
 
@@ -247,15 +255,24 @@ def test_discrete_bound_of_independent_atoms_is_their_entropy(sde):
     head, law = Atoms(levels, LOW, HIGH), random_law((1,), levels, seed=3)
     model, params = model_of(head, sde, (1,), law)
     k = np.random.default_rng(0).choice(levels, number, p=np.exp(law[0]))
-    found = discrete_bound(
-        model.score(params), model.log_probability(params), sde,
-        jnp.asarray(np.linspace(LOW, HIGH, levels)[k])[:, None],
-        fold_in_each(jax.random.key(0), jnp.arange(number)),
+    bound = functools.partial(
+        discrete_bound, model.score(params), model.log_probability(params), sde,
         distance=head.width, **exact_times(sde),
     )  # fmt: skip
+    x = jnp.asarray(np.linspace(LOW, HIGH, levels)[k])[:, None]
+    found = jax.jit(bound)(x, fold_in_each(jax.random.key(0), jnp.arange(number)))
     check_entropy(found, np.asarray(found.nll) + law[0][k])
     # At t_min the level is known; of much noise, nothing is.
     assert abs(found.start).max() < 1e-6
+
+
+def bound_of(model, params, sde, x):
+    """The variational bound of every x with the decoder of the head."""
+    bound = functools.partial(
+        variational_bound, model.score(params), sde,
+        decoder=model.decoder(params), **exact_times(sde),
+    )  # fmt: skip
+    return jax.jit(bound)(x, fold_in_each(jax.random.key(0), jnp.arange(len(x))))
 
 
 def exact_times(sde):
@@ -277,10 +294,7 @@ def test_what_cells_cost_in_a_bound_is_what_the_noise_in_a_cell_costs():
     head = Cells(2, -1.0, 3.0)  # the second cell has no mass: x is uniform in [−1, 1]
     model, params = model_of(head, sde, (1,), np.array([[0.0, -1e6]]))
     x = jnp.asarray(np.random.default_rng(0).uniform(-1.0, 1.0, (number, 1)))
-    found = variational_bound(
-        model.score(params), sde, x, fold_in_each(jax.random.key(0), jnp.arange(number)),
-        decoder=model.decoder(params), **exact_times(sde),
-    )  # fmt: skip
+    found = bound_of(model, params, sde, x)
     edges = exact_times(sde)["proposal"].quantile(jnp.linspace(0.0, 1.0, 5))
     edges = np.log(np.asarray(sde.sigma(edges) / sde.alpha(edges)))
     sampled = np.asarray(found.strata).reshape(4, 32, number).sum(axis=1)
@@ -342,9 +356,14 @@ def test_window_and_coarse_cells_are_within_their_stated_errors():
     tau = ratio * head.width
     y = jnp.asarray(rng.uniform(-1.0, 1.0, (400, 1)) + np.asarray(tau)[:, None] * 0.5)
     cells = jnp.arange(256, dtype=y.dtype)[None, None]
-    terms, u = cell_terms(*head.position(y, tau, cells))
-    exact = jnp.sum(jax.nn.softmax(logits + terms, axis=-1) * u, axis=-1)
-    found, _ = head.mean_and_log_mass(logits, y, tau)
+
+    @jax.jit
+    def exact_mean(logits, y, tau):
+        terms, u = cell_terms(*head.position(y, tau, cells))
+        return jnp.sum(jax.nn.softmax(logits + terms, axis=-1) * u, axis=-1)
+
+    exact = exact_mean(logits, y, tau)
+    found, _ = jax.jit(head.mean_and_log_mass)(logits, y, tau)
     error = np.abs(np.asarray(found - exact))[:, 0]
     fine = np.asarray(ratio) < 2.0
     assert error[fine].max() < 1e-10
@@ -367,9 +386,7 @@ def test_float32_is_float64_from_1e_4_to_1e4_cells(levels):
         y, tau = y.astype(np.float32), tau.astype(np.float32)
         logits = rng.standard_normal((number, 1, levels)).astype(np.float32)
 
-        def mean(y, tau, logits):
-            return head.mean_and_log_mass(logits, y, tau)
-
+        mean = jax.jit(lambda y, tau, logits: head.mean_and_log_mass(logits, y, tau))
         inputs = y[:, None], tau, logits
         double = mean(*(jnp.asarray(a, jnp.float64) for a in inputs))
         single = mean(*(jnp.asarray(a, jnp.float32) for a in inputs))
@@ -378,7 +395,7 @@ def test_float32_is_float64_from_1e_4_to_1e4_cells(levels):
         size = 1.0 + np.abs(np.asarray(double[1]))
         assert np.max(np.abs(single[1] - double[1]) / size) < 1e-4
         total = lambda *a: jnp.sum(mean(*a)[0] + mean(*a)[1])  # noqa: E731
-        for gradient in jax.grad(total, argnums=(0, 1, 2))(*map(jnp.asarray, inputs)):
+        for gradient in jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*map(jnp.asarray, inputs)):
             assert gradient.dtype == jnp.float32
             assert bool(jnp.isfinite(gradient).all())
 

@@ -1,5 +1,6 @@
 """Orders 2 and 3 against the weighted-points oracle, published values and closed forms."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def oracle_inputs(sde, shift):
     v = jnp.asarray([[1.0, -1.0, 1.0]])
     posterior = jax.nn.softmax(data.log_components(x, t, sde), axis=1)[0]
     field = lambda y: data.score(y, t, sde) + shift[None]  # noqa: E731
-    s, hv, third = value_hvp_and_gradient(field, x, v)
+    s, hv, third = jax.jit(functools.partial(value_hvp_and_gradient, field))(x, v)
     spread = lambda a: jnp.broadcast_to(a, (4, D))  # noqa: E731
     z = scale(1.0 / spread_time(sde.sigma(t)), x - scale(spread_time(sde.alpha(t)), data.means))
     sigma = spread_time(sde.sigma(t))
@@ -120,14 +121,24 @@ def fixture_score(parameters, x, t):
 
 def by_probe(field, x, z, sigma, v):
     """Parts of order 3 by the probe v."""
-    score, hv, third = value_hvp_and_gradient(field, x, v)
-    return HighOrder(3).parts(scale(sigma, score) + z, hv, third, v, sigma)
+
+    @jax.jit
+    def parts(x, z, sigma, v):
+        score, hv, third = value_hvp_and_gradient(field, x, v)
+        return HighOrder(3).parts(scale(sigma, score) + z, hv, third, v, sigma)
+
+    return parts(x, z, sigma, v)
 
 
 def exactly(field, x, z, sigma):
     """Parts of order 3 from the Jacobian."""
-    score, jacobian, trace_gradient = value_jacobian_and_trace_gradient(field, x)
-    return HighOrder(3).exact_parts(scale(sigma, score) + z, jacobian, trace_gradient, sigma)
+
+    @jax.jit
+    def parts(x, z, sigma):
+        score, jacobian, trace_gradient = value_jacobian_and_trace_gradient(field, x)
+        return HighOrder(3).exact_parts(scale(sigma, score) + z, jacobian, trace_gradient, sigma)
+
+    return parts(x, z, sigma)
 
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
@@ -152,7 +163,7 @@ def test_published_losses_and_gradients(name):
         (exact["trace"], "exact_trace"), (exact["third"], "exact_order3"),
     ):  # fmt: skip
         np.testing.assert_allclose(ours, data[f"{name}/{theirs}"], rtol=1e-9)
-    jacobian = jax.jacobian(probed_at)(start)
+    jacobian = jax.jit(jax.jacobian(probed_at))(start)
     order2 = jacobian["frobenius"] + jacobian["trace"]
     np.testing.assert_allclose(order2, data[f"{name}/grad_loss2"], rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(jacobian["third"], data[f"{name}/grad_loss3"], rtol=1e-8, atol=1e-10)
@@ -169,7 +180,8 @@ def test_an_additive_constant_gets_no_gradient_from_orders_2_and_3():
 
     for part in ("frobenius", "trace", "third"):
         assert float(total(0.5, part)) != float(total(0.0, part))
-        np.testing.assert_allclose(jax.grad(total)(0.5, part), 0.0, atol=1e-14)
+        slope = jax.jit(jax.grad(total), static_argnums=1)(0.5, part)
+        np.testing.assert_allclose(slope, 0.0, atol=1e-14)
 
 
 def test_probes_average_to_the_exact_forms():
@@ -181,11 +193,12 @@ def test_probes_average_to_the_exact_forms():
     t = jnp.full((2**d,), 0.3)
     sigma = VPSDE().sigma(t)
     field = lambda y: fixture_score((0.3, 0.1, 0.2, 0.0), y, t[: y.shape[0]])  # noqa: E731
-    s, hv, third = value_hvp_and_gradient(field, x, v)
+    s, hv, third = jax.jit(functools.partial(value_hvp_and_gradient, field))(x, v)
     e1 = scale(sigma, s) + z
     a_v = second_order_residual(e1, hv, v, sigma)
     c = third_order_residual(e1, hv, third, v, sigma)
-    _, jacobian, trace_gradient = value_jacobian_and_trace_gradient(field, x[:1])
+    exact = jax.jit(functools.partial(value_jacobian_and_trace_gradient, field))
+    _, jacobian, trace_gradient = exact(x[:1])
     matrix = second_order_matrix(e1[:1], jacobian, sigma[:1])
     vector = third_order_vector(e1[:1], jacobian, trace_gradient, sigma[:1])
     np.testing.assert_allclose(squared_norm(a_v).mean(), squared_norm(matrix)[0], rtol=1e-12)
@@ -201,13 +214,15 @@ def test_directional_form_equals_the_gradient_where_the_jacobian_is_symmetric():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, D)))
     t, v = jnp.full((5,), 0.3), jnp.sign(x)
     field = lambda y: data.score(y, t, VPSDE())  # noqa: E731
-    for ours, theirs in zip(
-        value_hvp_and_directional(field, x, v), value_hvp_and_gradient(field, x, v), strict=True
-    ):
+
+    def both(field):
+        operators = (value_hvp_and_directional, value_hvp_and_gradient)
+        return jax.jit(lambda x, v: [operator(field, x, v) for operator in operators])(x, v)
+
+    for ours, theirs in zip(*both(field), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
     not_a_gradient = lambda y: fixture_score((0.3, 0.1, 0.2, 0.0), y, t)  # noqa: E731
-    directional = value_hvp_and_directional(not_a_gradient, x, v)[2]
-    gradient = value_hvp_and_gradient(not_a_gradient, x, v)[2]
+    directional, gradient = (found[2] for found in both(not_a_gradient))
     assert float(np.abs(directional - gradient).max()) > 1e-2
 
 
@@ -228,11 +243,11 @@ def test_the_quadratic_form_alone_is_the_second_order_of_i_dode(estimator):
 
     order = HighOrder(2, second_order_weight=0.1, frobenius_weight=0.0, trace_weight=2.0)
     terms = Terms(high_order=order, estimator=estimator)
-    parts = terms.parts(score_fn, sde, point)
+    parts = jax.jit(lambda point: terms.parts(score_fn, sde, point))(point)
 
     gap = velocity(point.x, t) - (scale(alpha, z) - scale(sigma, x0))
     np.testing.assert_allclose(parts["dsm"], alpha**2 * squared_norm(gap) / D, rtol=1e-12)
-    jacobian = value_and_jacobian(lambda y: velocity(y, t), point.x)[1]
+    jacobian = jax.jit(lambda x: value_and_jacobian(lambda y: velocity(y, t), x)[1])(point.x)
     if estimator == "exact":
         form, along = jnp.trace(jacobian, axis1=1, axis2=2), squared_norm(gap)
     else:
@@ -261,8 +276,8 @@ def test_jacobian_is_that_of_autodiff():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, D)))
     t = jnp.asarray([0.2, 0.5])
     field = lambda y: fixture_score((0.3, 0.1, 0.2, 0.0), y, t)  # noqa: E731
-    _, jacobian = value_and_jacobian(field, x)
-    full = jax.jacobian(field)(x)
+    _, jacobian = jax.jit(functools.partial(value_and_jacobian, field))(x)
+    full = jax.jit(jax.jacobian(field))(x)
     for b in range(2):
         np.testing.assert_allclose(jacobian[b], full[b, :, b], rtol=1e-12, atol=1e-14)
 
@@ -279,7 +294,8 @@ def test_gaussian_minima(d):
     sigma = sde.sigma(t)
     point = Point(sde.perturb(x0, t, z), t, z, keys)
     score_fn = lambda x, t: data.score(x, t, sde)  # noqa: E731
-    parts = Terms(high_order=HighOrder(3)).parts(score_fn, sde, point)
+    terms = Terms(high_order=HighOrder(3))
+    parts = jax.jit(lambda point: terms.parts(score_fn, sde, point))(point)
     c = float(1.0 - (sigma**2 / (sde.alpha(t) ** 2 * variance + sigma**2))[0])
     for values, expected in (
         (parts["frobenius"] + parts["trace"], c**2 * (3 + 1 / d)),

@@ -77,7 +77,8 @@ def random_params(net, *args, dtype=np.float32, **kwargs):
     rng = np.random.default_rng(1)
 
     def draw(leaf):
-        return jnp.asarray(rng.normal(size=leaf.shape) / math.prod(leaf.shape[:-1]) ** 0.5, dtype)
+        values = rng.normal(size=leaf.shape) / math.prod(leaf.shape[:-1]) ** 0.5
+        return jnp.asarray(values.astype(dtype))
 
     return jax.tree.map(draw, shapes(net, *args, **kwargs))
 
@@ -224,9 +225,9 @@ def test_networks_give_several_numbers_per_coordinate_and_see_its_features(name)
     x, label = inputs(shape)
     features = jnp.asarray(np.random.default_rng(1).normal(size=(*x.shape, 2)), jnp.float32)
     params = random_params(net, x, label, features=features)
-    out = net.apply({"params": params}, x, label, features=features)
+    out = apply(net, params, x, label, features=features)
     assert out.shape == (*x.shape, 5)
-    other = net.apply({"params": params}, x, label, features=features + 0.1)
+    other = apply(net, params, x, label, features=features + 0.1)
     assert float(jnp.min(jnp.max(jnp.abs(out - other), axis=(0, -1)))) > 0.0
     # Coordinate c has numbers 5c, …, 5c + 4 of the last layer: change the bias of one of them.
     biases = [
@@ -237,7 +238,7 @@ def test_networks_give_several_numbers_per_coordinate_and_see_its_features(name)
     moved = jax.tree_util.tree_map_with_path(
         lambda p, a: a.at[7].add(1.0) if p == biases[-1] else a, params
     )
-    gap = np.array(net.apply({"params": moved}, x, label, features=features) - out)
+    gap = np.array(apply(net, moved, x, label, features=features) - out)
     assert np.abs(gap[..., 1, 2] - 1.0).max() < 1e-4
     gap[..., 1, 2] = 0.0
     assert np.abs(gap).max() < 1e-4
