@@ -185,6 +185,13 @@ class ScoreModel:
         del params, context
         return None
 
+    def log_probability(
+        self, params: Params, *, context: ContextArray | None = None
+    ) -> DecoderFn | None:
+        """(x0, x_t, t) ↦ log P(levels of x0 | x_t) of a head of atoms."""
+        del params, context
+        return None
+
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
         """Return the noise z, which −σ s is matched to at x = α x0 + σ z."""
         del x0, x, t
@@ -204,8 +211,9 @@ class ScoreModel:
         rngs = {"dropout": dropout_key} if train else None
         label = self.label(t, self.sde, self.num_scales)
         more = {"features": features, "context": context}
-        more = {name: value for name, value in more.items() if value is not None}
-        return self.network.apply({"params": params}, x, label, train=train, rngs=rngs, **more)
+        given: dict[str, Any] = {name: value for name, value in more.items() if value is not None}
+        net: Any = self.network.apply({"params": params}, x, label, train=train, rngs=rngs, **given)
+        return net
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +226,7 @@ class HeadModel(ScoreModel):
         """The network's parameters, and the arrays of the head before it has seen data."""
         x, t, arrays = jnp.zeros((1, *shape)), jnp.ones((1,)), self.head.arrays(shape)
         inputs, features = self.head.inputs(arrays, x, t, self.sde)
-        more = {} if features is None else {"features": features}
+        more: dict[str, Any] = {} if features is None else {"features": features}
         label = self.label(t, self.sde, self.num_scales)
         return {"network": self.network.init(key, inputs, label, **more)["params"]} | arrays
 
@@ -249,8 +257,12 @@ class HeadModel(ScoreModel):
         known = isinstance(self.head, Cells)
         return self.head.known_noise(x0, x, t, self.sde) if known else z
 
-    def log_probability(self, params: Params, *, context: ContextArray | None = None) -> DecoderFn:
+    def log_probability(
+        self, params: Params, *, context: ContextArray | None = None
+    ) -> DecoderFn | None:
         """(x0, x_t, t) ↦ log P(levels of x0 | x_t) of atoms."""
+        if not isinstance(self.head, Atoms):
+            return None
         outputs, arrays = self._bound(params, None, context)
         return lambda x0, x, t: self.head.log_probability(arrays, outputs(x, t), x0, x, t, self.sde)
 

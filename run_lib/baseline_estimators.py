@@ -83,7 +83,7 @@ def _histogram(experiment: Experiment) -> Estimator:
         return baselines.log_histogram(fitted, histogram, batch["image"])
 
     place = "every position" if marginals.by_position(shape, levels) else "every channel"
-    details = {"of": place, "smoothing": marginals.SMOOTHING} | _fitted_on(experiment)
+    details: Details = {"of": place, "smoothing": marginals.SMOOTHING, **_fitted_on(experiment)}
     return _estimator("histogram", details, encoding, fit, log_p)
 
 

@@ -123,7 +123,7 @@ class Trainer:
     def check_memory(self, arguments: tuple[Any, ...]) -> None:
         """Compile the step, say what it needs, and refuse what the devices do not have."""
 
-        def compiled(step_fn: Callable[..., Any]) -> Any:
+        def compiled(step_fn: jax.stages.Wrapped) -> Any:
             return step_fn.lower(*arguments).compile()
 
         need, limit = devices.needed(compiled(self.step_fn)), devices.available()
@@ -177,7 +177,7 @@ class Trainer:
             yield first, devices.put(stacked, axis=1)
             first += count
 
-    def events(self, writer: MetricsWriter, progress: Progress) -> None:
+    def events(self, writer: NoMetrics, progress: Progress) -> None:
         """Whatever is due at this step."""
         training, last = self.settings.training, self.step == self.task.n_iters
 
