@@ -247,24 +247,26 @@ class HeadModel(ScoreModel):
 
     def decoder(self, params: Params, *, context: ContextArray | None = None) -> DecoderFn | None:
         """(x0, x_t, t) ↦ log p(x0 | x_t) − log N(x_t/α; x0, σ²/α² I) of cells and mixtures."""
-        if not isinstance(self.head, Cells | Mixture):
+        head = self.head
+        if not isinstance(head, Cells | Mixture):
             return None
         outputs, arrays = self._bound(params, None, context)
-        return lambda x0, x, t: self.head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
+        return lambda x0, x, t: head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
         """Return what −σ s is matched to: z, or for cells the noise known from x_t and cell."""
-        known = isinstance(self.head, Cells)
-        return self.head.known_noise(x0, x, t, self.sde) if known else z
+        head = self.head
+        return head.known_noise(x0, x, t, self.sde) if isinstance(head, Cells) else z
 
     def log_probability(
         self, params: Params, *, context: ContextArray | None = None
     ) -> DecoderFn | None:
         """(x0, x_t, t) ↦ log P(levels of x0 | x_t) of atoms."""
-        if not isinstance(self.head, Atoms):
+        head = self.head
+        if not isinstance(head, Atoms):
             return None
         outputs, arrays = self._bound(params, None, context)
-        return lambda x0, x, t: self.head.log_probability(arrays, outputs(x, t), x0, x, t, self.sde)
+        return lambda x0, x, t: head.log_probability(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def _bound(
         self, params: Params, dropout_key: Key[Array, ""] | None, context: ContextArray | None

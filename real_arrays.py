@@ -300,9 +300,9 @@ def _warn_of_repeats(
 
 def _check_classes(data: Dataset) -> None:
     """Warn of classes that training does not see."""
-    known = np.unique(data.train.context)
-    for name, split in data.splits.items():
-        other = np.setdiff1d(split.context, known)
+    known = np.unique(data.finite("train").context)
+    for name in data.splits:
+        other = np.setdiff1d(data.finite(name).context, known)
         if other.size:
             logger.warning(
                 "classes %s of the %s split have no training example, so their densities are "

@@ -115,7 +115,7 @@ class _Column:
     def __getitem__(self, number: int) -> Any:
         if self._width is None:
             return self._values[number]
-        return self._values[number * self._width : (number + 1) * self._width].tolist()
+        return list(self._values[number * self._width : (number + 1) * self._width])
 
     def is_complete(self) -> bool:
         """Say whether every row has the field."""

@@ -343,9 +343,9 @@ class Dataset:
 
     def contexts(self, split: str, ids: np.ndarray) -> np.ndarray | None:
         """The contexts of those examples of a finite split, counted over and over; None without."""
-        data = self._split(split)
         if self.context is None:
             return None
+        data = self.finite(split)
         return data.context[np.asarray(ids) % data.size]
 
     def train_batches(

@@ -159,7 +159,7 @@ def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]
         if config.elbo:
             table.append(_elbo(experiment, noise))
     if config.bound and isinstance(settings.head, Atoms):
-        table.append(_discrete_bound(experiment))
+        table.append(_discrete_bound(experiment, settings.head))
     if config.enable_bpd and experiment.dataset.law is not None and experiment.context is None:
         law = _law_of_the_data(experiment)
         table += [law, _divergence(table[0], law)]
@@ -291,7 +291,9 @@ def _bound(experiment: Experiment, noise: Dequantization) -> Estimator:
     proposal = Importance(sde, noise.start + t_min)
     edges = _edges(proposal, number)
     uniform = noise.details.get("dequantisation") == "uniform" and not settings.data.logit
-    shares = cell_shares(np.asarray(edges), 2.0 * encoding.half_cell) if uniform else 0.0
+    shares: np.ndarray | float = 0.0
+    if isinstance(encoding, Pixels) and uniform:
+        shares = cell_shares(np.asarray(edges), 2.0 * encoding.half_cell)
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_each(key, batch["noise_id"])
@@ -313,7 +315,7 @@ def _bound(experiment: Experiment, noise: Dequantization) -> Estimator:
     return Estimator(name, details, encoding.unit, "eval", function, edges)
 
 
-def _discrete_bound(experiment: Experiment) -> Estimator:
+def _discrete_bound(experiment: Experiment, head: Atoms) -> Estimator:
     """The bound on −log P(k) of atoms, without dequantisation."""
     settings, model, encoding = experiment.settings, experiment.model, experiment.encoding
     number, t_min = settings.eval.num_times, settings.training.smallest_time
@@ -325,7 +327,7 @@ def _discrete_bound(experiment: Experiment) -> Estimator:
         bound = discrete_bound(
             model.score(params.score, context=context),
             model.log_probability(params.score, context=context), model.sde,
-            encoding.encode(batch["image"], keys), keys, distance=settings.head.width,
+            encoding.encode(batch["image"], keys), keys, distance=head.width,
             proposal=proposal, num_times=number,
         )  # fmt: skip
         return _bound_row(bound, 0.0, encoding, batch["image"], number + 1)
@@ -406,12 +408,12 @@ def _elbo(experiment: Experiment, noise: Dequantization) -> Estimator:
         return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
 
     one = trace(dataclasses.replace(divergence, num_probes=1))
-    times: Details = {
+    times: dict[str, Details] = {
         "published": {"uniform times": number, "trace": one, "x_T": "one each"},
         "low_variance": {"stratified debiased times": number, "trace": trace(divergence)},
-    }[name]
+    }
     start = float(model.sde.sigma(jnp.zeros(())))
-    details: Details = {"estimator": name, **times, "sigma(0)": start, **noise.details}
+    details: Details = {"estimator": name, **times[name], "sigma(0)": start, **noise.details}
     return Estimator("-ELBO", details, encoding.unit, "eval", function)
 
 

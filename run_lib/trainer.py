@@ -56,7 +56,7 @@ class Trainer:
             self.step, task.n_iters,
         )  # fmt: skip
 
-    def _mapped_step(self, microbatch: int) -> Callable[..., tuple[TrainState, Any]]:
+    def _mapped_step(self, microbatch: int) -> jax.stages.Wrapped:
         """(state, key, batches, *frozen) → (state, metrics) over all devices."""
         task, settings = self.task, self.settings
         batch_size = settings.training.batch_size
