@@ -41,6 +41,8 @@ def stored_rows(config: DataConfig, path: Path) -> tuple[dict[str, Rows], Origin
 def _archive(path: Path) -> dict[str, np.ndarray | None]:
     """The arrays of an archive that are known; None for the others."""
     names = npz_files.names(path) if npz_files.is_whole(path) else []
+    wanted: tuple[str, ...]
+    more: tuple[str, ...]
     if "x_test" in names or not {"x", "x_train"} & set(names):
         wanted, more = ("_train", "_test"), ()
     else:

@@ -117,5 +117,5 @@ def log_gaussian(fitted: Gaussian, x: Batched) -> PerExample:
         white = jnp.tensordot(gap, whitening, (axes, axes), precision=jax.lax.Precision.HIGHEST)
     else:
         white = gap * whitening[None]
-    constant = fitted.log_det - 0.5 * dimension(x) * math.log(2.0 * math.pi)
+    constant = jnp.asarray(fitted.log_det - 0.5 * dimension(x) * math.log(2.0 * math.pi))
     return constant - 0.5 * squared_norm(white)

@@ -379,7 +379,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _checksums(tree: Any) -> dict[str, str]:
     """Dtype and CRC-32 of every leaf: read back as another dtype, it is not to be compared."""
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in _by_path(tree).items()}
-    return {path: f"{a.dtype} {zlib.crc32(a.view(np.uint8)):08x}" for path, a in arrays.items()}
+    sums = {path: zlib.crc32(a.view(np.uint8).data) for path, a in arrays.items()}
+    return {path: f"{a.dtype} {sums[path]:08x}" for path, a in arrays.items()}
 
 
 def digest(tree: Any) -> str:

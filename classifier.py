@@ -80,10 +80,10 @@ def trained(dataset: Dataset, folder: Path, num_steps: int = STEPS) -> Classifie
     Raises:
         ValueError: the set has no labels, or the file is damaged.
     """
-    _check(dataset)
+    train, test = _labelled(dataset)
     identity = _identity(dataset, num_steps)
     path = folder / f"classifier_{identity}.npz"
-    network = Network(1 + int(dataset.train.labels.max()))
+    network = Network(1 + int(train.labels.max()))
     apply = _apply(network, dataset.levels)
     if path.exists():
         arrays = npz_files.read(path, ("scale", "accuracy"))
@@ -93,38 +93,44 @@ def trained(dataset: Dataset, folder: Path, num_steps: int = STEPS) -> Classifie
     logger.info("training the classifier of %s, %d steps", dataset.name, num_steps)
     params = _train(network, dataset, apply, num_steps)
     raw = Classifier(identity, params, 1.0, math.nan, dataset.test.size, apply)
-    features = np.concatenate([h for h, _ in _of_split(raw, dataset.train)])
-    guesses = np.concatenate([y.argmax(axis=1) for _, y in _of_split(raw, dataset.test)])
-    accuracy = np.mean(guesses == dataset.test.labels)
-    scale = np.sqrt(np.square(features, dtype=np.float64).mean())
+    features = np.concatenate([h for h, _ in _of_split(raw, train)])
+    guesses = np.concatenate([y.argmax(axis=1) for _, y in _of_split(raw, test)])
+    accuracy = float(np.mean(guesses == test.labels))
+    scale = float(np.sqrt(np.square(features, dtype=np.float64).mean()))
     npz_files.write(path, _to_arrays(params) | {"scale": scale, "accuracy": accuracy})
     logger.info("wrote %s: accuracy %.4f on the test split", path, accuracy)
-    return dataclasses.replace(raw, scale=float(scale), accuracy=float(accuracy))
+    return dataclasses.replace(raw, scale=scale, accuracy=accuracy)
 
 
-def _check(dataset: Dataset) -> None:
+def _labelled(dataset: Dataset) -> list[Finite]:
+    """The training and the test split, which must have labels."""
+    found = []
     for split, data in (("train", dataset.train), ("test", dataset.test)):
         if not isinstance(data, Finite) or data.labels is None:
             raise ValueError(
                 f"eval.features='classifier': {dataset.name} has no labels of its {split} split "
                 "(an .npz file needs y_train and y_test); need 'inception' or a SavedModel folder"
             )
+        found.append(data)
+    return found
 
 
 def _identity(dataset: Dataset, num_steps: int) -> str:
     """A hash of recipe, images and labels."""
     recipe = (VERSION, num_steps, BATCH_SIZE, LEARNING_RATE, WIDTH, dataset.levels, dataset.shape)
     digest = hashlib.sha256(repr(recipe).encode())
-    for split, data in (("train", dataset.train), ("test", dataset.test)):
+    for split in ("train", "test"):
         for batch in dataset.eval_batches(split, batch_size=1000):
             digest.update(batch["image"][batch["mask"]].tobytes())
-        digest.update(data.labels.tobytes())
+        digest.update(dataset.finite(split).labels.tobytes())
     return digest.hexdigest()[:12]
 
 
 def _apply(network: Network, levels: int) -> Callable:
     def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return network.apply(params, 2.0 * images.astype(jnp.float32) / (levels - 1) - 1.0)
+        x = 2.0 * images.astype(jnp.float32) / (levels - 1) - 1.0
+        features_and_logits: Any = network.apply(params, x)
+        return features_and_logits
 
     return jax.jit(apply)
 
@@ -143,7 +149,7 @@ def _train(network: Network, dataset: Dataset, apply: Callable, num_steps: int) 
         return optax.apply_updates(params, updates), state
 
     params = network.init(jax.random.key(0), jnp.zeros((1, *dataset.shape)))
-    state, plain = optimizer.init(params), dataclasses.replace(dataset.train, flip=False)
+    state, plain = optimizer.init(params), dataclasses.replace(dataset.finite("train"), flip=False)
     batches = plain.training_batches(0, seed=0, batch_size=BATCH_SIZE, part=slice(None))
     for batch in itertools.islice(batches, num_steps):
         params, state = step(params, state, batch["image"], plain.labels[batch["index"]])

@@ -9,6 +9,7 @@ import logging
 import pathlib
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,10 @@ from splits import DataConfig, Origin, Rows, assembled, divided
 from streams import Context, Dataset, Finite, Fresh, Sampler, Shape
 from tfrecords import Records
 from toy_data import LAWS
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+    from tensorflow import Tensor
 
 logger = logging.getLogger("fokker")
 LARGE = 30.0  # of a context in standard units
@@ -78,7 +83,9 @@ def _kind(splits: dict[str, Finite]) -> Context | None:
     return Context(found[0].shape[1:])
 
 
-def _check_array(name: str, array: np.ndarray, config: DataConfig) -> tuple[np.ndarray, int]:
+def _check_array(
+    name: str, array: np.ndarray | npz_files.Part, config: DataConfig
+) -> tuple[np.ndarray | npz_files.Part, int]:
     """(images [n, H, W, C], largest value), of the shape and the levels of the config."""
     array = as_images(name, array)
     _check_shape(name, array.shape[1:], config)
@@ -88,7 +95,7 @@ def _check_array(name: str, array: np.ndarray, config: DataConfig) -> tuple[np.n
     return array, largest
 
 
-def _largest(arrays: Iterable[np.ndarray]) -> int:
+def _largest(arrays: Iterable[np.ndarray | npz_files.Part]) -> int:
     """The largest value of all arrays."""
     return max(int(part.max()) for array in arrays for part in npz_files.chunks(array))
 
@@ -98,8 +105,8 @@ Labels = tuple[np.ndarray | None, np.ndarray | None]  # of train and test
 
 def _arrays(
     config: DataConfig,
-    train: np.ndarray,
-    test: np.ndarray,
+    train: np.ndarray | npz_files.Part,
+    test: np.ndarray | npz_files.Part,
     labels: Labels,
     origin: Origin,
     values: Labels = (None, None),
@@ -107,9 +114,9 @@ def _arrays(
     source = config.path or config.dataset.lower()
     train, largest = _check_array(f"x_train of {source}", train, config)
     test, other = _check_array(f"x_test of {source}", test, config)
-    shape, found = train.shape[1:], test.shape[1:]
-    if shape != found:
-        raise ValueError(f"x_test of {source} has images {found}: need {shape}, as in x_train")
+    shape, others = train.shape[1:], test.shape[1:]
+    if shape != others:
+        raise ValueError(f"x_test of {source} has images {others}: need {shape}, as in x_train")
     _check_values(config, max(largest, other), shape)
     keys = (f"y_train of {source}", f"y_test of {source}")
     arrays = zip((train, test), labels, strict=True)
@@ -221,9 +228,9 @@ def _folder(config: DataConfig) -> Dataset:
         if (found := header(path)) != shape:
             raise ValueError(f"{path} is {found}, but {paths[0]} is {shape}: need equal images")
     _check_shape(root, shape, config)
-    found = {name: decoding.of_files(files, shape) for name, files in splits.items()}
+    decoded = {name: decoding.of_files(files, shape) for name, files in splits.items()}
     origin = Origin(f"{root}, {text}", tuple(left_out))
-    return assembled(config, shape, found, origin, config.levels)
+    return assembled(config, shape, decoded, origin, config.levels)
 
 
 def _builder(config: DataConfig, name: str) -> "tfds.core.DatasetBuilder":
@@ -255,9 +262,9 @@ def _tfds(config: DataConfig, name: str, splits: tuple[str, str], shape: Shape) 
         images, labels = zip(*pairs.as_numpy_iterator(), strict=True)
         return np.concatenate(images), np.concatenate(labels)
 
-    images, labels = zip(*map(read, splits), strict=True)
+    (train, train_labels), (test, test_labels) = map(read, splits)
     origin = Origin(f"splits {splits[0]} and {splits[1]} of tensorflow-datasets' {name}")
-    return _arrays(config, *images, labels, origin)
+    return _arrays(config, train, test, (train_labels, test_labels), origin)
 
 
 def _check_colour(config: DataConfig, sizes: tuple[int, ...] = ()) -> None:
@@ -311,7 +318,7 @@ def _tfrecords(config: DataConfig) -> Dataset:
         "data": tf.io.FixedLenFeature([], tf.string),
     }
 
-    def parse(record: "tf.Tensor") -> "tf.Tensor":
+    def parse(record: "Tensor") -> "Tensor":
         found = tf.io.parse_single_example(record, fields)
         image = tf.reshape(tf.io.decode_raw(found["data"], tf.uint8), found["shape"])
         return tf.transpose(image, (1, 2, 0))

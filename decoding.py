@@ -10,6 +10,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,11 @@ from lazy_tensorflow import tensorflow
 from streams import Chosen, Finite, Shape
 from tfrecords import Records
 
-Decode = Callable[["tf.Tensor"], "tf.Tensor"]  # (file name or record) → uint8 image
+if TYPE_CHECKING:
+    from tensorflow import Tensor
+    from tensorflow.data import Options
+
+Decode = Callable[["Tensor"], "Tensor"]  # (file name or record) → uint8 image
 Inputs = Callable[[np.ndarray], np.ndarray]  # ids → what is decoded
 AHEAD = 2  # batches
 MOST_THREADS = 32
@@ -76,7 +81,7 @@ class _Source:
         if failures:
             raise failures[0]
 
-    def _one(self, given: "tf.Tensor", flipped: "tf.Tensor") -> "tf.Tensor":
+    def _one(self, given: "Tensor", flipped: "Tensor") -> "Tensor":
         image = self._decode(given)
         return tensorflow().where(flipped, image[:, ::-1], image)
 
@@ -86,7 +91,7 @@ class _Source:
                 raise ValueError(f"{self._name(number)} is damaged or gone: {problem}") from None
 
 
-def _options() -> "tf.data.Options":
+def _options() -> "Options":
     """Threads of its own, no more than the host has, so that JAX keeps its own."""
     options = tensorflow().data.Options()
     options.threading.private_threadpool_size = min(os.cpu_count() or 1, MOST_THREADS)
@@ -119,7 +124,7 @@ def of_files(paths: list[pathlib.Path], shape: Shape) -> Finite:
     """Make a split of image files, all of this shape [H, W, C]."""
     tf, names = tensorflow(), np.array([bytes(path) for path in paths])
 
-    def decode(name: "tf.Tensor") -> "tf.Tensor":
+    def decode(name: "Tensor") -> "Tensor":
         image = tf.io.decode_image(tf.io.read_file(name), expand_animations=False)
         return tf.ensure_shape(image, shape)
 
@@ -128,23 +133,23 @@ def of_files(paths: list[pathlib.Path], shape: Shape) -> Finite:
     )
 
 
-Prepare = Callable[["tf.Tensor", int], "tf.Tensor"]  # (uint8 image, size) → [size, size, 3]
+Prepare = Callable[["Tensor", int], "Tensor"]  # (uint8 image, size) → [size, size, 3]
 
 
-def as_stored(image: "tf.Tensor", size: int) -> "tf.Tensor":
+def as_stored(image: "Tensor", size: int) -> "Tensor":
     """Leave the image as it is."""
     del size
     return image
 
 
-def celeba_crop(image: "tf.Tensor", size: int) -> "tf.Tensor":
+def celeba_crop(image: "Tensor", size: int) -> "Tensor":
     """Resize the central 140×140 pixels of a face by an antialiased bilinear filter."""
     tf = tensorflow()
     image = tf.image.resize_with_crop_or_pad(image, 140, 140)
     return _to_uint8(tf.image.resize(image, (size, size), antialias=True))
 
 
-def centre_square(image: "tf.Tensor", size: int) -> "tf.Tensor":
+def centre_square(image: "Tensor", size: int) -> "Tensor":
     """Resize the central square as published: bilinear to 128 and below, bicubic above."""
     tf = tensorflow()
     side = tf.minimum(tf.shape(image)[0], tf.shape(image)[1])
@@ -153,7 +158,7 @@ def centre_square(image: "tf.Tensor", size: int) -> "tf.Tensor":
     return _to_uint8(tf.image.resize(image, (size, size), method, antialias=True))
 
 
-def _to_uint8(image: "tf.Tensor") -> "tf.Tensor":
+def _to_uint8(image: "Tensor") -> "Tensor":
     """Round to [0, 255], which a bicubic filter leaves, and which a mere cast would wrap around."""
     tf = tensorflow()
     return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
@@ -165,7 +170,7 @@ def of_records(
     """Make a split of records: `parse` decodes one, `prepare` gives it the size [size, size, 3]."""
     tf = tensorflow()
 
-    def one(record: "tf.Tensor") -> "tf.Tensor":
+    def one(record: "Tensor") -> "Tensor":
         return tf.ensure_shape(prepare(parse(record), size), (size, size, 3))
 
     def read(ids: np.ndarray) -> np.ndarray:

@@ -195,7 +195,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         self.experiment_, self.workdir_, self.step_ = experiment, workdir, step
         self.params_ = loading.load_parameters(experiment, workdir, step)
         for name in COMPILED:  # of an earlier fit
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
         stored = npz_files.read(workdir / "data.npz", ("x_train",))["x_train"]
         self.shape_ = stored.shape[1:]
         return self

@@ -14,7 +14,7 @@ bits/dim under uniform q.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,10 @@ class Pixels:
         """Model-space y of images for given noise u ∈ [0, 1)."""
         return self.from_unit((image.astype(u.dtype) + u) / self.levels)
 
+    @overload
+    def from_unit(self, w: Batched) -> Batched: ...
+    @overload
+    def from_unit(self, w: float) -> Batched | float: ...
     def from_unit(self, w: Batched | float) -> Batched | float:
         """[0, 1] to model space; a number, such as an end of the range, stays one."""
         if self.logit:
@@ -189,7 +193,8 @@ class FlowDequantizer:
     def draw(self, params: Params, image: Images, keys: Key[Array, " b"]) -> Draw:
         """y of noise of the flow."""
         x = self._context(image)
-        u, log_q = self.flow.apply({"params": params}, standard_normal(keys, x), x)
+        found: Any = self.flow.apply({"params": params}, standard_normal(keys, x), x)
+        u, log_q = found
         return self.encoding.draw_of_noise(image, u, log_q)
 
     def _context(self, image: Images) -> Batched:

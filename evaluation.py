@@ -18,7 +18,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -165,7 +165,7 @@ def _tfgan() -> types.ModuleType:
     It wants `tf.estimator`, which TensorFlow has dropped: of it, the class of session hooks is
     given, and the subpackage that builds on it is replaced by an empty one. The metrics need none.
     """
-    tf = tensorflow()
+    tf: Any = tensorflow()
     if "tensorflow_gan" not in sys.modules:
         tf.get_logger().setLevel("ERROR")  # one deprecation per block of KID
         hook = types.SimpleNamespace(SessionRunHook=tf.compat.v1.train.SessionRunHook)
@@ -180,7 +180,8 @@ def _tfgan() -> types.ModuleType:
 # Extractors of features
 
 
-class Extractor(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Extractor:
     """A network that maps images to features."""
 
     identity: str  # stored with the features: equal identities, comparable features
@@ -189,20 +190,17 @@ class Extractor(Protocol):
 
     def __call__(self, images: Images) -> Features:
         """Features of any number of images."""
-        ...
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class SavedModel:
+class SavedModel(Extractor):
     """A TensorFlow SavedModel: [−1, 1] images [n, H, W, 3] → {pool_3: [n, d], logits: [n, k]}.
 
     Images are (x − 127.5)/127.5 of x in 0, …, 255, grey ones three times. They keep their size: the
     published Inception resizes them to 299×299 itself.
     """
 
-    identity: str
-    title: str
-    note: str
     levels: int
     network: Callable
 
@@ -213,7 +211,7 @@ class SavedModel:
 
     def _run(self, images: Images) -> Features:
         tf = tensorflow()
-        x = np.float32(images) * (255.0 / (self.levels - 1)) / 127.5 - 1.0
+        x = np.asarray(images, np.float32) * (255.0 / (self.levels - 1)) / 127.5 - 1.0
         x = np.repeat(x, 3, axis=3) if x.shape[3] == 1 else x
         outputs = self.network(tf.constant(x, tf.float32))
         found = [np.asarray(outputs[key], np.float32) for key in Features._fields]
@@ -221,12 +219,9 @@ class SavedModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedClassifier:
+class TrainedClassifier(Extractor):
     """The classifier that `classifier.trained` trains on the labelled data themselves."""
 
-    identity: str
-    title: str
-    note: str
     network: classifier.Classifier
 
     def __call__(self, images: Images) -> Features:

@@ -149,10 +149,9 @@ class FokkerPlanck:
     every: int = 1
 
     def __post_init__(self) -> None:
-        tables = {"scalar_fp": SCALAR_FP, "fp_wgt_type": WEIGHTS, "fp_form": FORMS}
-        values = {"scalar_fp": self.scalar_fp, "fp_wgt_type": self.weight, "fp_form": self.form}
-        for name, value in values.items():
-            one_of(f"training.{name}", value, tables[name])
+        one_of("training.scalar_fp", self.scalar_fp, SCALAR_FP)
+        one_of("training.fp_wgt_type", self.weight, WEIGHTS)
+        one_of("training.fp_form", self.form, FORMS)
         for name in ("alpha", "beta"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
         off = {"True": ("beta", self.alpha), "False": ("alpha", self.beta)}.get(self.scalar_fp)

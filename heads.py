@@ -212,8 +212,8 @@ class Levels:
 
     def position(
         self, y: Batched, tau: PerExample, levels: Array
-    ) -> tuple[Outputs, Float[Array, "b *ones"] | float]:
-        """Values (cells: centres) of levels from y in units of τ; width of the cells in these."""
+    ) -> tuple[Outputs, Float[Array, "b *ones"]]:
+        """Values (cells: centres) of levels from y in units of τ; their distance in these."""
         m = (self._values(levels) - y[..., None]) / expand(tau, y[..., None])
         return m, expand(self.width / tau, m)
 
@@ -290,7 +290,8 @@ class Cells(Levels):
         near = jnp.take_along_axis(logits, window, axis=-1)
         fine = mixed(near, *cell_terms(*self.position(y, fine_tau, window.astype(y.dtype))))
         is_coarse = expand(tau, y) >= limit
-        return tuple(jnp.where(is_coarse, a, b) for a, b in zip(coarse, fine, strict=True))
+        mean, log_mass = (jnp.where(is_coarse, a, b) for a, b in zip(coarse, fine, strict=True))
+        return mean, log_mass
 
     def _coarse(self, logits: Outputs, y: Batched, tau: PerExample) -> tuple[Batched, Batched]:
         """`mixed` of the `narrow_terms` of all cells; the sums are products of matrices."""
@@ -324,7 +325,7 @@ class Atoms(Levels):
     def score(self, arrays: Arrays, net: Outputs, x: Batched, t: PerExample, sde: SDE) -> Batched:
         """s of x: [B, *d] at t: [B], from the output of the network [B, *d, outputs]."""
         y, tau = _noise(x, t, sde)
-        terms, m = narrow_terms(*self.position(y, tau, self._every(y)))
+        terms, m = self._points(y, tau)
         mean, _ = mixed(self.logits(arrays, net, y, tau), terms, m)
         return scale(1.0 / sde.sigma(t), mean)
 
@@ -333,7 +334,7 @@ class Atoms(Levels):
     ) -> PerExample:
         """Σ_j log P(level of x0_j | x_t) in nats."""
         y, tau = _noise(x, t, sde)
-        terms, _ = narrow_terms(*self.position(y, tau, self._every(y)))
+        terms, _ = self._points(y, tau)
         log_p = jax.nn.log_softmax(self.logits(arrays, net, y, tau) + terms, axis=-1)
         return total(_at(log_p, self.index(x0)))
 
@@ -342,9 +343,9 @@ class Atoms(Levels):
         k = jnp.round((x0 - self.low) / self.width).astype(jnp.int32)
         return jnp.clip(k, 0, self.levels - 1)
 
-    def position(self, y: Batched, tau: PerExample, levels: Array) -> tuple[Outputs, float]:
-        """Values of levels from y in units of τ; points have no width."""
-        return super().position(y, tau, levels)[0], 0.0
+    def _points(self, y: Batched, tau: PerExample) -> tuple[Outputs, Outputs]:
+        """`narrow_terms` of all values, which are points and have no width."""
+        return narrow_terms(self.position(y, tau, self._every(y))[0], 0.0)
 
 
 def mixed(logits: Outputs, terms: Outputs, u: Outputs) -> tuple[Batched, Batched]:

@@ -2,11 +2,13 @@
 
 import numpy as np
 
+from npz_files import Part
+
 Shape = tuple[int, ...]
 LARGEST_CLASS = 65_535
 
 
-def as_images(name: str, array: np.ndarray) -> np.ndarray:
+def as_images(name: str, array: np.ndarray | Part) -> np.ndarray | Part:
     """The uint8 images [n, H, W, C] of 1 or 3 channels; a missing channel axis is added.
 
     Raises:
@@ -26,8 +28,9 @@ def as_images(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _as_uint8(array: np.ndarray) -> str:
+def _as_uint8(stored: np.ndarray | Part) -> str:
     """Say how to make 8-bit images of values of another type."""
+    array = stored.whole if isinstance(stored, Part) else stored
     if array.dtype == bool:
         return "convert it by x.astype(np.uint8), with data.levels=2"
     if array.dtype.kind not in "iuf" or array.size == 0:

@@ -70,7 +70,8 @@ def split_files(root: pathlib.Path) -> tuple[Files, str, list[str]]:
     """
     folders = {p: SPLITS[p.name.lower()] for p in sorted(root.iterdir())
                if p.name.lower() in SPLITS and p.is_dir()}  # fmt: skip
-    names, left_out = list(folders.values()), Counter()
+    names = list(folders.values())
+    left_out: Counter[str] = Counter()
     fits = len(set(names)) == len(names) and (not names or "train" in names)
     allowed = f"train/, and one each of val/ and test/ at most, not {[p.name for p in folders]}"
     require(fits, "data.path", str(root), allowed)

@@ -312,7 +312,7 @@ def _under(leaves: Leaves, last: str) -> Leaves:
 
 def _renamed(leaves: Leaves) -> Leaves:
     """Published leaves of the JAX codes under the names of this project."""
-    new = {}
+    new: dict[str, str] = {}
     for kind in ("Downsample", "Upsample"):
         numbers = {int(n) for key in leaves for n in re.findall(rf"^{kind}_(\d+)/", key)}
         new |= {f"{kind}_{old}": f"{kind}_{i}" for i, old in enumerate(sorted(numbers))}

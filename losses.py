@@ -79,6 +79,13 @@ class TimeLaw:
 
 
 @dataclasses.dataclass(frozen=True)
+class BinnedLaw(TimeLaw):
+    """The law of one step of `AdaptiveLaw`."""
+
+    proposal: Binned
+
+
+@dataclasses.dataclass(frozen=True)
 class AdaptiveLaw(TimeLaw):
     """Bins of equal width in W with masses m_j ∝ √E[h² | bin j], never below FLOOR/n.
 
@@ -86,13 +93,15 @@ class AdaptiveLaw(TimeLaw):
     the masses of a step do not depend on its noise. Its estimate is unbiased for all masses.
     """
 
-    def at(self, batch: Batch) -> TimeLaw:
+    proposal: Importance
+
+    def at(self, batch: Batch) -> BinnedLaw:
         """The law of this step, from the moments [2, n] in the batch: ΣE h², Σ1 of every bin."""
         squares, counts = batch["time_law"]
         roots = jnp.sqrt(squares / counts) + jnp.finfo(squares.dtype).tiny  # all may be zero
         masses = (1.0 - FLOOR) * roots / jnp.sum(roots) + FLOOR / len(roots)
         proposal = Binned(self.proposal.sde, self.proposal.t_min, masses)
-        return TimeLaw(proposal, _relative_weight(proposal), self.stratified)
+        return BinnedLaw(proposal, _relative_weight(proposal), self.stratified)
 
 
 NUM_BINS = 16
@@ -100,7 +109,7 @@ NUM_KEYS = 5  # of an example's noise
 FLOOR = 0.2  # share of the times that are spread evenly over W, whatever was learned
 
 
-def bin_moments(law: TimeLaw, t: PerExample, h: PerExample) -> Float[Array, "b 2 n"]:
+def bin_moments(law: BinnedLaw, t: PerExample, h: PerExample) -> Float[Array, "b 2 n"]:
     """(h², 1) of every example in the column of its bin, zero elsewhere."""
     which = jax.nn.one_hot(law.proposal.bin(t), NUM_BINS, dtype=h.dtype)
     h = jax.lax.stop_gradient(h)
@@ -248,7 +257,7 @@ def score_matching(
         to_uniform = 1.0 / (law_now.proposal.density(t) * law_now.proposal.length)
         weight = law_now.weight(t, sde)
         values = terms.weighted(parts, sde, t, weight, to_uniform)
-        if isinstance(law, AdaptiveLaw) and train:
+        if isinstance(law_now, BinnedLaw) and train:
             parts = parts | {"time_law": bin_moments(law_now, t, values / weight)}
         return values, parts
 

@@ -109,7 +109,8 @@ def _modes(text: str) -> list[str]:
 def _keep_compiled(workdir: Path) -> None:
     """Set the folder where JAX keeps compiled programs between starts."""
     chosen = FLAGS.compilation_cache_dir
-    if chosen is None and not jax.config.jax_compilation_cache_dir:
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if chosen is None and not before:
         chosen = str(workdir.absolute().parent / ".compilation_cache")
     if chosen is not None:
         jax.config.update("jax_compilation_cache_dir", chosen or None)

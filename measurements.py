@@ -85,7 +85,7 @@ class Inpaint(Measurement):
         super().__post_init__()
         found, allowed = self.missing.shape, f"True and False of shape {self.shape}"
         require(found == self.shape, "sampling.mask", found, allowed)
-        some = self.missing.any() and not self.missing.all()
+        some = bool(self.missing.any()) and not self.missing.all()
         allowed = "one that leaves something out and keeps something"
         require(some, "sampling.mask", f"{self.missing.sum()} of {self.missing.size}", allowed)
 

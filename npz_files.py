@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -33,8 +33,8 @@ _mapped: weakref.WeakKeyDictionary[mmap.mmap, tuple[Path, tuple[int, int, int]]]
 _mapped = weakref.WeakKeyDictionary()
 
 
-def write(path: Path, arrays: Arrays) -> None:
-    """Write the arrays by name; makes the folder."""
+def write(path: Path, arrays: dict[str, Any]) -> None:
+    """Write arrays, or what np.asarray makes arrays of, by name; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
@@ -165,16 +165,16 @@ def _checked(
                 if start is not None and size >= MAPPED and by_examples:
                     while start > 0 and file.read(READ):  # an .npy file has no checksum
                         pass
-                    array = np.memmap(whole, dtype, "r", start + header, shape, order)
-                    _mapped[_map_of(array)] = Path(whole.name).absolute(), state
-                    return array
+                    mapped = np.memmap(whole, dtype, "r", start + header, shape, order)
+                    _mapped[_map_of(mapped)] = Path(whole.name).absolute(), state
+                    return mapped
                 array = np.lib.format.read_array(file, allow_pickle=False)
                 file.read(1)
             return array
     raise ValueError(f"{name} holds objects of Python, which are not read: store numbers instead")
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], Literal["F", "C"], np.dtype]:
     """(shape, order, type) that an array says of itself."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
@@ -220,7 +220,7 @@ def taken(array: np.ndarray | Part, ids: np.ndarray) -> np.ndarray:
         ValueError: the file was written anew since its checksum was compared.
     """
     if isinstance(array, Part):
-        array, ids = array.whole, array.ids[ids]
+        ids, array = array.ids[ids], array.whole
     _check_unchanged(array)
     found = np.asarray(array[ids])
     _give_back(array)

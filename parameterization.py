@@ -185,6 +185,13 @@ class ScoreModel:
         del params, context
         return None
 
+    def log_probability(
+        self, params: Params, *, context: ContextArray | None = None
+    ) -> DecoderFn | None:
+        """(x0, x_t, t) ↦ log P(levels of x0 | x_t) of a head of atoms."""
+        del params, context
+        return None
+
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
         """Return the noise z, which −σ s is matched to at x = α x0 + σ z."""
         del x0, x, t
@@ -204,8 +211,9 @@ class ScoreModel:
         rngs = {"dropout": dropout_key} if train else None
         label = self.label(t, self.sde, self.num_scales)
         more = {"features": features, "context": context}
-        more = {name: value for name, value in more.items() if value is not None}
-        return self.network.apply({"params": params}, x, label, train=train, rngs=rngs, **more)
+        given: dict[str, Any] = {name: value for name, value in more.items() if value is not None}
+        net: Any = self.network.apply({"params": params}, x, label, train=train, rngs=rngs, **given)
+        return net
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +226,7 @@ class HeadModel(ScoreModel):
         """The network's parameters, and the arrays of the head before it has seen data."""
         x, t, arrays = jnp.zeros((1, *shape)), jnp.ones((1,)), self.head.arrays(shape)
         inputs, features = self.head.inputs(arrays, x, t, self.sde)
-        more = {} if features is None else {"features": features}
+        more: dict[str, Any] = {} if features is None else {"features": features}
         label = self.label(t, self.sde, self.num_scales)
         return {"network": self.network.init(key, inputs, label, **more)["params"]} | arrays
 
@@ -239,20 +247,26 @@ class HeadModel(ScoreModel):
 
     def decoder(self, params: Params, *, context: ContextArray | None = None) -> DecoderFn | None:
         """(x0, x_t, t) ↦ log p(x0 | x_t) − log N(x_t/α; x0, σ²/α² I) of cells and mixtures."""
-        if not isinstance(self.head, Cells | Mixture):
+        head = self.head
+        if not isinstance(head, Cells | Mixture):
             return None
         outputs, arrays = self._bound(params, None, context)
-        return lambda x0, x, t: self.head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
+        return lambda x0, x, t: head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
         """Return what −σ s is matched to: z, or for cells the noise known from x_t and cell."""
-        known = isinstance(self.head, Cells)
-        return self.head.known_noise(x0, x, t, self.sde) if known else z
+        head = self.head
+        return head.known_noise(x0, x, t, self.sde) if isinstance(head, Cells) else z
 
-    def log_probability(self, params: Params, *, context: ContextArray | None = None) -> DecoderFn:
+    def log_probability(
+        self, params: Params, *, context: ContextArray | None = None
+    ) -> DecoderFn | None:
         """(x0, x_t, t) ↦ log P(levels of x0 | x_t) of atoms."""
+        head = self.head
+        if not isinstance(head, Atoms):
+            return None
         outputs, arrays = self._bound(params, None, context)
-        return lambda x0, x, t: self.head.log_probability(arrays, outputs(x, t), x0, x, t, self.sde)
+        return lambda x0, x, t: head.log_probability(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def _bound(
         self, params: Params, dropout_key: Key[Array, ""] | None, context: ContextArray | None

@@ -6,7 +6,7 @@ They are drawn without pyplot, so that no display is needed and the backend of a
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,11 @@ Curve = tuple[Sequence[int], Sequence[float]]
 
 
 def _panels(
-    rows: int, columns: int, *, figsize: tuple[float, float], layout: str | None = "constrained"
+    rows: int,
+    columns: int,
+    *,
+    figsize: tuple[float, float],
+    layout: Literal["constrained"] | None = "constrained",
 ) -> tuple["Figure", np.ndarray]:
     """A figure and its axes [rows, columns], which pyplot does not know."""
     from matplotlib.figure import Figure
@@ -254,7 +258,8 @@ def _draw_rate(axes: "Axes", bits: Bits) -> None:
     mean, error = np.asarray(bits.bins) / np.diff(bits.edges)
     axes.stairs(mean, bits.edges, fill=True, alpha=0.15, color="C0")
     axes.stairs(mean, bits.edges, baseline=None, color="C0", linewidth=1.4)
-    band = {"fill": True, "alpha": 0.4, "color": "C0", "label": "± 1 standard error"}
+    band: dict[str, Any] = {"fill": True, "alpha": 0.4, "color": "C0"}
+    band |= {"label": "± 1 standard error"}
     axes.stairs(mean + error, bits.edges, baseline=mean - error, **band)
     axes.set_ylabel(f"{bits.unit} per unit of log(σ/α)")
     axes.legend(fontsize="small")
@@ -264,7 +269,8 @@ def _draw_sum(axes: "Axes", bits: Bits) -> None:
     """The cumulative sum at the edges, the first and the last term as bars at the ends."""
     edges, (mean, error) = np.asarray(bits.edges), np.asarray(bits.cumulative)
     (first, low), (last, high) = bits.ends.items()
-    bar = {"linewidth": 5.0, "solid_capstyle": "butt", "marker": "s", "markevery": [1], "zorder": 3}
+    bar: dict[str, Any] = {"linewidth": 5.0, "solid_capstyle": "butt", "zorder": 3}
+    bar |= {"marker": "s", "markevery": [1]}
     axes.plot(edges[[0, 0]], [0.0, mean[0]], color="C1", label=_term(first, *low), **bar)
     axes.fill_between(edges, (mean - error)[:-1], (mean + error)[:-1], color="C0", alpha=0.3)
     integral = f"integral {math.fsum(bits.bins[0]):.4f}"

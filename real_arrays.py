@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def check_finite(name: str, array: np.ndarray | npz_files.Part) -> None:
         first += len(chunk)
 
 
-def _is_within(array: np.ndarray, most: float) -> bool:
+def _is_within(array: np.ndarray, most: np.floating) -> bool:
     """Say whether all numbers are finite and not beyond `most`."""
     with np.errstate(invalid="ignore"):
         return bool((np.abs(array) <= most).all())
@@ -201,8 +201,9 @@ def _check_coordinates(config: DataConfig, data: Dataset) -> None:
     words = _Coordinates(data.shape, data.columns)
     widths = cell_widths(config, data.shape)
     widths = np.zeros(math.prod(data.shape)) if widths is None else np.ravel(widths)
-    found = marginals.moments(_chunks(data.train), full=False)
-    low, high = _range(data.train)
+    train = data.finite("train")
+    found = marginals.moments(_chunks(train), full=False)
+    low, high = _range(train)
     constant = np.flatnonzero((low == high) & (widths == 0.0))
     if constant.size:
         raise ValueError(
@@ -239,7 +240,7 @@ def _range(split: Finite) -> tuple[np.ndarray, np.ndarray]:
 def _check_repeats(data: Dataset, words: _Coordinates, widths: np.ndarray) -> None:
     """Warn of coordinates whose values repeat, and refuse cells that overlap."""
     chosen = np.unique(np.linspace(0, len(widths) - 1, MOST_COORDINATES).astype(int))
-    values = marginals.first(_chunks(data.train), LOOKED_AT)[:, chosen]
+    values = marginals.first(_chunks(data.finite("train")), LOOKED_AT)[:, chosen]
     gaps = {}
     for column, number in enumerate(chosen):
         share, gap = repeats(values[:, column])
@@ -267,7 +268,8 @@ def repeats(values: np.ndarray) -> tuple[float, float]:
     if not gaps.size:
         return share, math.inf
     gap = float(gaps.min())
-    error = max(2.0 * np.finfo(np.float32).eps * float(np.abs(values).max()), 1e-6 * gap)
+    rounding = float(2.0 * np.finfo(np.float32).eps * float(np.abs(values).max()))
+    error = max(rounding, 1e-6 * gap)
     rounded = (float(f"{gap:.{digits}g}") for digits in range(1, 8))
     return share, next((r for r in rounded if abs(r - gap) <= error), gap)
 
@@ -298,9 +300,9 @@ def _warn_of_repeats(
 
 def _check_classes(data: Dataset) -> None:
     """Warn of classes that training does not see."""
-    known = np.unique(data.train.context)
-    for name, split in data.splits.items():
-        other = np.setdiff1d(split.context, known)
+    known = np.unique(data.finite("train").context)
+    for name in data.splits:
+        other = np.setdiff1d(data.finite(name).context, known)
         if other.size:
             logger.warning(
                 "classes %s of the %s split have no training example, so their densities are "
@@ -311,11 +313,12 @@ def _check_classes(data: Dataset) -> None:
 
 def with_scaled_context(data: Dataset) -> Dataset:
     """The data set with the context at zero mean and unit variance in the training split."""
-    given = data.train.context.astype(np.float64)
+    given = data.finite("train").context.astype(np.float64)
     mean, scale = given.mean(axis=0), given.std(axis=0)
     context = dataclasses.replace(data.context, mean=mean, scale=np.where(scale > 0, scale, 1.0))
-    splits = {
+    finite = {name: data.finite(name) for name in data.splits}
+    splits: dict[str, Any] = {
         name: dataclasses.replace(split, context=context.standardized(split.context))
-        for name, split in data.splits.items()
+        for name, split in finite.items()
     }
     return dataclasses.replace(data, context=context, **splits)

@@ -115,7 +115,7 @@ class _Column:
     def __getitem__(self, number: int) -> Any:
         if self._width is None:
             return self._values[number]
-        return self._values[number * self._width : (number + 1) * self._width].tolist()
+        return list(self._values[number * self._width : (number + 1) * self._width])
 
     def is_complete(self) -> bool:
         """Say whether every row has the field."""
@@ -151,10 +151,14 @@ class Table(Sequence[Row]):
     @overload
     def __getitem__(self, which: int) -> Row: ...
     @overload
+    def __getitem__(self, which: slice) -> list[Row]: ...
+    @overload
     def __getitem__(self, which: str) -> Any: ...
-    def __getitem__(self, which: int | str) -> Any:
+    def __getitem__(self, which: int | slice | str) -> Any:
         if isinstance(which, str):
             return self.shared[which]
+        if isinstance(which, slice):
+            return [self[number] for number in range(self._number)[which]]
         place = range(self._number)[which]
         found = {name: column[place] for name, column in self._settled().items()}
         return self.shared | {name: value for name, value in found.items() if value is not ABSENT}
@@ -406,14 +410,19 @@ def summarize(rows: Sequence[Row], field: str = "value") -> Summary:
 
 
 def summarize_values(index: np.ndarray, found: np.ndarray) -> Summary:
-    """The same of values [n], or of each column of values [n, width], and of their examples [n].
-
-    Of columns, mean and standard error are arrays [width].
-    """
+    """The same of values [n] and of their examples [n]."""
     examples, number, means = _by_example(index, found)
-    n, mean = len(examples), means.mean(axis=0)
+    mean, error = _mean_and_error(means)
+    return Summary(float(mean), float(error), len(examples), int(number.min()))
+
+
+def summarize_columns(index: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard error), [width] each, of every column of values [n, width]."""
+    return _mean_and_error(_by_example(index, found)[2])
+
+
+def _mean_and_error(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard error) over the first axis."""
+    n, mean = len(means), means.mean(axis=0)
     square = ((means - mean) ** 2).sum(axis=0)
-    error = np.sqrt(square / (n - 1) / n) if n > 1 else np.full_like(mean, np.nan)
-    if found.ndim == 1:
-        mean, error = float(mean), float(error)
-    return Summary(mean, error, n, int(number.min()))
+    return mean, np.sqrt(square / (n - 1) / n) if n > 1 else np.full_like(mean, np.nan)

@@ -276,7 +276,7 @@ class ReverseSDE:
             z = standard_normal(jax.vmap(lambda key: jax.random.fold_in(key, k))(keys), x)
             return euler_maruyama(score_fn(x, t), x, t, z, sde, grid, self.lmbd)[0]
 
-        def advance(x: Batched, ends: tuple) -> tuple[Batched, Batched]:
+        def advance(x: Batched, ends: tuple[Array, Array]) -> tuple[Batched, Batched]:
             x = jax.lax.fori_loop(*ends, step, x)
             return x, x
 

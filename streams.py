@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -125,13 +125,13 @@ class Finite:
         if not self.known_by:
             for first in range(0, self.size, 1000):
                 ids = np.arange(first, min(first + 1000, self.size))
-                found.update(np.ascontiguousarray(self.examples(ids)))
+                found.update(np.ascontiguousarray(self.examples(ids)).data)
         else:
             found.update(_digest_of(self.known_by).encode())
             if self.chosen is not None:
-                found.update(np.ascontiguousarray(self.chosen, np.int64))
+                found.update(np.ascontiguousarray(self.chosen, np.int64).data)
         if self.labels is not None:
-            found.update(np.ascontiguousarray(self.labels, np.int64))
+            found.update(np.ascontiguousarray(self.labels, np.int64).data)
         if self.context is not None:
             found.update(b"context" + np.ascontiguousarray(self.context).tobytes())
         return found.hexdigest()[:DIGITS]
@@ -252,7 +252,8 @@ def _digest_of(source: Source) -> str:
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, computed two ahead in a thread that ends with this generator."""
-    pool, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch"), object()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    end: Any = object()
     try:
         waiting = collections.deque(pool.submit(next, items, end) for _ in range(2))
         while (ready := waiting.popleft().result()) is not end:
@@ -321,19 +322,30 @@ class Dataset:
         one_of("split", name, self.splits)
         return self.splits[name]
 
+    def finite(self, name: str) -> Finite:
+        """That split.
+
+        Raises:
+            ValueError: it is endless.
+        """
+        split = self._split(name)
+        if not isinstance(split, Finite):
+            raise ValueError(f"split={name!r} of {self.name} is endless: set data.num_train > 0")
+        return split
+
     def size(self, split: str) -> int | None:
         """Number of examples; None for an endless stream."""
         return self._split(split).size
 
     def examples(self, split: str, ids: np.ndarray) -> np.ndarray:
         """Those examples of a finite split, unaugmented."""
-        return self._split(split).examples(ids)
+        return self.finite(split).examples(ids)
 
     def contexts(self, split: str, ids: np.ndarray) -> np.ndarray | None:
         """The contexts of those examples of a finite split, counted over and over; None without."""
-        data = self._split(split)
         if self.context is None:
             return None
+        data = self.finite(split)
         return data.context[np.asarray(ids) % data.size]
 
     def train_batches(
@@ -367,7 +379,5 @@ class Dataset:
         Raises:
             ValueError: the split is endless, or the hosts cannot share a batch.
         """
-        data, part = self._split(split), host.part(batch_size)
-        if not isinstance(data, Finite):
-            raise ValueError(f"split={split!r} of {self.name} is endless: set data.num_train > 0")
+        data, part = self.finite(split), host.part(batch_size)
         return ahead(data.ordered_batches(batch_size=batch_size, part=part, wanted=wanted))

@@ -7,13 +7,16 @@ a column may have, or a class: that of a single column of text, or of one named 
 
 import csv
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from checks import FieldError, choose, require
 from splits import Rows
 from streams import Context
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Columns = dict[str, np.ndarray]  # float64, NaN where missing, or texts
 MISSING = frozenset(("", "na", "n/a", "nan", "null", "none", "?"))

@@ -44,7 +44,10 @@ def _log_scaled_tail(x: Real) -> Real:
         return jnp.where(x < FAR[x.dtype], log_ndtr(-near) + 0.5 * near**2, far)
     t = 1.0 / (1.0 + x)
     s = 2.0 * t - 1.0
-    return functools.reduce(lambda sum_, c: sum_ * s + c, _fitted(), 0.0) + jnp.log(t)
+    polynomial: Array | float = 0.0
+    for coefficient in _fitted():
+        polynomial = polynomial * s + coefficient
+    return polynomial + jnp.log(t)
 
 
 def _far_excess(x: Real) -> Real:

@@ -230,10 +230,12 @@ class Terms:
         field = lambda y: score_fn(y, t)  # noqa: E731
         third = curvature and self.high_order is not None and self.high_order.order == 3
         if not residual and not third:
-            return Derivatives(*jax.jvp(field, (x,), (v,)), None, None)
+            score, hv = jax.jvp(field, (x,), (v,))
+            return Derivatives(score, hv, third=None, residual=None)
         if not residual:
             form = THIRD_ORDER_FORMS[self.high_order.third_order_form]
-            return Derivatives(*form(field, x, v), None)
+            score, hv, along = form(field, x, v)
+            return Derivatives(score, hv, along, residual=None)
         name = self.fokker_planck.form
         if third and SHARED_THIRD[name] != self.high_order.third_order_form:
             form = THIRD_ORDER_FORMS[self.high_order.third_order_form]

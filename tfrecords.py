@@ -64,7 +64,8 @@ def _keep(places: np.ndarray, kept: Path) -> None:
 
 def _positions(path: Path) -> list[tuple[int, int]]:
     """(start, length) of the data of every record of a file."""
-    found, size = [], path.stat().st_size
+    found: list[tuple[int, int]] = []
+    size = path.stat().st_size
     with path.open("rb") as file:
         at = 0
         while at < size:

@@ -128,7 +128,8 @@ class TwistedSampler:
     def _times(self, sde: SDE, like: Batched) -> Float[Array, " n"]:
         """From T to t_min, equally spaced in W."""
         ends = jnp.asarray([sde.T, self.t_min], like.dtype)
-        w = jnp.linspace(*sde.cumulative_weight(ends), self.num_steps, dtype=like.dtype)
+        first, last = sde.cumulative_weight(ends)
+        w = jnp.linspace(first, last, self.num_steps, dtype=like.dtype)
         return sde.time_of_weight(w).at[jnp.asarray([0, -1])].set(ends)
 
     def _normal(self, keys: Key[Array, " r"], many: Batched) -> Batched:

@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import Initializer
+from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from models.layers import ACTIVATIONS

@@ -34,6 +34,7 @@ from models.layers import (
     Features,
     GroupNorm,
     Image,
+    InitMode,
     Upsample,
     check_sides,
     conv3x3,
@@ -65,7 +66,7 @@ class ResnetBlockDDPM(nn.Module):
     num_groups: int | None = 32
     dropout: float = 0.0
     dropout_mode: str = "element"
-    init_mode: str = "fan_avg"
+    init_mode: InitMode = "fan_avg"
     init_scale: float = 0.0
     skip_rescale: bool = False
     dtype: str = "float32"
@@ -119,7 +120,7 @@ class PublishedUNet(WalkedUNet):
     # Each of these is a field of one of the two forms; the other form has this value.
     num_groups: ClassVar[int | None] = None
     up_attention: ClassVar[str] = "last"
-    init_mode: ClassVar[str] = "fan_avg"
+    init_mode: ClassVar[InitMode] = "fan_avg"
     dropout_mode: ClassVar[str] = "element"
     init_scale: ClassVar[float] = 0.0
     skip_rescale: ClassVar[bool] = False
@@ -233,7 +234,7 @@ class PublishedUNet(WalkedUNet):
         )(h, given.cond, given.train)
 
     @nn.nowrap
-    def attention(self) -> AttnBlock:
+    def attention(self) -> nn.Module:
         """Make a block of attention."""
         return rematerialized(AttnBlock, self.remat)(
             self.num_groups,
@@ -270,7 +271,7 @@ class DDPM(PublishedUNet):
     num_groups: int = 32
     up_attention: str = "last"
     downsample_padding: str = "same"
-    init_mode: str = "fan_avg"
+    init_mode: InitMode = "fan_avg"
     dropout_mode: str = "element"
 
     OPTIONS: ClassVar = Network.OPTIONS | {

@@ -45,7 +45,8 @@ def filtered(
         parts = [
             jax.lax.slice_in_dim(x, k, stop, stride=down, axis=axis) for k, stop in enumerate(stops)
         ]
-        x = sum(scale * tap * part for tap, part in zip(reversed(taps), parts, strict=True))
+        terms = (scale * tap * part for tap, part in zip(reversed(taps), parts, strict=True))
+        x = sum(terms, zero)
     return x
 
 

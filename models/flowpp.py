@@ -25,6 +25,7 @@ from checks import one_of, positive, require
 from models.layers import Image, attention
 
 Halves = tuple[Image, Image]
+Step = Callable[[Halves, bool], tuple[Halves, Array]]  # (halves, inverse) → halves, log|det|
 PROCESSORS = ("shallow", "deep")
 NHWC = ("NHWC", "HWIO", "NHWC")
 CONTEXT = 32  # channels of the context, as published
@@ -369,8 +370,11 @@ class Flowpp(nn.Module):
         log_noise = sum_all(jax.scipy.stats.norm.logpdf(epsilon))
         return (epsilon if inverse else nn.sigmoid(logits)), log_noise - log_det
 
-    def _steps(self, context: Image) -> Iterable[Callable[[Halves, bool], tuple[Halves, Array]]]:
+    def _steps(self, context: Image) -> Iterable[Step]:
         """The maps of the halves, in order; log|det| is always that of the forward map."""
+
+        def coupled(coupling: Coupling) -> Step:
+            return lambda halves, inverse: coupling(halves, context, inverse)
 
         def swap(halves: Halves, inverse: bool) -> tuple[Halves, Array]:
             del inverse
@@ -384,5 +388,5 @@ class Flowpp(nn.Module):
                 self.filters, self.components, self.blocks, self.heads, self.processor,
                 name=f"coupling_{i}",
             )  # fmt: skip
-            yield lambda halves, inverse, c=coupling: c(halves, context, inverse)
+            yield coupled(coupling)
             yield swap

@@ -11,8 +11,8 @@ https://arxiv.org/abs/2011.13456, appendix H.
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": nn.relu,
     "swish": nn.swish,
 }
-INIT_MODES = ("fan_avg", "fan_out")
+InitMode = Literal["fan_avg", "fan_out"]
+INIT_MODES = get_args(InitMode)
 # The type of convolutions and products; parameters, statistics and the output keep their type.
 DTYPES: dict[str, DTypeLike | None] = {"float32": None, "bfloat16": jnp.bfloat16}
-DOWNSAMPLE_PADDING = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
+DOWNSAMPLE_PADDING: dict[str, str | Sequence[tuple[int, int]]] = {
+    "same": "SAME",
+    "symmetric": ((1, 1), (1, 1)),
+}
 DROPOUT_SHARED_AXES = {"element": (), "channel": (1, 2)}
 
 
@@ -79,7 +83,7 @@ def rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
     return found
 
 
-def default_init(scale: float = 1.0, mode: str = "fan_avg") -> Initializer:
+def default_init(scale: float = 1.0, mode: InitMode = "fan_avg") -> Initializer:
     """U(−w, w) with w² = 3 scale / fan; scale 0 becomes 10⁻¹⁰, so that the layer starts near zero.
 
     Not exactly zero, as published. fan of a [*k, in, out] kernel: mean of |k| in and |k| out
@@ -108,7 +112,7 @@ def embed(
     embedding: Float[Array, "b e"],
     nf: int,
     act: Activation,
-    init_mode: str = "fan_avg",
+    init_mode: InitMode = "fan_avg",
     dtype: str = "float32",
 ) -> Float[Array, "b 4*nf"]:
     """W_2 act(W_1 embedding + b_1) + b_2, shape [B, 4 nf]; called inside a module."""
@@ -118,7 +122,7 @@ def embed(
 
 
 def conv3x3(
-    features: int, *, scale: float = 1.0, init_mode: str = "fan_avg", dtype: str = "float32"
+    features: int, *, scale: float = 1.0, init_mode: InitMode = "fan_avg", dtype: str = "float32"
 ) -> nn.Conv:
     """3×3 convolution with bias that keeps height and width."""
     return nn.Conv(
@@ -239,7 +243,7 @@ class NIN(nn.Module):
 
     features: int
     scale: float = 0.1
-    init_mode: str = "fan_avg"
+    init_mode: InitMode = "fan_avg"
     dtype: str = "float32"
 
     @nn.compact
@@ -260,7 +264,7 @@ class AttnBlock(nn.Module):
 
     num_groups: int | None = 32
     projection_scale: float = 0.1
-    init_mode: str = "fan_avg"
+    init_mode: InitMode = "fan_avg"
     init_scale: float = 0.0
     skip_rescale: bool = False
     dtype: str = "float32"
@@ -285,7 +289,7 @@ class Downsample(nn.Module):
 
     with_conv: bool = True
     padding: str = "same"
-    init_mode: str = "fan_avg"
+    init_mode: InitMode = "fan_avg"
     features: int | None = None  # of the convolution; None: as x
     dtype: str = "float32"
 
@@ -308,7 +312,7 @@ class Upsample(nn.Module):
     """Double height and width: nearest neighbour, then a 3×3 convolution if `with_conv`."""
 
     with_conv: bool = True
-    init_mode: str = "fan_avg"
+    init_mode: InitMode = "fan_avg"
     features: int | None = None  # of the convolution; None: as x
     dtype: str = "float32"
 

@@ -15,6 +15,7 @@ Reference: Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix H.
 """
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -252,6 +253,7 @@ class NCSNpp(PublishedUNet):
     @nn.nowrap
     def _convolved(self, x: Image, way: str, features: int) -> Image:
         """Resample with a 3×3 convolution to `features` channels."""
+        kind: Callable[..., nn.Module]
         if self.fir:
             kind = {"down": FIRDownsample, "up": FIRUpsample}[way]
             return kind(features, self.fir_kernel, self.dtype)(x)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import Initializer
+from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from checks import require

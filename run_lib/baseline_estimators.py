@@ -30,9 +30,10 @@ def baseline_estimators(experiment: Experiment) -> list[Estimator]:
     if not config.baselines or not (config.enable_bpd or config.bound or config.elbo):
         return []
     full = math.prod(dataset.shape) <= marginals.MAX_COVARIANCE
-    if isinstance(experiment.evaluation_encoding, Pixels):
-        levels = [_uniform(experiment.evaluation_encoding), _histogram(experiment)]
-        return [*levels, _gaussian_pixels(experiment, full)]
+    encoding = experiment.evaluation_encoding
+    if isinstance(encoding, Pixels):
+        levels = [_uniform(encoding), _histogram(experiment, encoding)]
+        return [*levels, _gaussian_pixels(experiment, encoding, full)]
     kinds = (False, True) if full else (False,)
     return [_gaussian_reals(experiment, kind) for kind in kinds]
 
@@ -70,9 +71,8 @@ def _uniform(encoding: Pixels) -> Estimator:
     return _estimator("uniform", {"levels": encoding.levels}, encoding, tuple, log_p)
 
 
-def _histogram(experiment: Experiment) -> Estimator:
-    encoding, shape = experiment.evaluation_encoding, experiment.dataset.shape
-    levels = encoding.levels
+def _histogram(experiment: Experiment, encoding: Pixels) -> Estimator:
+    shape, levels = experiment.dataset.shape, encoding.levels
     histogram = baselines.histograms_of(shape, levels)
 
     def fit() -> np.ndarray:
@@ -83,7 +83,7 @@ def _histogram(experiment: Experiment) -> Estimator:
         return baselines.log_histogram(fitted, histogram, batch["image"])
 
     place = "every position" if marginals.by_position(shape, levels) else "every channel"
-    details = {"of": place, "smoothing": marginals.SMOOTHING} | _fitted_on(experiment)
+    details: Details = {"of": place, "smoothing": marginals.SMOOTHING, **_fitted_on(experiment)}
     return _estimator("histogram", details, encoding, fit, log_p)
 
 
@@ -91,8 +91,8 @@ def _gaussian_name(full: bool) -> str:
     return "Gaussian" if full else "diagonal Gaussian"
 
 
-def _gaussian_pixels(experiment: Experiment, full: bool) -> Estimator:
-    encoding, batches = experiment.evaluation_encoding, experiment.training_examples
+def _gaussian_pixels(experiment: Experiment, encoding: Pixels, full: bool) -> Estimator:
+    batches = experiment.training_examples
     means, variances = encoding.moments_of_cells()
 
     def fit() -> baselines.Gaussian:

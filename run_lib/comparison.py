@@ -103,10 +103,10 @@ def _compared(model: Sequence[Row], baseline: Sequence[Row], both: set[int]) -> 
     ours, theirs = (np.asarray([mean[i] for i in sorted(both)]) for mean in means)
     first, other = model[0], baseline[0]
     return Defeat(
-        *(first[field] for field in ("estimator", "protocol", "step", "split", "unit")),
-        float(ours.mean()),
-        other["estimator"],
-        other["protocol"],
-        float(theirs.mean()),
-        summarize_values(np.arange(len(both)), ours - theirs),
+        **{field: first[field] for field in ("estimator", "protocol", "step", "split", "unit")},
+        value=float(ours.mean()),
+        baseline=other["estimator"],
+        baseline_protocol=other["protocol"],
+        baseline_value=float(theirs.mean()),
+        difference=summarize_values(np.arange(len(both)), ours - theirs),
     )

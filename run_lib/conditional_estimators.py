@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Key
 from checks import require
 from dequantization import Reals
 from operators import fold_in_all, fold_in_each
-from run_lib.estimators import Estimator, starts_noised
+from run_lib.estimators import Details, Estimator, Parameters, starts_noised
 from run_lib.experiment import Experiment
 from sampling import OdeSampler
 
@@ -46,7 +46,7 @@ def with_contexts(experiment: Experiment, table: list[Estimator]) -> list[Estima
     more += [_calibration(experiment, table)] if config.calibrate else []
     if experiment.context is None:
         return table + more
-    given = {"given": experiment.given_name}
+    given: Details = {"given": experiment.given_name}
     found = [dataclasses.replace(e, details=e.details | given) for e in table]
     if experiment.is_marginal:
         marginal = [_without_context(estimator) for estimator in table]
@@ -145,7 +145,7 @@ def _calibration(experiment: Experiment, table: list[Estimator]) -> Estimator:
     t_min, model = settings.training.smallest_time, experiment.model
     sampler = OdeSampler(experiment.solver, t_min, noise_removal=starts_noised(settings))
 
-    def function(params: tuple, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+    def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         x, keys = batch["image"], fold_in_each(key, batch["noise_id"])
         score_fn = model.score(params.score, context=batch.get("context"))
         truth = of.function(params, key, batch)

@@ -155,7 +155,9 @@ def separate(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     A field is `--config.section.field=value`, the same with a space, or for True and False
     `--config.section.field` and `--noconfig.section.field`.
     """
-    fields, others, rest = [], [], list(arguments)
+    fields: list[tuple[str, str]] = []
+    others: list[str] = []
+    rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         if argument == "--":

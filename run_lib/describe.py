@@ -61,7 +61,8 @@ def fields() -> list[Field]:
 
 def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
     """Comments by line: those beside code, and those on lines of their own."""
-    beside, above = {}, {}
+    beside: dict[int, str] = {}
+    above: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             alone = token.line.lstrip().startswith("#")
@@ -74,7 +75,8 @@ def _places(function: ast.FunctionDef) -> Iterator[tuple[str, str, int, int]]:
     for node in ast.walk(function):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                yield function.name.lstrip("_"), key.value, key.lineno, value.end_lineno
+                if isinstance(key, ast.Constant):
+                    yield function.name.lstrip("_"), str(key.value), key.lineno, value.end_lineno
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
             yield "", node.targets[0].attr, node.lineno, node.end_lineno
 
@@ -131,7 +133,7 @@ def markdown() -> str:
         "own. This page is made from `configs/base.py` by `python -m run_lib.describe`;",
         "`main.py --config=... --describe` shows the values of a config.",
     ]
-    before = None
+    before: Field | None = None
     for field in fields():
         new = before is None or field.section != before.section
         if new:

@@ -178,7 +178,7 @@ def map_over_devices(
     in_axes: tuple[int | None, ...],
     out_axes: int | None,
     donate_argnums: tuple[int, ...] = (),
-) -> Callable[..., PyTree]:
+) -> jax.stages.Wrapped:
     """`jax.pmap` of a function of one device; an axis of None is replicated.
 
     A replicated result must be equal on all devices (the function takes the mean over the axis).
@@ -266,7 +266,7 @@ def _launcher() -> str:
     return "Cloud TPU" if on_tpu or several else ""
 
 
-def _initialize(source: str, **arguments: object) -> None:
+def _initialize(source: str, **arguments: Any) -> None:
     try:
         jax.distributed.initialize(
             initialization_timeout=CONNECT_S, heartbeat_timeout_seconds=SILENCE_S, **arguments

@@ -40,7 +40,7 @@ from run_lib import devices, folder, guide, identities, loading, measured, sampl
 from run_lib.experiment import METHODS, Experiment
 from run_lib.guide import Guide
 from run_lib.measured import Measured
-from sampling import PredictorCorrector
+from sampling import PredictorCorrector, Sampler
 from streams import Context
 from twisted import TwistedSampler, combine_evidence
 
@@ -111,7 +111,8 @@ class Drawer:
     def _draw(self, params: Any, key: jax.Array, ids: jax.Array, inputs: Arrays) -> Arrays:
         """Samples of one device, by name."""
         experiment = self.experiment
-        model, sampler = experiment.sampled_model, experiment.sampler
+        model = experiment.sampled_model
+        sampler: Sampler | PosteriorSampler = experiment.sampler
         if self.data is not None:
             sampler = self._posterior(inputs["y"])
             on_chain = isinstance(getattr(sampler, "sampler", sampler), PredictorCorrector)
@@ -183,7 +184,7 @@ def _covariance(a: Measurement) -> str:
 
 def _scalars(sampler: Any) -> dict[str, Any]:
     """The fields of a sampler, and of the dataclasses in it, that are numbers or texts."""
-    found = {}
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(sampler):
         value = getattr(sampler, field.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, Measurement):

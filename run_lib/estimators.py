@@ -89,7 +89,7 @@ def _text(value: str | float) -> str:
 class Dequantization:
     """The start of a likelihood: the law q(x | k) of x at time `start` (0: data), and its name."""
 
-    details: dict[str, str | float]
+    details: Details
     draw: Callable[[Any, jax.Array, Key[Array, " b"]], Draw]  # (parameters, images, keys)
     start: float = 0.0
 
@@ -105,18 +105,19 @@ def dequantization(experiment: Experiment, kind: str, trained: str = "") -> Dequ
     Raises:
         ValueError: real-valued data need none; logit data have no truncated normal.
     """
-    found, name = experiment.evaluation_encoding, experiment.settings.data.dataset
-    if isinstance(found, Reals):
+    encoding, name = experiment.encoding, experiment.settings.data.dataset
+    if isinstance(encoding, Reals):
         allowed = f"'uniform' for data.dataset={name!r}, which has real values"
         require(kind == "uniform", "eval.dequantization", kind, allowed)
-        kind = "real-valued, uniform noise in cells" if found.is_noisy else "real-valued"
-        return Dequantization({"data": kind}, lambda _, x, keys: found.draw(x, keys))
+        kind = "real-valued, uniform noise in cells" if encoding.is_noisy else "real-valued"
+        return Dequantization({"data": kind}, lambda _, x, keys: encoding.draw(x, keys))
+    found = experiment.evaluation_encoding
     if kind == "uniform":
         return Dequantization({"dequantisation": kind}, lambda _, x, keys: found.draw(x, keys))
     if kind == "variational":
-        details = {"dequantisation": kind, "dequantiser": trained}
+        details: Details = {"dequantisation": kind, "dequantiser": trained}
         return Dequantization(details, experiment.dequantizer.draw)
-    return _truncated_normal(experiment.settings, experiment.encoding)
+    return _truncated_normal(experiment.settings, encoding)
 
 
 def _truncated_normal(settings: Settings, pixels: Pixels) -> Dequantization:
@@ -129,7 +130,8 @@ def _truncated_normal(settings: Settings, pixels: Pixels) -> Dequantization:
         logger.info("eval.tn_tau=%g would start before t_min=%g: it starts there", tau, earliest)
     require(start < sde.T, "eval.tn_tau", tau, "a cell that the noise reaches before T")
     alpha, sigma = (float(c(jnp.asarray(start))) for c in (sde.alpha, sde.sigma))
-    details = {"dequantisation": "tn", "tau": round(alpha * pixels.half_cell / sigma, 3)}
+    tau_at_start = round(alpha * pixels.half_cell / sigma, 3)
+    details: Details = {"dequantisation": "tn", "tau": tau_at_start}
     jax.eval_shape(  # logit data are refused here
         lambda x, key: pixels.truncated_normal_draw(x, key[None], alpha, sigma),
         jax.ShapeDtypeStruct((1, 1), jnp.uint8), jax.random.key(0),
@@ -157,7 +159,7 @@ def estimators(experiment: Experiment, dequantizer: str = "") -> list[Estimator]
         if config.elbo:
             table.append(_elbo(experiment, noise))
     if config.bound and isinstance(settings.head, Atoms):
-        table.append(_discrete_bound(experiment))
+        table.append(_discrete_bound(experiment, settings.head))
     if config.enable_bpd and experiment.dataset.law is not None and experiment.context is None:
         law = _law_of_the_data(experiment)
         table += [law, _divergence(table[0], law)]
@@ -225,7 +227,7 @@ def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
         return result
 
     details = _ode_details(experiment, t_min) | noise.details
-    details |= {"start": "noised"} | _decoder_name(settings) if noised else {}
+    details |= {"start": "noised", **_decoder_name(settings)} if noised else {}
     details |= {"draws": number} if number > 1 else {}
     return Estimator("ODE", details, encoding.unit, "eval", function)
 
@@ -274,8 +276,8 @@ def _divergence(model: Estimator, law: Estimator) -> Estimator:
 
 def _ode_details(experiment: Experiment, t_min: float) -> Details:
     name = experiment.settings.sde.ode_variable.name
-    variable = {} if name == "t" else {"steps in the root of": name}
-    trace_details = {"trace": trace(experiment.divergence), "t_min": t_min}
+    variable: Details = {} if name == "t" else {"steps in the root of": name}
+    trace_details: Details = {"trace": trace(experiment.divergence), "t_min": t_min}
     return experiment.solver.details | variable | trace_details
 
 
@@ -289,7 +291,9 @@ def _bound(experiment: Experiment, noise: Dequantization) -> Estimator:
     proposal = Importance(sde, noise.start + t_min)
     edges = _edges(proposal, number)
     uniform = noise.details.get("dequantisation") == "uniform" and not settings.data.logit
-    shares = cell_shares(np.asarray(edges), 2.0 * encoding.half_cell) if uniform else 0.0
+    shares: np.ndarray | float = 0.0
+    if isinstance(encoding, Pixels) and uniform:
+        shares = cell_shares(np.asarray(edges), 2.0 * encoding.half_cell)
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
         keys = fold_in_each(key, batch["noise_id"])
@@ -311,7 +315,7 @@ def _bound(experiment: Experiment, noise: Dequantization) -> Estimator:
     return Estimator(name, details, encoding.unit, "eval", function, edges)
 
 
-def _discrete_bound(experiment: Experiment) -> Estimator:
+def _discrete_bound(experiment: Experiment, head: Atoms) -> Estimator:
     """The bound on −log P(k) of atoms, without dequantisation."""
     settings, model, encoding = experiment.settings, experiment.model, experiment.encoding
     number, t_min = settings.eval.num_times, settings.training.smallest_time
@@ -323,12 +327,12 @@ def _discrete_bound(experiment: Experiment) -> Estimator:
         bound = discrete_bound(
             model.score(params.score, context=context),
             model.log_probability(params.score, context=context), model.sde,
-            encoding.encode(batch["image"], keys), keys, distance=settings.head.width,
+            encoding.encode(batch["image"], keys), keys, distance=head.width,
             proposal=proposal, num_times=number,
         )  # fmt: skip
         return _bound_row(bound, 0.0, encoding, batch["image"], number + 1)
 
-    details = {"stratified times": number, "t_min": t_min, "dequantisation": "none"}
+    details: Details = {"stratified times": number, "t_min": t_min, "dequantisation": "none"}
     details |= {"decoder": "atoms"}
     edges = _edges(proposal, number)
     return Estimator("discrete bound", details, encoding.unit, "eval", function, edges)
@@ -404,12 +408,12 @@ def _elbo(experiment: Experiment, noise: Dequantization) -> Estimator:
         return {"value": value, "nfe": nfe, "converged": jnp.isfinite(value)}
 
     one = trace(dataclasses.replace(divergence, num_probes=1))
-    times = {
+    times: dict[str, Details] = {
         "published": {"uniform times": number, "trace": one, "x_T": "one each"},
         "low_variance": {"stratified debiased times": number, "trace": trace(divergence)},
-    }[name]
+    }
     start = float(model.sde.sigma(jnp.zeros(())))
-    details = {"estimator": name, **times, "sigma(0)": start, **noise.details}
+    details: Details = {"estimator": name, **times[name], "sigma(0)": start, **noise.details}
     return Estimator("-ELBO", details, encoding.unit, "eval", function)
 
 

@@ -324,8 +324,13 @@ def _of_this_process(batch_size: int, number: int) -> set[int]:
     return set(ids[(place >= part.start) & (place < part.stop)].tolist())
 
 
+def _any(ids: np.ndarray) -> bool:
+    """Say whether there are examples at all."""
+    return ids.size > 0
+
+
 def evaluation_batches(
-    experiment: Experiment, *, batch_size: int, num_examples: int, wanted: Wanted = np.size
+    experiment: Experiment, *, batch_size: int, num_examples: int, wanted: Wanted = _any
 ) -> Iterator[Batch]:
     """The split `eval.dataset` in order, cut to its first examples; all of them for 0.
 

@@ -210,7 +210,7 @@ class Experiment:
         `cell_widths`, and of a context `context_mean`, `context_scale` and `context_names`.
         """
         context, encoding = self.dataset.context, self.encoding
-        found = {"columns": self.dataset.columns}
+        found: dict[str, Any] = {"columns": self.dataset.columns}
         if isinstance(encoding, Reals):
             found["cell_widths"] = encoding.widths
             affine = encoding.affine

@@ -22,7 +22,7 @@ import plotting
 from diagnostics import ode_score
 from likelihood import Divergence, ode_log_likelihood
 from operators import fold_in_each, standard_normal
-from records import Row, Table, example_means, stored, summarize, summarize_values, values
+from records import Row, Table, example_means, stored, summarize, summarize_columns, values
 from run_lib import comparison, devices, folder, identities
 from run_lib.estimators import Estimator
 from run_lib.experiment import Experiment
@@ -229,8 +229,8 @@ def _named(mean: float | list[float], error: float | list[float]) -> dict[str, A
 
 def _summaries(index: np.ndarray, columns: np.ndarray) -> tuple[list[float], list[float]]:
     """Means and standard errors over examples, of n values for each row."""
-    found = summarize_values(index, columns)
-    return found.mean.tolist(), found.standard_error.tolist()
+    mean, error = summarize_columns(index, columns)
+    return mean.tolist(), error.tolist()
 
 
 def _histogram(rows: Sequence[Row], tables: Iterable[Table]) -> float | None:

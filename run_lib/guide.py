@@ -42,7 +42,7 @@ def labelled(experiment: Experiment) -> Experiment:
     splits = {name: split for name, split in dataset.splits.items() if isinstance(split, Finite)}
     known = all(split.labels is not None for split in splits.values())
     require(known and "train" in splits, "data.dataset", experiment.settings.data.dataset, allowed)
-    given = {
+    given: dict[str, Any] = {
         name: dataclasses.replace(split, context=split.labels.astype("int32"))
         for name, split in splits.items()
     }
@@ -60,7 +60,7 @@ def log_prob(experiment: Experiment, classes: int) -> Callable[..., Float[Array,
     def of(params: Any, x: Batched, t: PerExample, key: Any = None) -> Float[Array, "b n"]:
         label = TIME_LABELS[LABEL](t, sde, settings.model.num_scales)
         rngs = None if key is None else {"dropout": key}
-        logits = network.apply(params, x, label, train=key is not None, rngs=rngs)
+        logits: Any = network.apply(params, x, label, train=key is not None, rngs=rngs)
         return jax.nn.log_softmax(logits)
 
     return of

@@ -14,14 +14,14 @@ import secrets
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 import checkpoints
 import json_files
 from checkpoints import whole_steps
-from records import is_intact, with_checksum
+from records import Row, Table, is_intact, with_checksum
 from run_lib import devices, folder
 from run_lib.experiment import Experiment
 
@@ -35,6 +35,7 @@ SIZES = {
     "test": ("num_test",),
 }
 GRACE_S = 1.0  # that the others have to end by themselves: the first one serves them
+Identified = TypeVar("Identified", Row, Table)
 logger = logging.getLogger("fokker")
 
 
@@ -122,8 +123,8 @@ def current(target: Path) -> dict[str, Figure] | None:
     return {identity: Figure(**fields) for identity, fields in found["figures"].items()}
 
 
-def reported(target: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the rows whose figures are reported."""
+def reported(target: Path, rows: Iterable[Identified]) -> list[Identified]:
+    """Those of the rows, or of the tables of rows, whose figures are reported."""
     known = current(target)
     return [row for row in rows if known is None or row["identity"] in known]
 

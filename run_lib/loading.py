@@ -45,7 +45,7 @@ def reconcile(experiment: Experiment, workdir: Path) -> None:
     Raises:
         ValueError: they are of another model or SDE.
     """
-    ignore = ("eval", "sampling", "optim", "deq", "classifier")
+    ignore: tuple[str, ...] = ("eval", "sampling", "optim", "deq", "classifier")
     if not experiment.is_standardized:
         ignore += ("data.num_train",)
     folder.reconcile(workdir, experiment.settings.resolved(), ignore=ignore)

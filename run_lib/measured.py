@@ -98,7 +98,6 @@ def _of_file(experiment: Experiment, a: Measurement) -> np.ndarray:
     """y of `sampling.measurements`, in the units of the model."""
     field, text = "sampling.measurements", experiment.settings.sampling.measurements
     found, encoding = array_of(field, text), experiment.encoding
-    pictures = isinstance(encoding, Pixels) and not isinstance(a, Linear)
     shapes = [a.measured_shape] + ([a.shape] if isinstance(a, Inpaint) else [])
     allowed = f"numbers of shape [n, *m], m one of {shapes}"
     fits = (
@@ -108,7 +107,7 @@ def _of_file(experiment: Experiment, a: Measurement) -> np.ndarray:
     y = jnp.asarray(found, jnp.float32)
     if isinstance(a, Inpaint) and found.shape[1:] == a.shape:
         y = a.forward(y)
-    if pictures:
+    if isinstance(encoding, Pixels) and not isinstance(a, Linear):
         steps = encoding.levels if encoding.dequantize_uniformly else encoding.levels - 1
         y = encoding.from_unit((y + 0.5 * encoding.dequantize_uniformly) / steps)
     require(bool(np.isfinite(y).all()), field, text, "finite numbers")

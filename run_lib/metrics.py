@@ -164,7 +164,8 @@ class Progress:
         self.step, self.last, self.unit = first, last, unit
         shown = sys.stderr.isatty() and devices.is_first()
         self.bar = tqdm(total=last, initial=first, unit=unit) if shown else None
-        self.spoken, self._compiled = time.monotonic(), set()
+        self.spoken = time.monotonic()
+        self._compiled: set[str] = set()
 
     @contextlib.contextmanager
     def compiling(self, what: str) -> Iterator[None]:
@@ -220,7 +221,8 @@ class Profile:
 
     def __init__(self, folder: Path, num_steps: int) -> None:
         self.folder, self.num_steps = folder, num_steps
-        self._dispatches, self._until = 0, None
+        self._dispatches = 0
+        self._until: int | None = None  # the step at which the trace ends
 
     def after(self, step: int, state: Any) -> None:
         """To be called after every dispatch with the step and state that it leads to."""

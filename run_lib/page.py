@@ -263,7 +263,7 @@ def save_curves(workdir: Path) -> Path | None:
     written = source.stat().st_mtime_ns  # before it is read: rows that come then are drawn later
     if path.exists() and path.stat().st_mtime_ns == written:
         return path
-    curves: dict[str, dict[str, plotting.Curve]] = {}
+    curves: dict[str, dict[str, tuple[array[int], array[float]]]] = {}
     for row in metrics.read_metrics(workdir):
         label = row["split"].replace("_", "-")
         for name in row.keys() - {"step", "split", "time"}:
@@ -271,7 +271,7 @@ def save_curves(workdir: Path) -> Path | None:
             steps.append(row["step"])
             values.append(row[name])
     labels = ("train", "held-out")
-    panels = {
+    panels: dict[str, dict[str, plotting.Curve]] = {
         name: {label: curves[name][label] for label in labels if label in curves[name]}
         for name in sorted(curves)
     }

@@ -134,7 +134,7 @@ def _extractor(experiment: Experiment) -> Extractor:
 
 def _digest_of(reference: Statistics) -> str:
     """Return the digest of the data of statistics; in files of other codes, of the features."""
-    features = hashlib.sha256(np.ascontiguousarray(reference.pool_3)).hexdigest()[:16]
+    features = hashlib.sha256(np.ascontiguousarray(reference.pool_3).data).hexdigest()[:16]
     return reference.digest or features
 
 

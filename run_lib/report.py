@@ -142,7 +142,7 @@ def write_summaries(eval_folder: Path, results: list[Result]) -> None:
 def _result(rows: Table, worse_than: list[comparison.Defeat]) -> Result:
     nfe, errors = values(rows, "nfe"), present(rows, "error")
     return Result(
-        *(rows[field] for field in GROUP),
+        **{field: rows[field] for field in GROUP},
         unit=rows[0]["unit"],
         value=summarize(rows),
         nfe=float(nfe.mean()),

@@ -132,8 +132,11 @@ def shard_path(where: Path, first: int, last: int) -> Path:
 
 def shards(where: Path) -> list[Shard]:
     """The whole shards of a folder, in order."""
-    found = [Shard(*map(int, path.stem.split("-")), path) for path in where.glob("*-*.npz")]
-    return sorted(shard for shard in found if npz_files.is_whole(shard.path))
+    found = []
+    for path in filter(npz_files.is_whole, where.glob("*-*.npz")):
+        first, last = map(int, path.stem.split("-"))
+        found.append(Shard(first, last, path))
+    return sorted(found)
 
 
 def sampling_protocol(experiment: Experiment) -> str:

@@ -7,7 +7,7 @@ ModelConfig, and None means "the default of the class that has the field".
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -27,7 +27,10 @@ from run_lib.sections import (
 )
 from train_state import OptimizerConfig
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 SAMPLED_BY_WEIGHT = ("importance", "velocity", "adaptive")
 
 

@@ -57,7 +57,7 @@ class Trainer:
             self.step, task.n_iters,
         )  # fmt: skip
 
-    def _mapped_step(self, microbatch: int) -> Callable[..., tuple[TrainState, Any]]:
+    def _mapped_step(self, microbatch: int) -> jax.stages.Wrapped:
         """(state, key, batches, *frozen) → (state, metrics) over all devices."""
         task, settings = self.task, self.settings
         batch_size = settings.training.batch_size
@@ -129,7 +129,7 @@ class Trainer:
     def check_memory(self, arguments: tuple[Any, ...]) -> None:
         """Compile the step, say what it needs, and refuse what the devices do not have."""
 
-        def compiled(step_fn: Callable[..., Any]) -> Any:
+        def compiled(step_fn: jax.stages.Wrapped) -> Any:
             return step_fn.lower(*arguments).compile()
 
         need, limit = devices.needed(compiled(self.step_fn)), devices.available()
@@ -183,7 +183,7 @@ class Trainer:
             yield first, devices.put(stacked, axis=1)
             first += count
 
-    def events(self, writer: MetricsWriter, progress: Progress) -> None:
+    def events(self, writer: NoMetrics, progress: Progress) -> None:
         """Whatever is due at this step."""
         training, last = self.settings.training, self.step == self.task.n_iters
 

@@ -13,7 +13,7 @@ ROOT_MODULES = [path for path in ROOT.glob("*.py") if path.stem != "setup"]
 
 # Level of every module; run_lib has levels of its own.
 LEVELS = {
-    "checks": -2, "json_files": -1, "lazy_tensorflow": -1, "image_arrays": 0, "image_files": 0,
+    "checks": -2, "json_files": -1, "lazy_tensorflow": -1, "image_arrays": 0.5, "image_files": 0,
     "decoding": 4,
     "taylor": -1, "operators": 0, "models": 0, "sde_base": 0.5, "sde_lib": 1, "time_sampling": 2,
     "torch_files": 0, "tfrecords": 0, "array_records": 0, "json_lines": 0, "importers": 7,

@@ -396,7 +396,7 @@ def test_masses_of_an_adaptive_law_are_roots_of_second_moments_with_a_floor():
 def test_moments_of_bins_are_those_of_the_real_examples():
     """Mean over the batch of (h², 1) in the bin of t: their ratio is the mean of h² in a bin."""
     equal = jnp.full((NUM_BINS,), 1 / NUM_BINS)
-    law_now = losses.TimeLaw(Binned(VP, T_MIN, equal), noise_weight)
+    law_now = losses.BinnedLaw(Binned(VP, T_MIN, equal), noise_weight)
     n = 64
     u, h = np.random.default_rng(1).random((2, n))
     t = law_now.proposal.quantile(jnp.asarray(u))
