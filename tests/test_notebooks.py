@@ -21,9 +21,7 @@ HERE = {  # the modules of the package are at the top level of the repository
     "from fokker import run_lib": "import run_lib",
     "from fokker.": "from ",
 }
-FEW_IMAGES = {
-    "train_test_split(images, test_size=100,": "train_test_split(images, train_size=100, test_size=16,"
-}
+FEW_IMAGES = {"(images, test_size=100,": "(images, train_size=100, test_size=16,"}
 
 
 def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> dict:
