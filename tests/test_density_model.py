@@ -102,9 +102,9 @@ def test_the_checkpoint_with_the_least_bound_is_chosen(fitted, monkeypatch):
 def test_a_density_given_numbers():
     """y | c ~ N(3 c, ½²): the mean follows the context."""
     rng = np.random.default_rng(3)
-    c = rng.standard_normal(3000)
-    y = 3.0 * c + 0.5 * rng.standard_normal(3000)
-    model = DensityModel(changes=FEW | {"training.n_iters": 1000}).fit(y[:, None], context=c)
+    c = rng.standard_normal(1500)
+    y = 3.0 * c + 0.5 * rng.standard_normal(1500)
+    model = DensityModel(changes=FEW | {"training.n_iters": 500}).fit(y[:, None], context=c)
     given = np.array([-1.0, 0.0, 1.0]).repeat(100)
     points = 3.0 * given + 0.5 * rng.standard_normal(300)
     gap = norm(3.0 * given, 0.5).logpdf(points) - model.score_samples(points[:, None], given)

@@ -19,7 +19,7 @@ from operators import inner, scale, value_hvp_and_directional, value_hvp_and_gra
 from sde_lib import SDES, VPSDE
 from toy_data import Mixture
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "compiled_at_o0")
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 

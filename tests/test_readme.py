@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 LIBRARY = (ROOT / "docs" / "guides" / "library.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+QUICK = '"training.n_jitted_steps": 100, "model.hidden": 64'
 SECTIONS = "data|model|training|optim|deq|sampling|eval"
 
 
@@ -30,9 +31,7 @@ def examples(page: str) -> list[dict]:
 def test_the_library_examples_learn_a_density_and_give_a_known_one() -> None:
     """In some of the steps, for the time that they take."""
     page = LIBRARY.replace('"training.n_iters": 1000', '"training.n_iters": 300')
-    page = page.replace("3000)", "1000)").replace(
-        ": 300}", ': 300, "training.n_jitted_steps": 100}'
-    )
+    page = page.replace("3000)", "1000)").replace(": 300}", f": 300, {QUICK}}}")
     assert page.count("300,") == 1
     assert page.count("1000)") == 4
     fitted, trained, exact = examples(page)
@@ -49,10 +48,8 @@ def test_the_library_examples_learn_a_density_and_give_a_known_one() -> None:
 
 def test_the_example_of_the_readme_learns_the_moons() -> None:
     """After some of the steps, on some of the points, for the time that they take."""
-    page = README.replace(
-        "DensityModel()",
-        'DensityModel(changes={"training.n_iters": 300, "training.n_jitted_steps": 100})',
-    )
+    few = f'DensityModel(changes={{"training.n_iters": 600, {QUICK}}})'
+    page = README.replace("DensityModel()", few)
     page = page.replace("x[2000:]", "x[2000:2200]")
     assert page.count("2200") == 1
     assert page != README
