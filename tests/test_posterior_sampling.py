@@ -54,6 +54,7 @@ def matrix_of(a: Measurement) -> np.ndarray:
     return np.asarray(columns).reshape(size, -1).T
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gaussian:
     """N(m, C) with any covariance."""
@@ -114,7 +115,8 @@ def test_moment_matching_is_exact_for_gaussian_data(kind: str, t: float, x64: No
     sde, law, a = KINDS[kind], gaussian(), linear()
     x = 2.0 * jax.random.normal(jax.random.key(0), (3, D))
     y, times = jnp.asarray([[0.5, -1.0]] * 3), jnp.full((3,), t)
-    found = MomentMatching(a, y)(score_of(law, sde), sde, x, times)
+    guide = MomentMatching(a, y)
+    found = jax.jit(lambda x, t: guide(score_of(law, sde), sde, x, t))(x, times)
     posterior, log_p = law.given(a, y[0])
     expected = posterior.score(x, times, sde)
     np.testing.assert_allclose(found.score + found.guidance, expected, rtol=1e-10, atol=1e-10)
@@ -131,7 +133,8 @@ def test_row_sums_are_exact_where_the_covariance_is_diagonal(x64: None) -> None:
     a = Inpaint((2, 3), 0.2, np.asarray([[True, False, False], [False, True, True]]))
     x, y = jax.random.normal(jax.random.key(0), (5, 2, 3)), jnp.ones((5, 3))
     t = jnp.linspace(0.1, 0.9, 5)
-    both = [MomentMatching(a, y, c)(score_of(law, sde), sde, x, t) for c in ("exact", "row_sums")]
+    guides = [MomentMatching(a, y, covariance) for covariance in ("exact", "row_sums")]
+    both = jax.jit(lambda x, t: [g(score_of(law, sde), sde, x, t) for g in guides])(x, t)
     for one, other in zip(*both, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10)
 
@@ -160,6 +163,7 @@ def three_modes(d: int) -> Mixture:
     return Mixture(jnp.asarray([0.5, 0.3, 0.2]), jnp.asarray(means), jnp.asarray([0.05, 0.1, 0.2]))
 
 
+@jax.jit
 def responsibilities(x: jax.Array, weights: np.ndarray, parts: list[Gaussian]) -> jax.Array:
     """P(component | x) under the posterior mixture, for x: [..., d]."""
     flat = x.reshape(-1, x.shape[-1])

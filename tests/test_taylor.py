@@ -74,12 +74,13 @@ def float64():
 def test_equals_nested_derivatives_and_so_do_its_gradients(name):
     function, (point, velocity, acceleration) = FUNCTIONS[name], curve_of((3, 5), (3,))
     results = jax.jit(lambda *parts: sweep(function, *parts))(point, velocity, acceleration)
-    for ours, theirs in zip(results, nested(function, point, velocity, acceleration), strict=True):
+    expected = jax.jit(lambda *parts: nested(function, *parts))(point, velocity, acceleration)
+    for ours, theirs in zip(results, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
     def gradient(method):
         total = lambda x: (method(function, x, velocity, acceleration)[2] ** 2).sum()  # noqa: E731
-        return jax.grad(total)(point)
+        return jax.jit(jax.grad(total))(point)
 
     for ours, theirs in zip(gradient(sweep), gradient(nested), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -123,8 +124,12 @@ NETWORKS = {
 def network_function(name):
     shape, fields = NETWORKS[name]
     network = MODELS[name](**fields)
-    params = network.init(KEYS[4], jnp.ones((2, *shape), jnp.float32), jnp.ones(2, jnp.float32))
-    params = jax.tree.map(lambda p: p.astype(jnp.float64) + 0.1, params)
+
+    @jax.jit
+    def start(x, t):
+        return jax.tree.map(lambda p: p.astype(jnp.float64) + 0.1, network.init(KEYS[4], x, t))
+
+    params = start(jnp.ones((2, *shape), jnp.float32), jnp.ones(2, jnp.float32))
     return lambda x, t: network.apply(params, x, 99.0 * t), curve_of((2, *shape), (2,))
 
 
