@@ -33,6 +33,17 @@ class FieldError(ValueError):
 
 
 @contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """A block that writes a file: an error that names none, as of a full disk, gets its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def in_section(name: str) -> Iterator[None]:
     """A block, or a function, whose fields belong to this section of the config.
 

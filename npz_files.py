@@ -23,6 +23,8 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from checks import writing
+
 Arrays = dict[str, np.ndarray]
 MAGIC = b"\x93NUMPY"
 MAPPED = 2**28  # bytes of an array that is not read into memory
@@ -37,7 +39,7 @@ def write(path: Path, arrays: dict[str, Any]) -> None:
     """Write arrays, or what np.asarray makes arrays of, by name; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with writing(path), temporary.open("wb") as file:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())

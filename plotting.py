@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from checks import writing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -29,6 +31,12 @@ def _panels(
 
     figure = Figure(figsize=figsize, layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: "Figure", path: str | Path) -> None:
+    """Write the PNG of a figure."""
+    with writing(path):
+        figure.savefig(path, dpi=110)
 
 
 def image_grid(
@@ -98,7 +106,7 @@ def save_named_images(
         axis.set_title(name, fontsize=9)
         axis.axis("off")
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def save_density(path: str | Path, points: np.ndarray, bins: int = 200) -> None:
@@ -117,7 +125,7 @@ def save_density(path: str | Path, points: np.ndarray, bins: int = 200) -> None:
         cmap="magma",
     )
     axes.set(xlabel="x₁", ylabel="x₂", title=f"{len(points)} points")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def save_posteriors(path: str | Path, samples: np.ndarray, originals: np.ndarray | None) -> None:
@@ -141,7 +149,7 @@ def save_posteriors(path: str | Path, samples: np.ndarray, originals: np.ndarray
                 axes.plot(*originals[i, :2], "x", color="C3", label="original")
         axes.set_title(f"measurement {i}", fontsize="small")
     all_axes[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 class Mark(NamedTuple):
@@ -167,7 +175,7 @@ def save_marks(path: str | Path, marks: list[Mark], unit: str) -> None:
     axes.set(xlabel=unit, ylim=(-0.6, len(order) - 0.3))
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def save_curves(path: str | Path, panels: dict[str, dict[str, Curve]]) -> None:
@@ -193,7 +201,7 @@ def save_curves(path: str | Path, panels: dict[str, dict[str, Curve]]) -> None:
         low, high = np.quantile(everything, [0.0, 0.97])
         margin = 0.05 * (high - low) + 1e-12
         axes.set_ylim(low - margin, high + margin)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 Band = tuple[np.ndarray, np.ndarray]  # mean and standard error over t
@@ -219,7 +227,7 @@ def save_error_curves(path: str | Path, t: np.ndarray, panels: dict[str, dict[st
         axes.set(xlabel="t", title=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 class Bits(NamedTuple):
@@ -250,7 +258,7 @@ def save_bits(path: str | Path, bounds: list[Bits]) -> None:
             axes.axhline(0.0, color="0.4", linewidth=0.6)
             axes.set_xlabel(NOISE_LEVEL)
             axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _draw_rate(axes: "Axes", bits: Bits) -> None:
@@ -307,7 +315,7 @@ def save_density_on_a_line(
         axes.plot(x, density, label=label, linewidth=1.4)
     axes.set(xlabel="x", ylabel="density", xlim=limits)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def save_density_images(path: str | Path, images: dict[str, np.ndarray], radius: float) -> None:
@@ -318,7 +326,7 @@ def save_density_images(path: str | Path, images: dict[str, np.ndarray], radius:
     for axes, (title, image) in zip(all_axes[0], images.items(), strict=True):
         axes.imshow(image.T, origin="lower", extent=extent, cmap="magma", vmin=0.0, vmax=top)
         axes.set(title=title, xlabel="x₁", ylabel="x₂")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def save_trajectories(path: str | Path, rows: dict[str, np.ndarray], names: list[str]) -> None:
@@ -337,7 +345,7 @@ def save_trajectories(path: str | Path, rows: dict[str, np.ndarray], names: list
                 axes.set_xlabel(names[column])
             if column == 0:
                 axes.set_ylabel(label)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def save_paths_on_a_line(
@@ -352,7 +360,7 @@ def save_paths_on_a_line(
         edges = np.concatenate([[times[0]], 0.5 * (times[1:] + times[:-1]), [times[-1]]])
         axes.pcolormesh(edges, bins, np.log1p(np.stack(columns, axis=1)), cmap="magma")
         axes.set(xlabel="t", ylabel="x", title=title)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def save_score_on_a_line(
@@ -366,7 +374,7 @@ def save_score_on_a_line(
         axes.set(xlabel="x", title=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray) -> None:
@@ -389,7 +397,7 @@ def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray) ->
         axes.set(xlabel="u", ylabel="share below u, less u", title=f"{title}, n = {n}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 KOLMOGOROV = 1.358  # 95 % quantile of √n sup |F_n − F|
@@ -410,4 +418,4 @@ def save_comparison(path: str | Path, panels: dict[str, dict[str, list[float]]])
         axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right", fontsize="small")
         axes.set_title(title, fontsize="medium")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)

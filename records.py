@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 import json_lines
+from checks import writing
 
 Row = dict[str, Any]
 GROUP = ("estimator", "protocol", "step", "split", "identity")  # the fields that a table shares
@@ -281,7 +282,7 @@ class Records:
                     f"row {key_of(row)} of {self.path}: value={row['value']} is not finite"
                 )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             file.writelines(map(_line, new))
             file.flush()
             os.fsync(file.fileno())

@@ -23,6 +23,7 @@ from typing import Any
 
 import json_files
 from checkpoints import whole_steps
+from checks import writing
 from run_lib import devices
 from version import VERSION
 
@@ -196,7 +197,7 @@ def write_json(path: Path, content: Any) -> None:
 def replace_file(path: Path, lines: Iterable[str]) -> None:
     """Write a file that holds the old text or the new one, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with writing(path), temporary.open("w", encoding="utf-8") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())

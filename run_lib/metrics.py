@@ -17,6 +17,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 import json_lines
+from checks import writing
 from json_lines import is_count, is_number
 from run_lib import devices, folder
 
@@ -48,10 +49,10 @@ class MetricsWriter(NoMetrics):
     """
 
     def __init__(self, workdir: Path, first_step: int) -> None:
-        path = workdir / FILE
-        path.touch()
-        _cut_after(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = workdir / FILE
+        self._path.touch()
+        _cut_after(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Not SummaryWriter, whose thread ends, and then the training waits, when the disk is full.
         self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
@@ -64,8 +65,9 @@ class MetricsWriter(NoMetrics):
         """One line of metrics.jsonl and one TensorBoard point per value."""
         now = time.time()
         row = {"step": step, "split": split, "time": now, **values}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         for name, value in values.items():
             summary = scalar(f"{split}/{name}", value)
             self._events.write_event(Event(wall_time=now, step=step, summary=summary))

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+import npz_files
+import plotting
 import run_lib
 from checkpoints import Checkpoints, whole_steps
 from run_lib import folder, metrics, training
@@ -253,7 +255,8 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> Non
     before = whole_steps(tmp_path)
     more = ["--config.training.n_iters=40", "--compilation_cache_dir="]
     arguments = [CONFIG, f"--workdir={tmp_path}", "--mode=train", *more]
-    process = start(arguments, preexec_fn=lambda: small_files(40_000))
+    # Of a checkpoint some file is larger, however its leaves are divided among the files.
+    process = start(arguments, preexec_fn=lambda: small_files(15_000))
     (said,) = finish([process], code=2)
     assert re.search(
         r"^error: a checkpoint could not be written to .*; the same command", said, re.M
@@ -263,6 +266,23 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> Non
         state_of(tmp_path, step, experiment())
     run_lib.train(experiment(n_iters=40), tmp_path)
     assert whole_steps(tmp_path)[-1] == 40
+
+
+WRITERS = {
+    "curves.png": lambda path: plotting.save_curves(
+        path, {"loss": {"train": ([1, 2], [1.0, 2.0])}}
+    ),
+    "config.json.tmp": lambda path: folder.replace_file(path.with_suffix(""), ["{}"] * 10_000),
+    "data.npz.tmp": lambda path: npz_files.write(path.with_suffix(""), {"x": np.zeros(10_000)}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as found:
+        WRITERS[name](tmp_path / name)
+    assert found.value.filename == str(tmp_path / name.removesuffix(".tmp"))
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch) -> None:
