@@ -101,7 +101,7 @@ def test_density_is_normalised() -> None:
     """
     flow, *rest = tiny((1, 2, 1))
     variables, _, x = double(rest)
-    logits, count = jnp.linspace(-20.0, 20.0, 161), 2
+    logits, count = jnp.linspace(-25.0, 25.0, 201), 2
     pair = jnp.stack(jnp.meshgrid(logits, logits), axis=-1).reshape(-1, 1, 2, 1)
     u, apply = jax.nn.sigmoid(pair), jax.jit(flow.apply, static_argnames="inverse")
     slope = jnp.prod(u * (1.0 - u), axis=(1, 2, 3)) * (logits[1] - logits[0]) ** 2
