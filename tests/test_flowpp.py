@@ -101,11 +101,11 @@ def test_density_is_normalised() -> None:
     """
     flow, *rest = tiny((1, 2, 1))
     variables, _, x = double(rest)
-    logits, count = jnp.linspace(-25.0, 25.0, 201), 2
+    logits, count = jnp.linspace(-25.0, 25.0, 251), 2
     pair = jnp.stack(jnp.meshgrid(logits, logits), axis=-1).reshape(-1, 1, 2, 1)
     u, apply = jax.nn.sigmoid(pair), jax.jit(flow.apply, static_argnames="inverse")
     slope = jnp.prod(u * (1.0 - u), axis=(1, 2, 3)) * (logits[1] - logits[0]) ** 2
-    n, edge = 10_000, 0.2
+    n, edge = 20_000, 0.2
     noise = jax.random.normal(jax.random.key(7), (n, 1, 2, 1))
     divergences = []
     for image in x[:count]:
