@@ -89,7 +89,8 @@ def save_images(
     grid = np.clip(np.kron(grid, np.ones((enlarge, enlarge, 1))), 0.0, 1.0)
     from matplotlib.image import imsave
 
-    imsave(path, np.repeat(grid, 3, axis=2) if grid.shape[2] == 1 else grid)
+    with writing(path):
+        imsave(path, np.repeat(grid, 3, axis=2) if grid.shape[2] == 1 else grid)
 
 
 def save_named_images(

@@ -323,10 +323,10 @@ class Dataset:
         return self.splits[name]
 
     def finite(self, name: str) -> Finite:
-        """That split.
+        """Return the split of this name, which must have a number of examples.
 
         Raises:
-            ValueError: it is endless.
+            ValueError: there is no such split, or it is endless.
         """
         split = self._split(name)
         if not isinstance(split, Finite):

@@ -9,6 +9,9 @@ Reference: Karras et al. 2020, https://arxiv.org/abs/1912.04958, appendix B; Zha
 https://arxiv.org/abs/1904.11486.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -46,7 +49,7 @@ def filtered(
             jax.lax.slice_in_dim(x, k, stop, stride=down, axis=axis) for k, stop in enumerate(stops)
         ]
         terms = (scale * tap * part for tap, part in zip(reversed(taps), parts, strict=True))
-        x = sum(terms, zero)
+        x = functools.reduce(operator.add, terms)
     return x
 
 

@@ -17,7 +17,7 @@ import plotting
 from elbo import gap_factor
 from operators import fold_in_all, fold_in_each, standard_normal
 from parameterization import ScoreFn
-from run_lib import devices, evaluation_loop, identities, loading, page
+from run_lib import devices, evaluation_loop, folder, identities, loading, page
 from run_lib.experiment import Experiment
 from terms import Point
 
@@ -64,10 +64,10 @@ def diagnose(
         identities.declare(target, [figure])
         rows = [row | {"identity": figure.identity} for row in _rows(experiment, found, step)]
         path = target / f"diagnosis_{step}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        folder.replace_file(path, (json.dumps(row) + "\n" for row in rows))
         plotting.save_error_curves(workdir / "diagnosis.png", found.t, panels(found))
         logger.info("\n%s\n%s", path, table(found))
-        (target / f"diagnosis_{step}.txt").write_text(table(found) + "\n", encoding="utf-8")
+        folder.replace_file(target / f"diagnosis_{step}.txt", [table(found) + "\n"])
     logger.info("open %s", page.write(workdir))
     return diagnoses
 

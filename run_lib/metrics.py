@@ -68,10 +68,11 @@ class MetricsWriter(NoMetrics):
         with writing(self._path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        for name, value in values.items():
-            summary = scalar(f"{split}/{name}", value)
-            self._events.write_event(Event(wall_time=now, step=step, summary=summary))
-        self._events.flush()
+        with writing(self._path.with_name("tensorboard")):
+            for name, value in values.items():
+                summary = scalar(f"{split}/{name}", value)
+                self._events.write_event(Event(wall_time=now, step=step, summary=summary))
+            self._events.flush()
 
     def close(self) -> None:
         """Flush and close both."""

@@ -224,7 +224,7 @@ def losses_of_one_step(key: str, name: str) -> dict[str, float]:
         batch["context"] = dataset.contexts("train", np.arange(4))
     one_device = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
     mapped = jax.vmap(step, (None, None, 0), axis_name=devices.AXIS_NAME)
-    family = settings.model.name.split("_")[0]  # NCSNv2 of three sizes is one
+    family = settings.model.name
     if settings.training.alpha:  # its derivatives of convolutions compile for half a minute
         family = "residual"
     if FAMILIES.setdefault(family, name) != name:  # another of them runs; here types and shapes

@@ -20,6 +20,7 @@ import npz_files
 import plotting
 import run_lib
 from checkpoints import Checkpoints, whole_steps
+from records import Records
 from run_lib import folder, metrics, training
 from run_lib.experiment import Experiment
 from tests import tiny
@@ -272,6 +273,7 @@ WRITERS = {
     "curves.png": lambda path: plotting.save_curves(
         path, {"loss": {"train": ([1, 2], [1.0, 2.0])}}
     ),
+    "samples.png": lambda path: plotting.save_images(path, np.zeros((4, 8, 8, 1), np.uint8), 17),
     "config.json.tmp": lambda path: folder.replace_file(path.with_suffix(""), ["{}"] * 10_000),
     "data.npz.tmp": lambda path: npz_files.write(path.with_suffix(""), {"x": np.zeros(10_000)}),
 }
@@ -283,6 +285,19 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, name: str
     with pytest.raises(OSError, match="No space left on device") as found:
         WRITERS[name](tmp_path / name)
     assert found.value.filename == str(tmp_path / name.removesuffix(".tmp"))
+
+
+def test_a_full_disk_is_told_with_the_name_of_rows_and_metrics(tmp_path: Path) -> None:
+    records, writer = Records(tmp_path), metrics.MetricsWriter(tmp_path, 0)
+    (tmp_path / "rows.jsonl").symlink_to("/dev/full")
+    row = {"estimator": "ODE", "protocol": "", "step": 1, "split": "test", "identity": "0a1b"}
+    with pytest.raises(OSError, match="No space left on device") as found:
+        records.append([row | {"index": 0, "repeat": 0, "value": 1.0}])
+    assert found.value.filename == str(tmp_path / "rows.jsonl")
+    writer._file = Path("/dev/full").open("a")
+    with pytest.raises(OSError, match="No space left on device") as found:
+        writer.write(1, "train", {"loss": 1.0})
+    assert found.value.filename == str(tmp_path / "metrics.jsonl")
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch) -> None:
