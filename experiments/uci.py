@@ -1,7 +1,7 @@
-"""Conditional densities p(y | x) of five tables of the UCI repository, on the usual 20 splits.
+"""Densities p(y | x) or p(x, y) of five tables of the UCI repository, on the usual 20 splits.
 
     python -m experiments.uci uci.npz --workdir=runs/uci [--tables=boston,yacht] [--splits=20]
-        [--set training.n_iters=2000 ...]
+        [--joint] [--set training.n_iters=2000 ...]
 
 The file holds, for every table, `<name>_x` [n, d], `<name>_y` [n] and `<name>_test` [20, m], the
 rows that are tested in each split. Of the other rows a `DensityModel` keeps a tenth, by which it
@@ -14,8 +14,15 @@ chooses its checkpoint. All figures are means over splits ± standard error:
 
 The values of y are rounded; each then stands for a cell as wide as the rounding, and p is the
 probability of the cell over its width (`data.cell_width`). Without this a density could be raised
-without limit where values repeat. A fit that was interrupted goes on; a figure of the same fit is
-not computed twice. WORKDIR gets uci.txt.
+without limit where values repeat.
+
+With --joint the figures are means of log p(x, y) in nats of the units of the columns: of the model,
+of the Gaussian mixture, and of a kernel density, its width chosen by five-fold cross-validation.
+Uniform noise, drawn once for all of them, first fills the cells of every column; a cell is as wide
+as the smallest step between two values of its column.
+
+A fit that was interrupted goes on; a figure of the same fit is not computed twice. WORKDIR gets
+uci.txt, or joint.txt.
 Reference: Hernández-Lobato and Adams 2015, https://arxiv.org/abs/1502.05336 (the splits); Gal and
 Ghahramani 2016, https://arxiv.org/abs/1506.02142 (MC dropout, tuned: `PUBLISHED`).
 """
@@ -24,6 +31,7 @@ import argparse
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +43,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.mixture import GaussianMixture
+from sklearn.model_selection import GridSearchCV
+from sklearn.neighbors import KernelDensity
 
 import checkpoints
 import json_files
@@ -55,8 +65,10 @@ PUBLISHED = {  # log p(y | x) of MC dropout ± standard error over the splits
 ROUNDED = {"boston": 0.1, "concrete": 0.01, "energy": 0.01, "power": 0.01, "yacht": 0.01}
 PROCESS_ROWS = 1000  # of training, at most, for a Gaussian process
 COMPONENTS = (1, 2, 3, 5, 8)
+WIDTHS = np.geomspace(0.03, 1.0, 8)  # of a kernel, in standard deviations
 SAMPLES = 99
-FIGURES = ("model", "process", "mixture", "within 50 %", "within 90 %")
+CONDITIONAL = ("model", "process", "mixture", "within 50 %", "within 90 %")
+JOINT = ("model", "mixture", "kernels")
 
 Rows = Float[np.ndarray, "n d"]
 Column = Float[np.ndarray, " n"]
@@ -100,15 +112,17 @@ def log_p_process(split: Split) -> Column:
     return norm.logpdf(split.y_test, location, deviation)
 
 
+def best_mixture(points: Rows) -> GaussianMixture:
+    """The Gaussian mixture of least BIC."""
+    fits = [GaussianMixture(k, reg_covar=1e-5, random_state=0).fit(points) for k in COMPONENTS]
+    return min(fits, key=lambda fit: fit.bic(points))
+
+
 def log_p_mixture(split: Split) -> Column:
     """log p(x, y) − log p(x) of the tested rows by the Gaussian mixture of least BIC."""
-    joint = np.concatenate([split.x, split.y[:, None]], axis=1)
-    mean, scale = joint.mean(axis=0), joint.std(axis=0) + 1e-9
-    points = (joint - mean) / scale
-    fits = [GaussianMixture(k, reg_covar=1e-5, random_state=0).fit(points) for k in COMPONENTS]
-    best = min(fits, key=lambda fit: fit.bic(points))
-    tested = np.concatenate([split.x_test, split.y_test[:, None]], axis=1)
-    tested = (tested - mean) / scale
+    joint, tested = joined(split)
+    points, tested, scale = standardised(joint, tested)
+    best = best_mixture(points)
 
     def log_density(number: int) -> Column:
         """Return the log density of the first `number` columns of every tested row."""
@@ -123,53 +137,111 @@ def log_p_mixture(split: Split) -> Column:
     return log_density(columns) - log_density(columns - 1) - np.log(scale[-1])
 
 
+def joined(split: Split) -> tuple[Rows, Rows]:
+    """(x, y) of the rows for training and of the tested rows."""
+    rows = np.concatenate([split.x, split.y[:, None]], axis=1)
+    return rows, np.concatenate([split.x_test, split.y_test[:, None]], axis=1)
+
+
+def standardised(rows: Rows, tested: Rows) -> tuple[Rows, Rows, Column]:
+    """Both in standard deviations of the first, and these deviations."""
+    mean, scale = rows.mean(axis=0), rows.std(axis=0) + 1e-9
+    return (rows - mean) / scale, (tested - mean) / scale, scale
+
+
+def filled(rows: Rows, tested: Rows, seed: int) -> tuple[Rows, Rows]:
+    """Both with uniform noise within the cells of their columns."""
+    every = np.concatenate([rows, tested])
+    cells = [np.diff(np.unique(np.round(column, 9))).min() for column in every.T]
+    noisy = every + np.random.default_rng(seed).uniform(-0.5, 0.5, every.shape) * cells
+    return noisy[: len(rows)], noisy[len(rows) :]
+
+
+def log_p_joint(rows: Rows, tested: Rows) -> tuple[float, float]:
+    """The means of log p of the tested rows by a Gaussian mixture and by a kernel density."""
+    points, tested, scale = standardised(rows, tested)
+    search = GridSearchCV(KernelDensity(), {"bandwidth": WIDTHS}).fit(points)
+    units = np.log(scale).sum()
+    kernels = search.score(tested) / len(tested)
+    return float(best_mixture(points).score(tested) - units), float(kernels - units)
+
+
 def within(samples: Float[np.ndarray, "n k"], y: Column, share: float) -> float:
     """The share of y between the quantiles of (1 ∓ share)/2 of their samples."""
     low, high = np.quantile(samples, [0.5 - share / 2, 0.5 + share / 2], axis=1)
     return float(np.mean((low <= y) & (y <= high)))
 
 
-def evaluated(name: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one split: read where the fit has them, else computed."""
-    split, workdir = split_of(options.file, name, number), options.workdir / name / str(number)
-    changes = {"data.cell_width": f"({ROUNDED[name]},)"} | dict(
-        s.split("=", 1) for s in options.set
-    )
-    model = DensityModel(changes=changes, workdir=workdir, random_state=number)
+def conditional(model: DensityModel, split: Split) -> Callable[[], dict[str, float]]:
+    """Fit p(y | x), and return what computes its figures."""
     x, x_test = split.x.astype(np.float32), split.x_test.astype(np.float32)
     y, y_test = (part.astype(np.float32)[:, None] for part in (split.y, split.y_test))
     model.fit(y, context=x)
+
+    def figures() -> dict[str, float]:
+        samples = model.sample(len(x_test) * SAMPLES, np.repeat(x_test, SAMPLES, axis=0))
+        samples = samples.reshape(len(x_test), SAMPLES)
+        return {
+            "model": model.score(y_test, context=x_test),
+            "process": float(log_p_process(split).mean()),
+            "mixture": float(log_p_mixture(split).mean()),
+            "within 50 %": within(samples, y_test[:, 0], 0.5),
+            "within 90 %": within(samples, y_test[:, 0], 0.9),
+        }
+
+    return figures
+
+
+def joint(model: DensityModel, split: Split) -> Callable[[], dict[str, float]]:
+    """Fit p(x, y), and return what computes its figures."""
+    rows, tested = filled(*joined(split), model.random_state)
+    model.fit(rows.astype(np.float32))
+
+    def figures() -> dict[str, float]:
+        mixture, kernels = log_p_joint(rows, tested)
+        value = model.score(tested.astype(np.float32))
+        return {"model": value, "mixture": mixture, "kernels": kernels}
+
+    return figures
+
+
+def evaluated(name: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one split: read where the fit has them, else computed."""
+    split = split_of(options.file, name, number)
+    cells = {} if options.joint else {"data.cell_width": f"({ROUNDED[name]},)"}
+    changes = cells | dict(setting.split("=", 1) for setting in options.set)
+    workdir = options.workdir / name / f"{'joint' * options.joint}{number}"
+    model = DensityModel(changes=changes, workdir=workdir, random_state=number)
+    figures = (joint if options.joint else conditional)(model, split)
     path, identity = workdir / "uci.json", checkpoints.digest(model.params_)
     found = json_files.read(path) if path.exists() else {}
     if found.get("parameters") != identity:
-        samples = model.sample(len(x_test) * SAMPLES, np.repeat(x_test, SAMPLES, axis=0))
-        samples = samples.reshape(len(x_test), SAMPLES)
-        values = (
-            model.score(y_test, context=x_test),
-            float(log_p_process(split).mean()),
-            float(log_p_mixture(split).mean()),
-            *(within(samples, y_test[:, 0], share) for share in (0.5, 0.9)),
-        )
-        found = {"parameters": identity, "step": model.step_, "n": len(y_test)}
-        found |= dict(zip(FIGURES, values, strict=True))
+        found = {"parameters": identity, "step": model.step_, "n": len(split.y_test)} | figures()
         folder.write_json(path, found)
     logger.info("%s, split %d: log p %.4f, step %d", name, number, found["model"], found["step"])
     return found
 
 
-HEADER = "| table | " + " | ".join(FIGURES) + " | MC dropout | splits |\n" + "|---" * 8 + "|"
+def header(columns: Sequence[str]) -> str:
+    """The first lines of the table, as Markdown."""
+    return f"| table | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|"
 
 
 def line(name: str, found: list[dict[str, Any]]) -> str:
-    """One row of the table, as Markdown."""
-    values = [over_seeds([figures[figure] for figures in found]) for figure in FIGURES]
+    """One row of the table, as Markdown: of a joint density without a published figure."""
+    is_joint = "kernels" in found[0]
+    values = [
+        over_seeds([split[figure] for split in found])
+        for figure in (JOINT if is_joint else CONDITIONAL)
+    ]
     cells = [f"{value.mean:.3f} ± {value.error:.3f}" for value in values]
-    published = "{:.3f} ± {:.3f}".format(*PUBLISHED[name])
-    return f"| `{name}` | {' | '.join(cells)} | {published} | {len(found)} |"
+    if not is_joint:
+        cells.append("{:.3f} ± {:.3f}".format(*PUBLISHED[name]))
+    return f"| `{name}` | {' | '.join(cells)} | {len(found)} |"
 
 
 def main() -> None:
-    """Print the table, and write it as uci.txt."""
+    """Print the table, and write it into WORKDIR."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,10 +250,13 @@ def main() -> None:
     parser.add_argument("--tables", default=",".join(PUBLISHED))
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--joint", action="store_true", help="log p(x, y) instead of log p(y | x)")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
-    lines = [HEADER]
+    columns = (*JOINT, "splits") if options.joint else (*CONDITIONAL, "MC dropout", "splits")
+    result = options.workdir / ("joint.txt" if options.joint else "uci.txt")
+    lines = [header(columns)]
     try:
         require(options.splits >= 1, "--splits", options.splits, "at least 1")
         for setting in options.set:
@@ -191,7 +266,7 @@ def main() -> None:
         for name in options.tables.split(","):
             found = [evaluated(name, number, options) for number in range(options.splits)]
             lines.append(line(name, found))
-            (options.workdir / "uci.txt").write_text("\n".join(lines) + "\n")
+            result.write_text("\n".join(lines) + "\n")
     except (ValueError, OSError, FloatingPointError) as error:
         logger.error("error: %s", error)
         sys.exit(2)

@@ -44,6 +44,24 @@ def test_quantiles_of_samples_hold_their_share() -> None:
     assert uci.within(samples, y + 10.0, 0.9) == 0.0
 
 
+def test_a_joint_density_is_in_the_units_of_the_columns() -> None:
+    """Independent Gaussians of deviations 3 and 200: a mixture has one component."""
+    deviations = np.array([3.0, 200.0])
+    rows = np.random.default_rng(3).normal(size=(1500, 2)) * deviations + 50.0
+    mixture, kernels = uci.log_p_joint(rows[:-500], rows[-500:])
+    truth = norm.logpdf(rows[-500:], 50.0, deviations).sum(axis=1).mean()
+    assert_allclose(mixture, truth, atol=0.03)
+    assert truth - 0.2 < kernels < truth
+
+
+def test_noise_fills_the_cells_of_each_column() -> None:
+    rows = np.array([[0.0, 0.25], [1.0, 0.5], [5.0, 1.0], [1.0, 0.75]])
+    first, second = uci.filled(rows[:3], rows[3:], 0)
+    noise = np.concatenate([first, second]) - rows
+    assert np.all(np.abs(noise) <= [0.5, 0.125])
+    assert np.all(np.ptp(noise, axis=0) > [0.2, 0.05])
+
+
 class Exact:
     """The law of `linear`, in the place of a fitted model."""
 
@@ -77,10 +95,40 @@ def test_figures_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match=r"--splits=3: need at most 2 for boston"):
         uci.split_of(tmp_path / "tables.npz", "boston", 2)
     monkeypatch.setattr(uci, "DensityModel", Exact)
-    options = argparse.Namespace(file=tmp_path / "tables.npz", workdir=tmp_path, set=[])
+    options = argparse.Namespace(
+        file=tmp_path / "tables.npz", workdir=tmp_path, set=[], joint=False
+    )
     found = uci.evaluated("boston", 1, options)
     assert_allclose(found["model"], -0.73, atol=0.2)  # −½ log 2πe − log ½
     assert_allclose([found["within 50 %"], found["within 90 %"]], [0.5, 0.9], atol=0.2)
     monkeypatch.setattr(uci, "log_p_process", None)  # what is there is not computed again
     assert uci.evaluated("boston", 1, options) == found
     assert "| -2.402 ± 0.042 | 2 |" in uci.line("boston", [found, found])
+
+
+class Unit:
+    """A model of p(x, y) that gives every row the density e."""
+
+    params_, step_, random_state = {"w": np.zeros(1)}, 3, 0
+
+    def __init__(self, **options) -> None:
+        assert (options["changes"], options["workdir"].name) == ({}, "joint0")
+
+    def fit(self, rows: np.ndarray) -> None:
+        assert rows.shape == (150, 3)
+
+    def score(self, rows: np.ndarray) -> float:
+        return 1.0 if rows.shape == (50, 3) else np.nan
+
+
+def test_figures_of_a_joint_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split, test = linear(200), np.arange(150, 200)[None]
+    x, y = np.concatenate([split.x, split.x_test]), np.concatenate([split.y, split.y_test])
+    np.savez(tmp_path / "tables.npz", boston_x=x, boston_y=y, boston_test=test)
+    monkeypatch.setattr(uci, "DensityModel", Unit)
+    options = argparse.Namespace(file=tmp_path / "tables.npz", workdir=tmp_path, set=[], joint=True)
+    found = uci.evaluated("boston", 0, options)
+    truth = norm.entropy(5.0, 2.0) + norm.entropy(100.0, 30.0) + norm.entropy(0.0, 0.5)
+    assert_allclose(found["mixture"], -truth, atol=0.3)
+    assert uci.line("boston", [found]).startswith("| `boston` | 1.000 ± nan | ")
+    assert uci.line("boston", [found]).endswith("| 1 |")
