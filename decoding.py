@@ -50,7 +50,7 @@ class _Source:
             raise
 
     def pipeline(self, asked: Iterator[Chosen]) -> Iterator[np.ndarray]:
-        """The examples of one batch after another; all batches have the size of the first."""
+        """The examples of one batch after another; all but the last have the size of the first."""
         first = next(asked, None)
         if first is None:
             return
@@ -67,10 +67,10 @@ class _Source:
                 failures.append(error)
 
         size = len(first.ids)
-        kinds = tf.TensorSpec([size], tf.string), tf.TensorSpec([size], tf.bool)
+        kinds = tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.bool)
         batches = tf.data.Dataset.from_generator(read, output_signature=kinds)
         batches = batches.unbatch().map(self._one, tf.data.AUTOTUNE, deterministic=True)
-        batches = batches.batch(size, drop_remainder=True).prefetch(AHEAD).with_options(_options())
+        batches = batches.batch(size).prefetch(AHEAD).with_options(_options())
         try:
             for batch in batches.as_numpy_iterator():
                 yield batch

@@ -93,7 +93,12 @@ class Chosen(NamedTuple):
 
     ids: np.ndarray  # int64 [b], in the split
     flipped: np.ndarray  # bool [b], left–right
-    mask: np.ndarray  # bool [b], False for padding
+    mask: np.ndarray  # bool [b], False for padding, which follows the examples
+
+    def to_read(self) -> "Chosen":
+        """Without the padding; at least one, so that there is something to fill a batch with."""
+        number = max(int(self.mask.sum()), 1)
+        return Chosen(*(part[:number] for part in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +182,12 @@ class Finite:
         def ask() -> Iterator[Chosen]:
             for one in chosen:
                 asked.append(one)
-                yield one
+                yield one.to_read()
 
         for image in (self.pipeline or self._in_turn)(ask()):
             ids, _, mask = asked.popleft()
+            if len(image) < len(ids):
+                image = image[np.minimum(np.arange(len(ids)), len(image) - 1)]
             index = np.where(mask, ids, -1).astype(np.int32)
             yield {"image": image, "index": index, "mask": mask} | self._context(ids)
 
