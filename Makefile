@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/digits_vp
 BIN    := $(VENV)/bin
+# Python compiles what is imported when it is: most of what is installed never is.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 DEMO   := $(BIN)/python main.py --config=configs/digits/vp.py --workdir=$(RUN)
 # Of these files, all but what is marked slow; of whole runs, one that is resumed and evaluated.
 QUICK  := architecture checkpoints configs dequantization fokker_planck high_order likelihood \
@@ -39,7 +41,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/python -m mypy
 
 docs: | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	$(PIP) -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 wheel: | $(BIN)/python
@@ -57,9 +59,9 @@ $(BIN)/python:
 REQUIRED := requirements.txt $(wildcard requirements/*.txt)
 
 $(VENV)/.installed: $(REQUIRED) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed-test: requirements-test.txt $(REQUIRED) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(PIP) -r requirements-test.txt
 	@touch $(VENV)/.installed $@
