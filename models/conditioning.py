@@ -110,9 +110,14 @@ class ContextEmbedding(nn.Module):
             table = self.param("classes", nn.initializers.normal(1.0), (self.classes, self.width))
             none = self.param("none", nn.initializers.zeros, (self.width,))
             return jnp.where(context[:, None] < 0, none[None], table[jnp.maximum(context, 0)])
-        known, there = _known(context)
-        h = nn.Dense(self.width)(jnp.concatenate([known, there[:, None]], axis=-1))
+        h = nn.Dense(self.width)(numbers(context))
         return nn.Dense(self.width)(ACTIVATIONS[self.activation](h))
+
+
+def numbers(context: Float[Array, "b n"]) -> Float[Array, "b more"]:
+    """(m c, m), [B, n + 1]: the numbers and whether there are any, all zero without a context."""
+    known, there = _known(context)
+    return jnp.concatenate([known, there[:, None]], axis=-1)
 
 
 def _known(context: Float[Array, "b *c"]) -> tuple[Float[Array, "b *c"], Float[Array, " b"]]:

@@ -1,14 +1,15 @@
 """Residual, time-modulated perceptron for x of any shape [B, *d], d flattened inside.
 
-    h_0 = W_x x + W_t τ,     τ = embedding(label)
+    h_0 = W_x x + W_t τ + W_k k,     τ = embedding(label)
     h_{l+1} = h_l + W_2 dropout(act(W_1 [LN(h_l) ⊙ (1 + γ_l) + δ_l])),   (γ_l, δ_l) = W_l c
     out = W_out h_L + gain ⊙ x,     gain = W_g c,     c = act(W act(W' τ) + e)
 
-(all but W_t have a bias; LN is `layers.standardize` over the width; e is the embedding of a
-context, see `conditioning`, if there is one). LN(h_0) is smooth thanks to
+(all but W_t and W_k have a bias; LN is `layers.standardize` over the width; k are the numbers of a
+context, and e is its embedding, see `conditioning`, if there is one). LN(h_0) is smooth thanks to
 W_t τ: of W_x x alone it would have a kink at x = 0. The gain represents the score of a Gaussian,
 linear in x at every time. The modulation γ, δ, the last layer of each block, W_out and the gain
 start near zero. With a smooth activation (swish, gelu) every derivative in x and label exists.
+A mean that is linear in k needs W_k and W_out alone: of the modulation it is learned slowly.
 Reference: Perez et al. 2018, https://arxiv.org/abs/1709.07871 (feature-wise modulation);
 Peebles and Xie 2023, https://arxiv.org/abs/2212.09748, section 3.2 (its near-zero start).
 """
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from models.conditioning import ContextArray, Kind, contexts, plus_context
+from models.conditioning import ContextArray, Kind, contexts, numbers, plus_context
 from models.layers import (
     ACTIVATIONS,
     default_init,
@@ -101,6 +102,9 @@ class MLP(Network):
         seen = joined(x, features).reshape(x.shape[0], -1)
         h = nn.Dense(self.hidden, name="input")(seen)
         h = h + nn.Dense(self.hidden, use_bias=False, name="time")(tau)
+        if known is not None and not self.context.classes:
+            beside = nn.Dense(self.hidden, use_bias=False, name="context")
+            h = h + beside(numbers(known).astype(h.dtype))
         for _ in range(self.depth):
             h = ResidualBlock(self.dropout, self.activation)(h, cond, train)
         if self.outputs > 1:
