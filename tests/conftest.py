@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests, and the processes that they start, compile the same tiny run: compile it once.
 CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"
@@ -29,6 +29,7 @@ gc.set_threshold(200_000, 20, 1000)
 
 import jax
 import pytest
+from jax.extend.backend import clear_backends
 
 from plotting import Curve, save_curves
 from tests import processes
@@ -49,6 +50,19 @@ def x64() -> Iterator[None]:
     """Float64 arithmetic with strict dtype promotion, for tests against closed forms."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def several_devices() -> Iterator[None]:
+    """Four devices instead of one, for which programs take longer to compile and to run."""
+    clear_backends()
+    jax.config.update("jax_num_cpu_devices", 4)
+    yield
+    clear_backends()
+    jax.config.update("jax_num_cpu_devices", 1)
+
+
+four_devices = pytest.fixture(several_devices, scope="module")
+four_devices_here = pytest.fixture(several_devices)  # for one test of a file
 
 
 @pytest.fixture(scope="module")

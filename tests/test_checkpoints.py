@@ -15,6 +15,8 @@ import train_state
 from checkpoints import Checkpoints, DamagedError, MisfitError, whole_steps
 from train_state import OptimizerConfig, TrainState
 
+pytestmark = pytest.mark.usefixtures("four_devices")
+
 OPTIMIZER = OptimizerConfig("Adam", 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, 1.0, "cosine").chain(100)
 
 

@@ -20,7 +20,7 @@ from run_lib.trainer import Progress
 from tests import tiny
 from tests.processes import ROOT, finish, free_port, start, start_together
 
-pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+pytestmark = pytest.mark.usefixtures("compiled_at_o0", "four_devices")
 
 CONFIG = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 # Ten examples in batches of 8: the second batch has none for the second process.

@@ -127,12 +127,12 @@ def test_field_may_close_over_traced_parameters_in_jit():
         np.testing.assert_allclose(y, np.exp(-theta), rtol=1e-8)
 
 
+@pytest.mark.usefixtures("four_devices_here")
 def test_field_may_close_over_traced_parameters_in_pmap():
     """In float32, each device with its own part of the batch and the same parameters."""
     solver = Solver("tsit5", 1e-5, 1e-5)
     devices = jax.devices()[:2]
-    if len(devices) < 2:
-        pytest.skip("needs two devices")
+    assert len(devices) == 2
 
     def solve(theta, y, rates):
         return solver.integrate(lambda t, y, k: -theta * k * y, 0.0, 1.0, y, rates)[0]

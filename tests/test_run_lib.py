@@ -31,7 +31,7 @@ from sde_lib import SDES
 from tests import tiny
 from version import VERSION
 
-pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+pytestmark = pytest.mark.usefixtures("compiled_at_o0", "four_devices")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -520,11 +520,9 @@ def test_a_sample_depends_on_its_key_only(name):
     assert len(np.unique(together.x)) == 16
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "four_devices_here")
 def test_langevin_does_not_depend_on_the_number_of_devices():
     """The two norms are means over the whole batch."""
-    if jax.local_device_count() < 2:
-        pytest.skip("needs two devices")
     keys, score = keys_of(8), gaussian_score(VPSDE())
     sampler = PredictorCorrector("none", "langevin", 30, T_MIN, axis_name="batch")
     mapped = jax.pmap(

@@ -35,6 +35,8 @@ def double():
         yield
 
 
+pytestmark = pytest.mark.usefixtures("four_devices")
+
 ADAM = OptimizerConfig(
     optimizer="Adam", lr=0.1, beta1=0.9, beta2=0.99, eps=1e-3,
     weight_decay=0.0, warmup=0, grad_clip=-1.0, schedule="constant",
@@ -260,8 +262,6 @@ def test_scan_of_steps_equals_single_steps():
 
 def test_result_does_not_depend_on_the_number_of_devices():
     """Times, noise and gradients of the same global batches, split over 1, 2 and 4 devices."""
-    if jax.device_count() < 4:
-        pytest.skip("needs four devices")
     expected, metrics = several_steps(1)
     for devices in (2, 4):
         other, other_metrics = several_steps(devices)
@@ -302,8 +302,6 @@ def test_an_adaptive_law_is_the_moving_average_of_the_moments_of_its_steps():
 
 
 def test_an_adaptive_law_does_not_depend_on_devices_or_microbatches():
-    if jax.device_count() < 2:
-        pytest.skip("needs two devices")
     expected, metrics = several_steps(1, 4, "adaptive")
     for other, found in (
         several_steps(2, 4, "adaptive"), several_steps(1, 4, "adaptive", num_microbatches=2),
