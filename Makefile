@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/digits_vp
 BIN    := $(VENV)/bin
+# Three workers keep two cores busy: tests wait for processes that they start, and for the disk.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
 # Python compiles what is imported when it is: most of what is installed never is.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 DEMO   := $(BIN)/python main.py --config=configs/digits/vp.py --workdir=$(RUN)
@@ -29,11 +31,10 @@ demo: $(VENV)/.installed
 install: $(VENV)/.installed
 
 check: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow" \
-	  $(QUICK:%=tests/test_%.py) $(WHOLE:%=tests/test_run_lib.py::test_%)
+	$(PYTEST) -m "not slow" $(QUICK:%=tests/test_%.py) $(WHOLE:%=tests/test_run_lib.py::test_%)
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -26,7 +26,6 @@ def check(workdir: Path, names: str, **changes: object) -> None:
         ("train,eval", {"dequantizer": True}, "no dequantiser in .*: run --mode=train_deq"),
         ("train,eval", {"dequantization": "uniform,variational"}, "no dequantiser in "),
         ("train,eval", {"dataset": "validation"}, r"eval\.dataset='validation'"),
-        ("train,eval", {"batch_size": 6}, r"eval\.batch_size=6: "),
         ("train,eval", {"end_ckpt": 3, "begin_ckpt": 1}, r"eval\.end_ckpt=3: need at most 2"),
         ("train,eval", {"elbo": True}, r"eval\.elbo=True with model\.parameterization"),
         ("train,diagnose", {"dataset": "validation"}, r"eval\.dataset='validation'"),
@@ -42,6 +41,12 @@ def test_what_is_missing_is_said_first(
     with pytest.raises(ValueError, match=message):
         check(tmp_path, names, **changes)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("four_devices_here")
+def test_a_batch_that_the_devices_cannot_share_is_said_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"eval\.batch_size=6: must be a multiple of the 4"):
+        check(tmp_path, "train,eval", batch_size=6)
 
 
 @pytest.mark.parametrize(

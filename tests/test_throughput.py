@@ -25,7 +25,7 @@ from run_lib.trainer import PendingMetrics, Trainer
 from tests import tiny
 from train_state import accumulated_gradient
 
-pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+pytestmark = pytest.mark.usefixtures("compiled_at_o0", "four_devices")
 
 
 def gradients(numbers, dtype, **changes):
