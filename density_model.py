@@ -3,8 +3,8 @@
     model = DensityModel().fit(x_train)
     model.score_samples(x_test)
 
-A fitted model is a run folder like any other: the command line evaluates it, and `log_prob` gives
-the values that an evaluation would write in its rows.
+A fitted model is a run folder like any other, which the command line evaluates: `log_prob` gives
+the values that an evaluation of the same checkpoint and examples would write in its rows.
 """
 
 import functools
@@ -25,6 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 import json_files
 import npz_files
 import run_lib
+from checkpoints import whole_steps
 from checks import require
 from configs.mnist import sharp as images
 from configs.table import vp as table
@@ -33,7 +34,7 @@ from operators import fold_in_each
 from run_lib import config_files, identities, loading
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
-from run_lib.folder import write_json
+from run_lib.folder import trained_otherwise, write_json
 
 HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is chosen
 MOST_HELD_OUT = 2000  # examples
@@ -87,7 +88,7 @@ class DensityModel(DensityMixin, BaseEstimator):
 
         Raises:
             ValueError: X or context holds what has no density, as NaN or a constant coordinate, a
-                field of the config is wrong, or the folder holds a model of other data.
+                field of the config is wrong, or the folder holds a model of other data or settings.
         """
         del y
         X = np.asarray(X)
@@ -99,6 +100,12 @@ class DensityModel(DensityMixin, BaseEstimator):
         _keep(workdir / "data.npz", _split(X, context, self.random_state))
         config = self._config(X, workdir, conditional=context is not None)
         experiment = Experiment.from_config(config)
+        settings = experiment.settings
+        require(settings.eval.enable_bpd, "eval.enable_bpd", False, "True: log_prob needs it")
+        require(settings.eval.bound, "eval.bound", False, "True: it chooses the checkpoint")
+        others = trained_otherwise(workdir, settings.resolved())
+        allowed = "the settings that the model in workdir was trained with, or a new folder"
+        require(not others, "changes", "; ".join(others), allowed)
         run_lib.train(experiment, workdir)
         return self._of(experiment, workdir, _best_step(workdir, experiment))
 
@@ -157,6 +164,7 @@ class DensityModel(DensityMixin, BaseEstimator):
             ValueError: a context is missing, or not as in `fit`.
         """
         check_is_fitted(self)
+        require(n_samples >= 1, "n_samples", n_samples, "at least 1")
         key, size = jax.random.key(random_state), min(self._size(), n_samples)
         context = self._context(context, n_samples)
         found = []
@@ -169,11 +177,21 @@ class DensityModel(DensityMixin, BaseEstimator):
     def save(self, folder: str | Path) -> None:
         """Copy the run folder, with the data that the model was fitted on.
 
+        The config of the copy names these data and the chosen checkpoint, so that the command line
+        evaluates this model: `main.py --workdir=FOLDER --mode=eval`.
+
         Raises:
             FileExistsError: the folder is there.
         """
         check_is_fitted(self)
+        folder = Path(folder).absolute()
         shutil.copytree(self.workdir_, folder)
+        config = json_files.read(folder / "config.json")
+        config["data"]["path"] = str(folder / "data.npz")
+        number = self.step_ // config["training"]["snapshot_freq"]
+        if number * config["training"]["snapshot_freq"] == self.step_:
+            config["eval"].update(begin_ckpt=number, end_ckpt=number)
+        write_json(folder / "config.json", config)
 
     @classmethod
     def load(cls, folder: str | Path) -> "DensityModel":
@@ -212,13 +230,13 @@ class DensityModel(DensityMixin, BaseEstimator):
         config.data.update(dataset="npz", path=str(workdir / "data.npz"))
         config.data.context = "values" if conditional else ""
         config.training.snapshot_sampling = False
-        for name, value in (self.changes or {}).items():
+        changes, training = self.changes or {}, config.training
+        for name, value in changes.items():
             config_files.change(config, name, str(value))
-        training = config.training
         every = max(training.n_iters // CHECKPOINTS // training.n_jitted_steps, 1)
-        training.update(snapshot_freq=every * training.n_jitted_steps)
-        training.update(eval_freq=training.snapshot_freq)
-        training.update(snapshot_freq_for_preemption=training.snapshot_freq)
+        for name in ("snapshot_freq", "eval_freq", "snapshot_freq_for_preemption"):
+            if f"training.{name}" not in changes:
+                training[name] = every * training.n_jitted_steps
         return config
 
     @functools.cached_property
@@ -257,7 +275,10 @@ class DensityModel(DensityMixin, BaseEstimator):
         allowed = f"[n, {', '.join(map(str, self.shape_))}], as in fit"
         require(X.shape[1:] == self.shape_ and len(X) > 0, "X", X.shape, allowed)
         levels = self.experiment_.dataset.levels
-        require((levels is None) == (X.dtype != np.uint8), "X.dtype", X.dtype, "as in fit")
+        fits = X.dtype == np.uint8 if levels else X.dtype != np.uint8 and X.dtype.kind in "iuf"
+        require(fits, "X.dtype", X.dtype, "as in fit")
+        finite = levels is not None or bool(np.isfinite(X).all())
+        require(finite, "X", X, "finite numbers")
         x = X.reshape(len(X), *self.experiment_.dataset.shape)
         x = x if levels else x.astype(np.float32)
         context, size = self._context(context, len(X)), min(size, len(X))
@@ -297,6 +318,8 @@ class DensityModel(DensityMixin, BaseEstimator):
             fits = given.dtype.kind in "iu" and 0 <= given.min() <= given.max() < known.classes
             require(fits, "context", given, f"classes 0 to {known.classes - 1}")
             return given.astype(np.int32)
+        finite = given.dtype.kind in "iuf" and np.isfinite(given).all()
+        require(finite, "context", given, "finite numbers, as in fit")
         return self.experiment_.dataset.context.standardized(given).astype(np.float32)
 
 
@@ -313,7 +336,7 @@ def _split(X: np.ndarray, context: np.ndarray | None, seed: int) -> npz_files.Ar
 
 def _keep(path: Path, arrays: npz_files.Arrays) -> None:
     """Write data.npz, or see that it holds the same: those of another model are not lost."""
-    if path.exists():
+    if path.exists() and whole_steps(path.parent):
         stored = npz_files.read(path, ())
         same = stored.keys() == arrays.keys() and all(
             np.array_equal(stored[name], array) for name, array in arrays.items()
@@ -347,8 +370,7 @@ def _held_out_bound(experiment: Experiment) -> Callable[[Any], float]:
     All parameters see the same times and noise, so that differences are known better than values.
     """
     names = ("bound", "discrete bound")
-    bound = next((e for e in estimators(experiment) if e.name in names), None)
-    require(bound is not None, "eval.bound", False, "True: it chooses the checkpoint")
+    bound = next(e for e in estimators(experiment) if e.name in names)
     function, key = jax.jit(bound.function), experiment.keys[bound.key]
     number = min(experiment.dataset.size("test"), MOST_BOUNDS)
     size = min(number, experiment.settings.eval.batch_size)

@@ -157,9 +157,18 @@ def with_context(rows: dict[str, Rows]) -> tuple[dict[str, Rows], Context | None
         }
         context = Context((), 1 + int(max(a.max() for a in kept.values())))
     else:
-        kept = {name: a.reshape(len(a), *(a.shape[1:] or (1,))) for name, a in there.items()}
+        kept = {
+            name: _as_floats(a).reshape(len(a), *(a.shape[1:] or (1,))) for name, a in there.items()
+        }
         context = Context(kept["train"].shape[1:])
     return {name: r._replace(context=kept[name]) for name, r in rows.items()}, context
+
+
+def _as_floats(array: np.ndarray) -> np.ndarray:
+    """Images as float32, numbers [n, c] as they are but not as integers, which mean classes."""
+    if array.ndim > 2:
+        return array.astype(np.float32)
+    return array.astype(np.float64) if array.dtype.kind in "iu" else array
 
 
 def cell_widths(config: DataConfig, shape: Shape) -> np.ndarray | None:

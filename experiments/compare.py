@@ -24,7 +24,6 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-import json_files
 import plotting
 import run_lib
 from checks import one_of, require
@@ -33,6 +32,17 @@ from run_lib.experiment import Experiment
 from run_lib.settings import Settings
 
 logger = logging.getLogger("fokker")
+# A folder keeps what it was trained with; with more steps it goes on.
+LONGER = tuple(
+    f"training.{name}"
+    for name in (
+        "n_iters",
+        "log_freq",
+        "eval_freq",
+        "snapshot_freq",
+        "snapshot_freq_for_preemption",
+    )
+)
 AVERAGED_CURVES = ("dsm", "r_fp", "asymmetry")
 
 
@@ -95,7 +105,8 @@ def run(config: ConfigDict, seed: int, workdir: Path, modes: list[str]) -> dict[
     config.seed = seed
     experiment = Experiment.from_config(config)
     settings = experiment.settings
-    _same_training(settings, workdir)
+    others = folder.trained_otherwise(workdir, settings.resolved(), LONGER)
+    require(not others, "--workdir", "; ".join(others), "another folder for other settings")
     folder.log_to(workdir)
     rows = workdir / "eval" / f"diagnosis_{settings.training.n_iters}.jsonl"
     if "train" in modes:
@@ -115,22 +126,6 @@ def _is_diagnosed(path: Path) -> bool:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     named = [row for row in rows if "identity" in row]
     return bool(named) and identities.reported(path.parent, named) == rows
-
-
-def _same_training(settings: Settings, workdir: Path) -> None:
-    """A folder keeps what it was trained with; another number of steps continues it."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    before = json_files.read(path)["training"]
-    now = json.loads(json.dumps(settings.resolved()["training"]))
-    free = ("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption")
-    changed = [n for n in now if n not in free and n in before and before[n] != now[n]]
-    if changed:
-        raise ValueError(
-            f"{workdir} was trained with other values of training.{', training.'.join(changed)}: "
-            "use another --workdir"
-        )
 
 
 def evaluated(settings: Settings, workdir: Path) -> dict[str, float]:

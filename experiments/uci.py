@@ -43,7 +43,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.neighbors import KernelDensity
 
 import checkpoints
@@ -92,6 +92,8 @@ def split_of(path: Path, name: str, number: int) -> Split:
     arrays = npz_files.read(path, [f"{name}_{part}" for part in ("x", "y", "test")])
     x, y, test = (arrays[f"{name}_{part}"] for part in ("x", "y", "test"))
     require(number < len(test), "--splits", number + 1, f"at most {len(test)} for {name}")
+    fits = test.dtype.kind in "iu" and 0 <= test.min() <= test.max() < len(y)
+    require(fits, f"{name}_test of {path}", test.dtype, f"integers from 0 to {len(y) - 1}")
     train = np.setdiff1d(np.arange(len(y)), test[number])
     return Split(x[train], y[train], x[test[number]], y[test[number]])
 
@@ -152,7 +154,9 @@ def standardised(rows: Rows, tested: Rows) -> tuple[Rows, Rows, Column]:
 def filled(rows: Rows, tested: Rows, seed: int) -> tuple[Rows, Rows]:
     """Both with uniform noise within the cells of their columns."""
     every = np.concatenate([rows, tested])
-    cells = [np.diff(np.unique(np.round(column, 9))).min() for column in every.T]
+    steps = [np.diff(np.unique(np.round(column, 9))) for column in every.T]
+    require(all(map(len, steps)), "--joint", "a constant column", "columns of several values")
+    cells = [step.min() for step in steps]
     noisy = every + np.random.default_rng(seed).uniform(-0.5, 0.5, every.shape) * cells
     return noisy[: len(rows)], noisy[len(rows) :]
 
@@ -160,7 +164,8 @@ def filled(rows: Rows, tested: Rows, seed: int) -> tuple[Rows, Rows]:
 def log_p_joint(rows: Rows, tested: Rows) -> tuple[float, float]:
     """The means of log p of the tested rows by a Gaussian mixture and by a kernel density."""
     points, tested, scale = standardised(rows, tested)
-    search = GridSearchCV(KernelDensity(), {"bandwidth": WIDTHS}).fit(points)
+    folds = KFold(5, shuffle=True, random_state=0)  # the tables are in an order that means much
+    search = GridSearchCV(KernelDensity(), {"bandwidth": WIDTHS}, cv=folds).fit(points)
     units = np.log(scale).sum()
     kernels = search.score(tested) / len(tested)
     return float(best_mixture(points).score(tested) - units), float(kernels - units)
@@ -168,7 +173,8 @@ def log_p_joint(rows: Rows, tested: Rows) -> tuple[float, float]:
 
 def within(samples: Float[np.ndarray, "n k"], y: Column, share: float) -> float:
     """The share of y between the quantiles of (1 ∓ share)/2 of their samples."""
-    low, high = np.quantile(samples, [0.5 - share / 2, 0.5 + share / 2], axis=1)
+    ends = [0.5 - share / 2, 0.5 + share / 2]
+    low, high = np.quantile(samples, ends, axis=1, method="weibull")  # unbiased for y of their law
     return float(np.mean((low <= y) & (y <= high)))
 
 
@@ -213,10 +219,15 @@ def evaluated(name: str, number: int, options: argparse.Namespace) -> dict[str, 
     workdir = options.workdir / name / f"{'joint' * options.joint}{number}"
     model = DensityModel(changes=changes, workdir=workdir, random_state=number)
     figures = (joint if options.joint else conditional)(model, split)
-    path, identity = workdir / "uci.json", checkpoints.digest(model.params_)
+    path, tested = workdir / "uci.json", {"x": split.x_test, "y": split.y_test}
+    identity = {
+        "parameters": checkpoints.digest(model.params_),
+        "tested": checkpoints.digest(tested),
+        "settings": changes,
+    }
     found = json_files.read(path) if path.exists() else {}
-    if found.get("parameters") != identity:
-        found = {"parameters": identity, "step": model.step_, "n": len(split.y_test)} | figures()
+    if found.get("identity") != identity:
+        found = {"identity": identity, "step": model.step_, "n": len(split.y_test)} | figures()
         folder.write_json(path, found)
     logger.info("%s, split %d: log p %.4f, step %d", name, number, found["model"], found["step"])
     return found

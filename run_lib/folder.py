@@ -16,7 +16,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,29 @@ def is_fixed(name: str) -> bool:
     """Say whether changing this field would make the parameters of a run mean something else."""
     under = any(name == f or name.startswith(f + ".") for f in FIXED)
     return under and name not in FREE
+
+
+def trained_otherwise(
+    workdir: Path, config: dict[str, Any], free: Collection[str] = ()
+) -> list[str]:
+    """Say which settings of its training a run folder had, where they are others now.
+
+    Args:
+        workdir: the run folder; without a checkpoint there is nothing to say.
+        config: the resolved config of this start.
+        free: names of fields that may differ.
+    """
+    path = workdir / "config.json"
+    if not path.exists() or not whole_steps(workdir):
+        return []
+    before, now = json_files.read(path), json.loads(json.dumps(config))
+    known = dict(flatten(before))  # a field that the folder lacks is newer than it
+    return [
+        f"{name}: {old!r} in {path}, now {new!r}"
+        for name, (old, new) in differences(before, now).items()
+        if name.split(".")[0] in ("training", "optim", "model") and name in known
+        if name not in free
+    ]
 
 
 def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] = ()) -> None:

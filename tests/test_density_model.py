@@ -13,6 +13,7 @@ import density_model
 import run_lib
 from density_model import DensityModel
 from records import Records
+from run_lib import config_files
 from run_lib.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
@@ -63,11 +64,12 @@ def test_a_saved_model_is_the_same_and_the_command_line_evaluates_it(fitted, tmp
     again, x = DensityModel.load(tmp_path / "copy"), correlated(7, seed=2)
     assert_allclose(again.score_samples(x), fitted.score_samples(x), rtol=1e-6)
     held_out = np.load(tmp_path / "copy" / "data.npz")["x_test"]
-    config = again.config.copy_and_resolve_references()
-    step = again.step_ // config.training.snapshot_freq
-    config.eval.update(begin_ckpt=step, end_ckpt=step, enable_sampling=False, bound=False)
+    config = config_files.load(str(tmp_path / "copy" / "config.json"))  # as the command line does
+    assert config.data.path == str(tmp_path / "copy" / "data.npz")
+    config.eval.update(enable_sampling=False, bound=False)
     run_lib.evaluate(Experiment.from_config(config), tmp_path / "copy", "eval")
     (rows,) = Records(tmp_path / "copy" / "eval").tables(estimator="ODE")
+    assert rows["step"] == fitted.step_
     values = [row["value"] for row in sorted(rows, key=lambda row: row["index"])]
     assert_allclose(-again.score_samples(held_out), values, rtol=1e-4)
     pickled = pickle.loads(pickle.dumps(fitted))  # also after log_prob has compiled

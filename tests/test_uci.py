@@ -40,7 +40,11 @@ def test_a_mixture_is_conditioned_on_x() -> None:
 def test_quantiles_of_samples_hold_their_share() -> None:
     rng = np.random.default_rng(2)
     samples, y = rng.normal(size=(3000, 99)), rng.normal(size=3000)
-    assert_allclose(uci.within(samples, y, 0.9), 0.9, atol=0.03)
+    for share in (0.5, 0.9):
+        n = 4 * (share * (1 - share) / 3000) ** 0.5
+        assert_allclose(uci.within(samples, y, share), share, atol=n)
+    many = np.random.default_rng(4).normal(size=(40_000, 10))  # few samples show a wrong quantile
+    assert_allclose(uci.within(many[:, 1:], many[:, 0], 0.8), 0.8, atol=0.008)
     assert uci.within(samples, y + 10.0, 0.9) == 0.0
 
 
@@ -48,18 +52,21 @@ def test_a_joint_density_is_in_the_units_of_the_columns() -> None:
     """Independent Gaussians of deviations 3 and 200: a mixture has one component."""
     deviations = np.array([3.0, 200.0])
     rows = np.random.default_rng(3).normal(size=(1500, 2)) * deviations + 50.0
-    mixture, kernels = uci.log_p_joint(rows[:-500], rows[-500:])
+    train = rows[:-500][np.argsort(rows[:-500, 0])]  # a table in an order
+    mixture, kernels = uci.log_p_joint(train, rows[-500:])
     truth = norm.logpdf(rows[-500:], 50.0, deviations).sum(axis=1).mean()
     assert_allclose(mixture, truth, atol=0.03)
     assert truth - 0.2 < kernels < truth
 
 
 def test_noise_fills_the_cells_of_each_column() -> None:
-    rows = np.array([[0.0, 0.25], [1.0, 0.5], [5.0, 1.0], [1.0, 0.75]])
-    first, second = uci.filled(rows[:3], rows[3:], 0)
+    rows = np.tile([[0.0, 0.25], [1.0, 0.5], [5.0, 1.0], [1.0, 0.75]], (100, 1))
+    first, second = uci.filled(rows[:300], rows[300:], 0)
     noise = np.concatenate([first, second]) - rows
     assert np.all(np.abs(noise) <= [0.5, 0.125])
-    assert np.all(np.ptp(noise, axis=0) > [0.2, 0.05])
+    assert np.all(np.ptp(noise, axis=0) > [0.95, 0.23])
+    with pytest.raises(ValueError, match="--joint='a constant column'"):
+        uci.filled(rows[:300] * [1.0, 0.0], rows[300:] * [1.0, 0.0], 0)
 
 
 class Exact:
@@ -74,6 +81,7 @@ class Exact:
         assert y.shape == (len(context), 1)
 
     def score(self, y: np.ndarray, *, context: np.ndarray) -> float:
+        assert len(y) == 50  # the tested rows
         return float(norm.logpdf(y[:, 0], self._mean(context), 0.5).mean())
 
     def sample(self, number: int, context: np.ndarray) -> np.ndarray:
@@ -103,6 +111,13 @@ def test_figures_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert_allclose([found["within 50 %"], found["within 90 %"]], [0.5, 0.9], atol=0.2)
     monkeypatch.setattr(uci, "log_p_process", None)  # what is there is not computed again
     assert uci.evaluated("boston", 1, options) == found
+    for params, options.set in (
+        ({"w": np.ones(1)}, []),
+        (Exact.params_, ["eval.num_steps=9"]),
+    ):  # of another model or other settings it is
+        monkeypatch.setattr(Exact, "params_", params)
+        with pytest.raises(TypeError, match="not callable"):
+            uci.evaluated("boston", 1, options)
     assert "| -2.402 ± 0.042 | 2 |" in uci.line("boston", [found, found])
 
 
