@@ -227,10 +227,14 @@ class Reals:
 
     def encode(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Batched:
         """Model-space y of the data, with fresh noise in their cells from one key per example."""
-        x = image
-        if self.widths is not None:
-            x = x + jnp.asarray(self.widths, x.dtype)[None] * (uniform(keys, x) - 0.5)
+        x = self.in_cells(image, keys)
         return x if self.affine is None else self.affine.apply(x)
+
+    def in_cells(self, x: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Batched:
+        """x + w (u − ½), in the units of the user: x itself where all values are continuous."""
+        if self.widths is None:
+            return x
+        return x + jnp.asarray(self.widths, x.dtype)[None] * (uniform(keys, x) - 0.5)
 
     def draw(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Draw:
         """The same y, with −log|det A| for log q: log p(y) − log q is then a density of x."""

@@ -41,7 +41,9 @@ from run_lib import folder
 
 logger = logging.getLogger("fokker")
 PAIRS = 1000  # of the KL
-TRIES = 20  # rounds of drawing samples again
+ROUND = 1000  # samples are drawn in multiples of this
+LEAST = 0.01  # share of samples within the prior
+REFERENCES = 10_000  # samples of a reference posterior
 SNPE = {  # C2ST of the benchmark's SNPE after 1,000 and 10,000 simulations, mean of 10 observations
     "two_moons": (0.643, 0.554),
     "gaussian_mixture": (0.669, 0.551),
@@ -83,7 +85,7 @@ class Reference:
         return self._table(task, number, "observation.csv")
 
     def posterior(self, task: str, number: int) -> Float[np.ndarray, "n d"]:
-        """Ten thousand samples of p(θ | y)."""
+        """REFERENCES samples of p(θ | y)."""
         return self._table(task, number, "reference_posterior_samples.csv.bz2")
 
     def _table(self, task: str, number: int, name: str) -> np.ndarray:
@@ -109,17 +111,17 @@ def posterior_samples(
         ValueError: hardly any sample lies there.
     """
     kept: list[np.ndarray] = []
-    for round_number in range(TRIES):
-        left = number - sum(map(len, kept))
-        if left <= 0:
-            break
-        context = np.repeat(y, left, axis=0).astype(np.float32)
-        drawn = model.sample(left, context, random_state=round_number).astype(np.float64)
-        kept.append(drawn[simulator.allows(drawn)])
-    found = np.concatenate(kept)
-    allowed = f"more than {len(found)} of {number} samples within the prior"
-    require(len(found) == number, "samples", number, allowed)
-    return found
+    there = drawn = 0
+    while True:
+        size = ROUND * -(-(number - there) // ROUND)  # few sizes, each of which is compiled
+        context = np.repeat(y, size, axis=0).astype(np.float32)
+        found = model.sample(size, context, random_state=len(kept)).astype(np.float64)
+        kept.append(found[simulator.allows(found)])
+        there, drawn = there + len(kept[-1]), drawn + size
+        if there >= number:
+            return np.concatenate(kept)[:number]
+        allowed = f"more than {there} of {drawn} samples within the prior"
+        require(there >= LEAST * drawn, "samples", number, allowed)
 
 
 def divergence(
@@ -137,7 +139,8 @@ def evaluated(name: str, simulations: int, options: argparse.Namespace) -> dict[
     simulator, changes = SIMULATORS[name], dict(s.split("=", 1) for s in options.set)
     workdir = options.workdir / name / str(simulations)
     model = fitted(simulator, simulations, options.seed, workdir, changes)
-    path, protocol = workdir / "sbi.json", [checkpoints.digest(model.params_), options.samples]
+    path = workdir / "sbi.json"
+    protocol = [checkpoints.digest(model.params_), options.samples, changes]
     found = json_files.read(path) if path.exists() else {}
     if found.get("protocol") != protocol:
         found = {"protocol": protocol, "c2st": {}}
@@ -187,6 +190,10 @@ def main() -> None:
         for name in options.tasks.split(","):
             one_of("--tasks", name, SIMULATORS)
         require(1 <= options.observations <= 10, "--observations", options.observations, "1 to 10")
+        allowed = f"100 to {REFERENCES}, as many as a reference has"
+        require(100 <= options.samples <= REFERENCES, "--samples", options.samples, allowed)
+        for number in options.simulations.split(","):
+            require(number.isdecimal(), "--simulations", number, "integers with commas between")
         for setting in options.set:
             require("=" in setting, "--set", setting, "section.field=value")
         for name in options.tasks.split(","):
@@ -194,7 +201,7 @@ def main() -> None:
                 found = evaluated(name, simulations, options)
                 lines.append(line(name, simulations, found))
                 (options.workdir / "sbi.txt").write_text("\n".join(lines) + "\n")
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         logger.error("error: %s", error)
         sys.exit(2)
     logger.info("\n%s", "\n".join(lines))

@@ -17,6 +17,7 @@ https://doi.org/10.1080/00031305.1996.10474359 (regions of highest density).
 """
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Key
 from checks import require
 from dequantization import Reals
 from operators import fold_in_all, fold_in_each
-from run_lib.estimators import Details, Estimator, Parameters, starts_noised
+from run_lib.estimators import Details, Estimator, Parameters, ode_of_points, starts_noised
 from run_lib.experiment import Experiment
 from sampling import OdeSampler
 
@@ -135,24 +136,29 @@ def _classification(experiment: Experiment, table: list[Estimator]) -> Estimator
 
 
 def _calibration(experiment: Experiment, table: list[Estimator]) -> Estimator:
-    """The level of x and the ranks of its coordinates, by samples and density of the ODE."""
+    """The level of x and the ranks of its coordinates, by samples and density of the ODE.
+
+    Where the values are known to lie in cells, x is drawn in its cell, once for all of these.
+    """
     settings, encoding = experiment.settings, experiment.encoding
     found = [estimator for estimator in table if estimator.name == "ODE"]
     allowed = "False, or eval.enable_bpd=True and real-valued data: levels are of a density"
     fits = bool(found) and isinstance(encoding, Reals)
     require(fits, "eval.calibrate", True, allowed)
-    of, number = found[0], settings.eval.calibration_samples
+    reals = cast(Reals, encoding)
+    of, number = ode_of_points(experiment), settings.eval.calibration_samples
     t_min, model = settings.training.smallest_time, experiment.model
     sampler = OdeSampler(experiment.solver, t_min, noise_removal=starts_noised(settings))
 
     def function(params: Parameters, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
-        x, keys = batch["image"], fold_in_each(key, batch["noise_id"])
+        keys = fold_in_each(key, batch["noise_id"])
         score_fn = model.score(params.score, context=batch.get("context"))
-        truth = of.function(params, key, batch)
+        x = reals.in_cells(batch["image"], fold_in_all(keys, 8))
+        truth = of.function(params, key, batch | {"image": x})
 
         def drawn(k: jax.Array) -> tuple[jax.Array, ...]:
             each = fold_in_all(fold_in_all(keys, 5), k)
-            sample = encoding.decode(sampler(score_fn, model.sde, each, jnp.zeros_like(x)).x)
+            sample = reals.decode(sampler(score_fn, model.sde, each, jnp.zeros_like(x)).x)
             likeness = of.function(
                 params, jax.random.fold_in(key, k + 1), batch | {"image": sample}
             )
@@ -169,7 +175,8 @@ def _calibration(experiment: Experiment, table: list[Estimator]) -> Estimator:
         }
 
     given = {} if experiment.context is None else {"given": experiment.given_name}
-    details = of.details | given | {"samples": number}
+    cells = {"drawn": "within cells"} if reals.is_noisy else {}
+    details = found[0].details | given | {"samples": number} | cells
     return Estimator(f"calibration by {of.name}", details, "", of.key, function)
 
 

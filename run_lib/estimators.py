@@ -232,6 +232,12 @@ def _ode(experiment: Experiment, noise: Dequantization) -> Estimator:
     return Estimator("ODE", details, encoding.unit, "eval", function)
 
 
+def ode_of_points(experiment: Experiment) -> Estimator:
+    """The ODE at real values as they are, without noise in their cells."""
+    continuous = dataclasses.replace(experiment.encoding, widths=None)
+    return _ode(experiment, Dequantization({}, lambda _, x, keys: continuous.draw(x, keys)))
+
+
 def starts_noised(settings: Settings) -> bool:
     """Say whether the ODE starts at x_{t_min}; by "auto" it does where the head has a decoder."""
     if settings.eval.ode_start == "auto":

@@ -54,11 +54,12 @@ def x64() -> Iterator[None]:
 
 def several_devices() -> Iterator[None]:
     """Four devices instead of one, for which programs take longer to compile and to run."""
+    before = jax.config.jax_num_cpu_devices
     clear_backends()
     jax.config.update("jax_num_cpu_devices", 4)
     yield
     clear_backends()
-    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_num_cpu_devices", before)
 
 
 four_devices = pytest.fixture(several_devices, scope="module")

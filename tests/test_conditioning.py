@@ -140,6 +140,8 @@ def test_the_gradient_reaches_the_context(case):
         assert float(jnp.max(jnp.abs(found["none"]))) > 0.0
     else:
         assert all(float(jnp.max(jnp.abs(leaf))) > 0.0 for leaf in jax.tree.leaves(found))
+        if isinstance(net, MLP):
+            assert float(jnp.max(jnp.abs(grads["context"]["kernel"]))) > 0.0
 
 
 @pytest.mark.parametrize("case", ["mlp scalar", "unet image", "ddpm class"], indirect=True)

@@ -31,10 +31,20 @@ def test_images_have_probabilities_of_grey_levels():
     assert sample.dtype == np.uint8
 
 
+@pytest.mark.usefixtures("four_devices_here")
+def test_all_devices_share_a_batch_and_its_contexts():
+    """Of 60 examples a batch of 15 would be; 12 have their contexts with them on 4 devices."""
+    x = np.random.default_rng(1).standard_normal((60, 1))
+    changes = {"model.hidden": 8, "model.depth": 1, "training.n_iters": 1, "eval.num_steps": 4}
+    changes |= {"training.n_jitted_steps": 1, "optim.warmup": 1}
+    model = DensityModel(changes=changes).fit(x, context=x[:, 0])
+    assert model.experiment_.settings.training.batch_size == 12
+    assert np.isfinite(model.score(x[:8], context=x[:8, 0]))
+
+
 @pytest.mark.parametrize("shape", [(28, 28), (6, 6, 3), (7, 5)])
 def test_the_network_of_images_fits_their_sides(shape):
     config = density_model._of_images(np.zeros((2, *shape), np.uint8))
-    assert config.training.batch_size % jax.device_count() == 0
     config.data.dataset = "digits"
     network = Experiment.from_config(config).settings.network
     x = jax.ShapeDtypeStruct((1, *(shape if len(shape) == 3 else (*shape, 1))), np.float32)

@@ -87,10 +87,10 @@ def test_spikes_are_correlated_with_the_stimulus_that_drives_them() -> None:
 
 
 def test_a_classifier_sees_a_shift_and_no_difference() -> None:
-    rng = np.random.default_rng(5)
-    reference = rng.normal(size=(600, 2))
-    assert abs(sbi.c2st(rng.normal(size=(600, 2)), reference) - 0.5) < 0.06
-    shifted = sbi.c2st(rng.normal([2.0, 0.0], size=(600, 2)), reference)
+    rng, scale = np.random.default_rng(5), np.array([1e-3, 1e3])  # it sees them standardised
+    reference = rng.normal(size=(600, 2)) * scale
+    assert abs(sbi.c2st(rng.normal(size=(600, 2)) * scale, reference) - 0.5) < 0.06
+    shifted = sbi.c2st(rng.normal([2.0, 0.0], size=(600, 2)) * scale, reference)
     assert_allclose(shifted, norm.cdf(1.0), atol=0.04)  # the best there is
 
 
@@ -130,6 +130,10 @@ def test_a_fit_is_compared_with_the_truth(tmp_path, monkeypatch: pytest.MonkeyPa
     assert "| 0.652 | " in sbi.line("gaussian_linear", 1000, found)
     monkeypatch.setattr(sbi, "c2st", None)  # what is there is not computed again
     assert sbi.evaluated("gaussian_linear", 1000, options)["c2st"] == found["c2st"]
+    for name, value in (("samples", 149), ("set", ["eval.num_steps=9"])):  # of others it is
+        changed = argparse.Namespace(**vars(options) | {name: value})
+        with pytest.raises(TypeError, match="not callable"):
+            sbi.evaluated("gaussian_linear", 1000, changed)
 
 
 def test_samples_outside_the_prior_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,5 +142,5 @@ def test_samples_outside_the_prior_are_drawn_again(monkeypatch: pytest.MonkeyPat
     found = sbi.posterior_samples(Exact(), simulator, 2 * y, 200)  # most lie outside
     assert simulator.allows(found).all()
     assert len(np.unique(found, axis=0)) == 200
-    with pytest.raises(ValueError, match="of 200 samples within the prior"):
+    with pytest.raises(ValueError, match="of 1000 samples within the prior"):
         sbi.posterior_samples(Exact(), simulator, 40 * y, 200)
