@@ -2,15 +2,16 @@
 
   python main.py                                           train and evaluate: handwritten digits
   python main.py --config.training.score_matching_order=3  the same with other fields
-  python main.py --config=configs/mnist/vp.py --config.data.path=mine.npz      your own images
+  python main.py --config=configs/mnist/sharp.py --config.data.path=mine.npz   your own images
   python main.py --workdir=runs/digits_vp --mode=eval,sample  evaluate what is there, and sample it
-  python main.py --config=configs/mnist/vp.py --describe   every field, what it means, what is set
+  python main.py --config=configs/mnist/sharp.py --describe  every field, what it means, what is set
 
 Every field of the config can be changed; None gives it its default. A command that is given again
 goes on where it was.
 
-Exit codes: 0 done; 2 a mistake in command, config or data, or no room for it; 3 another process of
-the run is gone (134 where JAX ends this one); 75 stopped by SIGTERM or SIGINT, to be started again.
+Exit codes: 0 done; 1 a fault of the program; 2 a mistake in command, config or data, or no room for
+it; 3 another process of the run is gone (134 where JAX ends this one); 75 stopped by SIGTERM or
+SIGINT, to be started again.
 """
 
 # ruff: noqa: E402  (signals are heard before the imports, which take seconds)

@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     """Return a config in which every field has its default."""
     config = ConfigDict()
-    config.seed = 42  # of everything that is drawn: start, data order, noise of each example
+    config.seed = 42  # the seed of all that is drawn: start, order of the data, noise of examples
     config.data = _data()
     config.model = _model()
     config.training = _training()
@@ -30,9 +30,9 @@ def _data() -> ConfigDict:
         {
             "dataset": "digits",  # a name in datasets.DATASETS
             "path": "",  # of an .npz, .npy, .csv or .parquet file, an image folder, a tfds folder
-            "image_size": 0,  # pixels on a side; 0: as the data are
+            "image_size": 0,  # pixels on a side of the images; 0: as the data are
             "num_channels": 1,  # 1 (grey) | 3 (colour)
-            "category": "",  # of lsun, as church_outdoor
+            "category": "",  # the category of lsun, as church_outdoor
             # c of p(x | c): class (y_train, y_test of an npz; digits, mnist, cifar10, svhn) |
             # values (context_train, context_test of an npz: numbers [n, *c]); '': p(x)
             "context": "",
@@ -41,20 +41,28 @@ def _data() -> ConfigDict:
             "logit": False,  # logit transform instead of centring
             "uniform_dequantization": True,  # (k + u)/levels in training, too
             "random_flip": False,  # left-right, in training only
-            "num_validation": 0,  # training images, drawn at random, to choose settings by
-            "num_train": 0,  # 0: all (2-D sets: fresh samples for ever)
-            "num_test": 0,  # 0: all (2-D sets: at least 1)
-            "validation_fraction": 0.0,  # of the training examples, in place of num_validation
-            # arrays and tables without a test split
-            "test_fraction": 0.1,  # of all examples, drawn at random, the same for every seed
-            "test_ids": "",  # a file of the test examples, counted from 0: .npy or text
-            # tables; names have commas between them
-            "columns": "",  # those that are modelled; '': all but the context columns
-            # what densities are conditioned on: numbers and one-hot texts; a single column of text,
-            # or one named as NAME:class, gives classes
+            # how many training examples, drawn at random, become the validation split
+            "num_validation": 0,
+            # how many training examples are used; 0: all (2-D sets: fresh samples for ever)
+            "num_train": 0,
+            "num_test": 0,  # how many test examples are used; 0: all (2-D sets: at least 1)
+            # the share of the training examples that becomes the validation split; in place of
+            # num_validation
+            "validation_fraction": 0.0,
+            # the share of all examples that becomes the test split of a file without one; they are
+            # drawn at random, the same for every seed
+            "test_fraction": 0.1,
+            # a file of the numbers of the test examples, counted from 0: .npy or text
+            "test_ids": "",
+            # names of the columns of a table that are modelled, with commas between them; '': all
+            # but the context columns
+            "columns": "",
+            # names of the columns of a table that densities are conditioned on: numbers and one-hot
+            # texts; a single column of text, or one named as NAME:class, gives classes
             "context_columns": "",
-            # real values; figures stay in the units of the data
-            "standardize": "none",  # none | coordinate | whiten, by the training split
+            # what the network sees of real values: none (as they are) | coordinate | whiten, by the
+            # training split; figures stay in the units of the data
+            "standardize": "none",
             # values are known to within cells of this width, as 1 for integers: one number, or one
             # for each column, 0 where it is continuous; noise in the cells is drawn afresh
             "cell_width": (),
@@ -252,24 +260,26 @@ def _sampling() -> ConfigDict:
             "rtol": 1e-4,  # ode: relative tolerance of a step
             "atol": 1e-4,  # ode: absolute tolerance of a step
             # --mode=sample:
-            "num_samples": 16,  # in all; with a task, of every measurement
+            "num_samples": 16,  # how many samples in all; with a task, of every measurement
             "context": "",  # a class | test (that of test examples) | an .npy file; '': none
-            # what the context guides through: '' the network that is given it | classifier, of an
-            # unconditional network and a class (--mode=train_classifier)
+            # which network uses the context: '' the score network, trained with contexts |
+            # classifier, that of --mode=train_classifier beside a score network without contexts
             "guide": "",
             # w of s + w (s_c - s), 1: the conditional score; of the classifier s + w ∇ log p(c | x)
             "guidance": 1.0,
-            # what y = A x + noise is: inpaint | colourise | super_resolve | denoise | linear
-            "task": "",  # '': no y
+            # what y = A x + noise measures: inpaint | colourise | super_resolve | denoise | linear;
+            # '': there is no measurement
+            "task": "",
             # replacement | dps | moment_matching | twisted (exact for many particles)
             "task_method": "moment_matching",
             "measurements": "",  # an .npy file of y; '': made of the first test examples
-            "num_measured": 4,  # how many of them
+            "num_measured": 4,  # how many of the test examples are measured
             "mask": "",  # inpaint: what is missing, top,left,height,width or an .npy of booleans
             "factor": 2,  # super_resolve: pixels on a side of a block
             "matrix": "",  # linear: an .npy file of A, one row per measured number
-            "noise": 0.05,  # of y, in the units of the model: images have [-1, 1]
-            "particles": 64,  # twisted: of every sample
+            # the standard deviation of the noise of y, in units of the model: images have [-1, 1]
+            "noise": 0.05,
+            "particles": 64,  # twisted: the number of particles of every sample
         }
     )
 

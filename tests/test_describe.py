@@ -29,7 +29,7 @@ def test_meanings_stand_beside_above_and_under_headings() -> None:
     assert field("training.fp_every").heading.startswith("Of the Fokker-Planck regulariser")
     assert field("model.beta_min").heading == "Of the SDE:"
     assert field("model.name").heading == field("optim.lr").heading == ""
-    assert field("seed").meaning.startswith("of everything that is drawn")
+    assert field("seed").meaning.startswith("the seed of all that is drawn")
 
 
 def test_fields_follow_configs_base() -> None:
