@@ -31,6 +31,7 @@ from configs.mnist import sharp as images
 from configs.table import vp as table
 from dequantization import Pixels
 from operators import fold_in_each
+from real_arrays import check_finite
 from run_lib import config_files, identities, loading
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
@@ -277,8 +278,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         levels = self.experiment_.dataset.levels
         fits = X.dtype == np.uint8 if levels else X.dtype != np.uint8 and X.dtype.kind in "iuf"
         require(fits, "X.dtype", X.dtype, "as in fit")
-        finite = levels is not None or bool(np.isfinite(X).all())
-        require(finite, "X", X, "finite numbers")
+        check_finite("X", X)
         x = X.reshape(len(X), *self.experiment_.dataset.shape)
         x = x if levels else x.astype(np.float32)
         context, size = self._context(context, len(X)), min(size, len(X))
@@ -318,8 +318,8 @@ class DensityModel(DensityMixin, BaseEstimator):
             fits = given.dtype.kind in "iu" and 0 <= given.min() <= given.max() < known.classes
             require(fits, "context", given, f"classes 0 to {known.classes - 1}")
             return given.astype(np.int32)
-        finite = given.dtype.kind in "iuf" and np.isfinite(given).all()
-        require(finite, "context", given, "finite numbers, as in fit")
+        require(given.dtype.kind in "iuf", "context", given.dtype, "numbers, as in fit")
+        check_finite("context", given)
         return self.experiment_.dataset.context.standardized(given).astype(np.float32)
 
 

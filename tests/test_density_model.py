@@ -118,6 +118,12 @@ def test_a_density_given_numbers():
         model.sample(3)
     with pytest.raises(ValueError, match=r"one for each of 2 examples"):
         model.score_samples(points[:2, None], given)
+    with pytest.raises(ValueError, match=r"value \[1, 0\] of context"):
+        model.score_samples(points[:2, None], np.array([0.0, np.nan]))
+    with pytest.raises(ValueError, match=r"value \[0, 0\] of X"):
+        model.score_samples(np.array([[np.nan]]), np.zeros(1))
+    with pytest.raises(ValueError, match=r"n_samples=0: need at least 1"):
+        model.sample(0, np.zeros(0))
 
 
 @pytest.mark.parametrize(
@@ -134,11 +140,28 @@ def test_what_has_no_density_is_refused(x, options, said):
         DensityModel(changes=FEW).fit(x, **options)
 
 
+def test_a_refused_fit_leaves_no_data_that_another_would_miss(tmp_path):
+    x = correlated(40, seed=4)
+    x[3, 1] = np.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"value \[3, 1\] of x_"):
+            DensityModel(changes=FEW, workdir=tmp_path).fit(x, context=None)
+    for name in ("enable_bpd", "bound"):
+        with pytest.raises(ValueError, match=rf"eval\.{name}=False: need True"):
+            DensityModel(changes={f"eval.{name}": False}, workdir=tmp_path).fit(np.eye(9))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_folder_keeps_the_model_that_it_holds(fitted):
     before = (fitted.workdir_ / "data.npz").read_bytes()
     with pytest.raises(ValueError, match="holds a model of other data"):
         DensityModel(changes=fitted.changes, workdir=fitted.workdir_).fit(correlated(50, seed=9))
     assert (fitted.workdir_ / "data.npz").read_bytes() == before
+    others = fitted.changes | {"optim.lr": 0.5, "training.n_iters": 200}
+    with pytest.raises(ValueError, match=r"changes='optim\.lr: 0\.001 in .*training\.n_iters: 400"):
+        DensityModel(changes=others, workdir=fitted.workdir_).fit(correlated(2000, seed=0))
+    again = DensityModel(changes=fitted.changes, workdir=fitted.workdir_)
+    assert again.fit(correlated(2000, seed=0)).step_ == fitted.step_
 
 
 def test_a_misspelt_field_and_another_shape_are_refused(fitted):
