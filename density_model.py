@@ -189,9 +189,9 @@ class DensityModel(DensityMixin, BaseEstimator):
         shutil.copytree(self.workdir_, folder)
         config = json_files.read(folder / "config.json")
         config["data"]["path"] = str(folder / "data.npz")
-        number = self.step_ // config["training"]["snapshot_freq"]
-        if number * config["training"]["snapshot_freq"] == self.step_:
-            config["eval"].update(begin_ckpt=number, end_ckpt=number)
+        number, beyond = divmod(self.step_, config["training"]["snapshot_freq"])
+        number = 0 if beyond else number  # the last step is no multiple; 0: the latest
+        config["eval"].update(begin_ckpt=number, end_ckpt=number)
         write_json(folder / "config.json", config)
 
     @classmethod

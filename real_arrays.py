@@ -165,9 +165,7 @@ def with_context(rows: dict[str, Rows]) -> tuple[dict[str, Rows], Context | None
 
 
 def _as_floats(array: np.ndarray) -> np.ndarray:
-    """Images as float32, numbers [n, c] as they are but not as integers, which mean classes."""
-    if array.ndim > 2:
-        return array.astype(np.float32)
+    """Integers as floats, since integers mean classes; floats as they are."""
     return array.astype(np.float64) if array.dtype.kind in "iu" else array
 
 

@@ -201,7 +201,10 @@ class Finite:
 
     def _context(self, ids: np.ndarray) -> Batch:
         """The context of these examples, if there is one."""
-        return {} if self.context is None else {"context": self.context[ids]}
+        if self.context is None:
+            return {}
+        found = self.context[ids]
+        return {"context": found.astype(np.float32) if found.dtype.kind == "f" else found}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,15 +42,30 @@ def test_all_devices_share_a_batch_and_its_contexts():
     assert np.isfinite(model.score(x[:8], context=x[:8, 0]))
 
 
-@pytest.mark.parametrize("shape", [(28, 28), (6, 6, 3), (7, 5)])
-def test_the_network_of_images_fits_their_sides(shape):
+def test_a_batch_is_a_multiple_of_the_devices(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    of_images = density_model._of_images(np.zeros((2, 8, 8), np.uint8))
+    of_reals = density_model._of_reals(np.zeros((2000, 2)))
+    assert [config.training.batch_size for config in (of_images, of_reals)] == [15, 255]
+    assert density_model._of_reals(np.zeros((8, 2))).training.batch_size == 3  # one for each
+
+
+@pytest.mark.parametrize(
+    ("shape", "resolutions"), [((28, 28), 3), ((6, 6, 3), 2), ((7, 5), 1), ((12, 10, 1), 2)]
+)
+def test_the_network_of_images_fits_their_sides(shape, resolutions):
+    """It halves the sides as often as both can be halved, at most twice, and gives them back."""
     config = density_model._of_images(np.zeros((2, *shape), np.uint8))
     config.data.dataset = "digits"
     network = Experiment.from_config(config).settings.network
+    assert len(network.channels) == len(network.blocks) == resolutions
     x = jax.ShapeDtypeStruct((1, *(shape if len(shape) == 3 else (*shape, 1))), np.float32)
     label = jax.ShapeDtypeStruct((1,), np.float32)
     features = jax.ShapeDtypeStruct((*x.shape, 4), np.float32)
-    jax.eval_shape(
-        lambda x, label, features: network.init(jax.random.key(0), x, label, features=features),
+    found, _ = jax.eval_shape(
+        lambda x, label, features: network.init_with_output(
+            jax.random.key(0), x, label, features=features
+        ),
         x, label, features,
     )  # fmt: skip
+    assert found.shape[:4] == x.shape

@@ -288,7 +288,8 @@ def test_three_methods_are_biased_and_the_fourth_much_less(x64: None) -> None:
     assert found["replacement"] > 0.2  # 0.30: it sees y through the score alone
     assert found["moment_matching"] > 0.1  # 0.18: p(y | x_t) is not Gaussian where modes part
     assert found["dps"] > weights[0] + 4.0 * error  # of 100 steps; that of 1000 is smaller
-    assert found["twisted"] < weights[0] + 4.0 * error / 3.0, found  # √(p (1 − p)) is small there
+    error = np.sqrt(weights[0] * (1.0 - weights[0]) / 1000)
+    assert found["twisted"] < weights[0] + 4.0 * error, found
 
 
 def test_replacement_ends_with_y_in_its_place(x64: None) -> None:

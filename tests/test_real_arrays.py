@@ -156,6 +156,7 @@ def test_splits_of_different_shapes_are_refused(tmp_path: Path) -> None:
         (reals(40), (1,), 0),
         (reals(40, 3, 3, 1), (3, 3, 1), 0),
         (np.arange(40) % 4, (), 4),
+        (np.arange(120).reshape(40, 3) % 7, (3,), 0),
     ],
 )
 def test_contexts_of_arrays_are_floats_or_classes(tmp_path, context, shape, classes) -> None:
@@ -173,6 +174,23 @@ def test_contexts_of_arrays_are_floats_or_classes(tmp_path, context, shape, clas
     assert batch["context"].dtype == np.float32
     np.testing.assert_allclose(batch["context"], expected[30:34].reshape(4, *shape), atol=1e-5)
     assert f"given floats {shape}, standardised" in data.describe()
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 4, 1)])
+@pytest.mark.parametrize("kind", [np.int64, np.float64])
+def test_contexts_of_images_are_classes_as_integers_in_a_row_alone(tmp_path, shape, kind) -> None:
+    rng = np.random.default_rng(2)
+    x, context = rng.integers(0, 256, (40, 4, 4), np.uint8), rng.integers(0, 5, (40, *shape))
+    given = {"x_train": x[:30], "x_test": x[30:]}
+    given |= {"context_train": context[:30].astype(kind), "context_test": context[30:].astype(kind)}
+    data = load(tmp_path, {"context": "values"}, **given)
+    assert (data.context.shape, data.context.classes) == (shape, 0)
+    found = next(data.eval_batches("test", batch_size=4))["context"]
+    assert found.dtype == np.float32
+    there = context[30:34]
+    if shape == (3,):
+        there = (there - context[:30].mean(axis=0)) / context[:30].std(axis=0)
+    np.testing.assert_allclose(found, there, atol=1e-5)
 
 
 def test_contexts_and_classes_that_do_not_fit(tmp_path: Path) -> None:
