@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from scipy.stats import chi2
 
 from dequantization import Reals
 from likelihood import Divergence, gaussian_decoder, ode_log_likelihood, variational_bound
 from ode import Solver
+from operators import fold_in_all, fold_in_each
 from parameterization import ScoreModel, score_from_score, unit_time_label
 from run_lib import calibration
 from run_lib.conditional_estimators import with_contexts
@@ -226,6 +228,10 @@ def test_examples_have_their_place_among_samples_of_the_model(width: float | Non
     result = jax.jit(estimator.function)(Parameters({}), experiment.keys["eval"], batch)
     assert np.all(result["converged"])
     levels, ranks = np.asarray(result["value"]), np.asarray(result["ranks"])
+    keys = fold_in_all(fold_in_each(experiment.keys["eval"], jnp.arange(n)), 8)
+    seen = np.asarray(experiment.encoding.in_cells(jnp.asarray(x), keys))  # in its cell
+    expected = chi2(2).cdf((((seen - mean) / scale) ** 2).sum(axis=1))  # of a Gaussian in the plane
+    assert np.mean((levels - expected) ** 2) < 0.013  # 1/(6 · 19) of 19 samples, and more
     rows = [
         dict.fromkeys(("estimator", "protocol", "step", "split", "identity"), "")
         | {"repeat": 0, "index": i, "value": levels[i], "ranks": ranks[i]}
