@@ -291,6 +291,8 @@ class Checkpoints:
             raise MisfitError(
                 f"{self.directory / str(step)} does not fit, {len(wrong)} leaves differ: "
                 + "; ".join(wrong[:8])
+                + ". Use the network and the version that wrote it (config.json and versions.json "
+                "of its run folder say which), or train anew in another --workdir"
             )
 
     @contextmanager

@@ -559,6 +559,13 @@ def test_a_folder_from_before_a_field_existed_goes_on_and_levels_are_fixed(tmp_p
     config["training"]["continuous"] = False
     with pytest.raises(ValueError, match=r"model\.num_scales: 10 in"):
         folder.reconcile(tmp_path, config)
+    config["optim"]["lr"], config["training"]["n_iters"], config["seed"] = 0.5, 7, 1
+    names = ["model.num_scales", "optim.lr", "training.continuous", "training.n_iters"]
+    others = folder.trained_otherwise(tmp_path, config)
+    assert [text.split(":")[0] for text in others] == names
+    assert folder.trained_otherwise(tmp_path, config, ["training.n_iters"]) == others[:3]
+    (tmp_path / "checkpoints" / "5").rmdir()
+    assert folder.trained_otherwise(tmp_path, config) == []
 
 
 @pytest.mark.parametrize(
