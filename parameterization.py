@@ -12,17 +12,19 @@ data; their arrays stand beside the network's in the parameters, {network, prior
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
+import marginals
 from checks import in_section
-from heads import Atoms, Cells
-from models.conditioning import ContextArray
+from heads import Atoms, Cells, Levels
+from models.conditioning import ContextArray, number_of_regressors, regressors
 from models.layers import QUICK
 from operators import Batched, PerExample, scale
 from real_heads import Mixture, Whitened
@@ -32,6 +34,7 @@ Params = Any
 ScoreFn = Callable[[Batched, PerExample], Batched]
 DecoderFn = Callable[[Batched, Batched, PerExample], PerExample]
 Head = Cells | Atoms | Mixture | Whitened
+Pairs = Iterator[tuple[np.ndarray, np.ndarray | None]]  # x [b, *d], and its contexts
 
 
 def score_from_score(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
@@ -218,14 +221,57 @@ class ScoreModel:
 
 @dataclasses.dataclass(frozen=True)
 class HeadModel(ScoreModel):
-    """A network with a head: its parameters are {network, prior, and what the head learns}."""
+    """A network with a head: its parameters are {network, prior, and what the head learns}.
+
+    Of p(x | c) of real values the head describes what the regression of x on c leaves over. With
+    φ(c) from `regressors` and B = prior["slope"], [n, *d],
+
+        s(x, t | c) = s_head(x − α φ(c) B, t | c),   log p(x0 | x_t, c) = the same of x0 − φ(c) B
+
+    because noise is added to x0 − φ(c) B as it is to x0.
+    """
 
     head: Head = dataclasses.field(kw_only=True)
+
+    @property
+    def regressors(self) -> int:
+        """The number n of the columns of φ(c); 0: x is not taken off its regression."""
+        if isinstance(self.head, Levels):
+            return 0
+        return number_of_regressors(getattr(self.network, "context", None))
+
+    def prior_of_reals(
+        self, shape: tuple[int, ...], pairs: Callable[[], Pairs], *, is_marginal: bool
+    ) -> dict[str, Any]:
+        """The prior of a head of real values, from the training data in model space.
+
+        Args:
+            shape: of one example.
+            pairs: starts a pass through batches of examples and their contexts.
+            is_marginal: the model gives p(x), too. B is then zero: a head of residuals would be too
+                narrow for x without a context.
+        """
+        if not self.regressors:
+            return self.head.prior(shape, (x for x, _ in pairs()))
+        kind = self.network.context
+
+        def known() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for x, c in pairs():
+                yield x, np.asarray(regressors(kind, jnp.asarray(c), jnp.asarray(x)))
+
+        slope = np.zeros((self.regressors, *shape))
+        if not is_marginal:
+            slope = marginals.slope(known()).reshape(slope.shape)
+        residuals = (x - np.tensordot(given, slope, axes=1) for x, given in known())
+        slope = jnp.asarray(slope, jnp.result_type(float))
+        return self.head.prior(shape, residuals) | {"slope": slope}
 
     def init_in_order(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
         """The network's parameters, and the arrays of the head before it has seen data."""
         x, t, arrays = jnp.zeros((1, *shape)), jnp.ones((1,)), self.head.arrays(shape)
         inputs, features = self.head.inputs(arrays, x, t, self.sde)
+        if self.regressors:
+            arrays["prior"]["slope"] = jnp.zeros((self.regressors, *shape))
         more: dict[str, Any] = {} if features is None else {"features": features}
         label = self.label(t, self.sde, self.num_scales)
         return {"network": self.network.init(key, inputs, label, **more)["params"]} | arrays
@@ -238,9 +284,10 @@ class HeadModel(ScoreModel):
         context: ContextArray | None = None,
     ) -> ScoreFn:
         """s(x, t) at these parameters, as of any `ScoreModel`."""
-        outputs, arrays = self._bound(params, dropout_key, context)
+        outputs, arrays, mean = self._bound(params, dropout_key, context)
 
         def score_fn(x: Batched, t: PerExample) -> Batched:
+            x = x - mean(x, self.sde.alpha(t))
             return self.head.score(arrays, outputs(x, t), x, t, self.sde)
 
         return score_fn
@@ -250,8 +297,14 @@ class HeadModel(ScoreModel):
         head = self.head
         if not isinstance(head, Cells | Mixture):
             return None
-        outputs, arrays = self._bound(params, None, context)
-        return lambda x0, x, t: head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
+        outputs, arrays, mean = self._bound(params, None, context)
+
+        def decoder(x0: Batched, x: Batched, t: PerExample) -> PerExample:
+            alpha = self.sde.alpha(t)
+            x0, x = x0 - mean(x0, jnp.ones_like(alpha)), x - mean(x, alpha)
+            return head.log_ratio(arrays, outputs(x, t), x0, x, t, self.sde)
+
+        return decoder
 
     def target(self, x0: Batched, x: Batched, t: PerExample, z: Batched) -> Batched:
         """Return what −σ s is matched to: z, or for cells the noise known from x_t and cell."""
@@ -265,13 +318,13 @@ class HeadModel(ScoreModel):
         head = self.head
         if not isinstance(head, Atoms):
             return None
-        outputs, arrays = self._bound(params, None, context)
+        outputs, arrays, _ = self._bound(params, None, context)
         return lambda x0, x, t: head.log_probability(arrays, outputs(x, t), x0, x, t, self.sde)
 
     def _bound(
         self, params: Params, dropout_key: Key[Array, ""] | None, context: ContextArray | None
-    ) -> tuple[ScoreFn, dict[str, Any]]:
-        """(the network's output as a function of x and t, the arrays of the head).
+    ) -> tuple[ScoreFn, dict[str, Any], Callable[[Batched, PerExample], Batched | float]]:
+        """Return the network's output of (x, t), the arrays of the head, and α φ(c) B of (x, α).
 
         The prior is not trained: it is what the data say before any network. To train it, too, made
         no difference on the digits (docs/results.md).
@@ -283,4 +336,12 @@ class HeadModel(ScoreModel):
             inputs, features = self.head.inputs(arrays, x, t, self.sde)
             return self._output(params["network"], inputs, t, dropout_key, context, features)
 
-        return outputs, arrays
+        def mean(like: Batched, alpha: PerExample) -> Batched | float:
+            if not self.regressors:
+                return 0.0
+            given = regressors(self.network.context, context, like)
+            slope = arrays["prior"]["slope"]
+            found = jnp.tensordot(given, slope, axes=1, precision=jax.lax.Precision.HIGHEST)
+            return scale(alpha, found)
+
+        return outputs, arrays, mean

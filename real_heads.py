@@ -31,8 +31,6 @@ from heads import Arrays, Outputs, Shape, mixed, total
 from operators import Batched, PerExample, expand, scale
 from sde_lib import SDE
 
-FITTED = 10_000  # examples that the mixtures of the prior are fitted to
-
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
@@ -68,7 +66,7 @@ class Mixture:
 
     def prior(self, shape: Shape, batches: Iterable[np.ndarray]) -> Arrays:
         """Location and scale of every coordinate, and its mixture by expectation–maximisation."""
-        values = marginals.first(batches, FITTED).astype(np.float64).reshape(-1, math.prod(shape))
+        values = marginals.first(batches, marginals.FITTED).astype(np.float64).reshape(-1, math.prod(shape))
         location, spread = values.mean(axis=0), values.std(axis=0)
         spread = np.where(spread > 0.0, spread, 1.0)
         found = marginals.mixtures(

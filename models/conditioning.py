@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from checks import require
 from models.layers import ACTIVATIONS, Image
 
+MOST_REGRESSORS = 1000
 ContextArray = Float[Array, "b *c"] | Int[Array, " b"]
 
 
@@ -88,6 +89,27 @@ def plus_context(
         return cond
     embed = ContextEmbedding(kind.classes, cond.shape[-1], activation, name="context_embedding")
     return cond + embed(context).astype(cond.dtype)
+
+
+def number_of_regressors(kind: Kind | None) -> int:
+    """How many numbers `regressors` gives: none for images, for more than 1,000, and for None."""
+    if kind is None or len(kind.shape) == 3:
+        return 0
+    number = kind.classes or math.prod(kind.shape)
+    return number if number <= MOST_REGRESSORS else 0
+
+
+def regressors(
+    kind: Kind, context: ContextArray | None, x: Float[Array, "b *d"]
+) -> Float[Array, "b n"]:
+    """The contexts as numbers of a linear regression: themselves, or which class it is.
+
+    They are zero for examples without a context.
+    """
+    given = contexts(kind, context, x)
+    if kind.classes:
+        return jax.nn.one_hot(given, kind.classes, dtype=x.dtype)
+    return _known(given)[0]
 
 
 class ContextEmbedding(nn.Module):

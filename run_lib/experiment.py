@@ -162,14 +162,15 @@ class Experiment:
 
     def with_prior(self, params: Any) -> Any:
         """The parameters with what the head knows of the training data, if there is a head."""
-        head, batches = self.settings.head, self.training_examples()
-        if head is None:
+        model, shape = self.model, self.dataset.shape
+        if not isinstance(model, HeadModel):
             return params
-        if not isinstance(head, Levels):
-            batches = self.encoded_examples()
         name = self.settings.model.parameterization
         logger.info("the prior of model.parameterization=%r is taken from the training data", name)
-        return params | {"prior": head.prior(self.dataset.shape, batches)}
+        if isinstance(model.head, Levels):
+            return params | {"prior": model.head.prior(shape, self.training_examples())}
+        found = model.prior_of_reals(shape, self.encoded_pairs, is_marginal=self.is_marginal)
+        return params | {"prior": found}
 
     def train_state(self, params: Any) -> TrainState:
         """The state of these parameters before the first step."""
@@ -188,20 +189,33 @@ class Experiment:
 
     def training_examples(self) -> Iterator[np.ndarray]:
         """Batches [b, *d] of the training split, unaugmented; of an endless one the start."""
+        for image, _ in self._training_pairs():
+            yield image
+
+    def encoded_examples(self) -> Iterator[np.ndarray]:
+        """The same in model space, with noise in their cells."""
+        for x, _ in self.encoded_pairs():
+            yield x
+
+    def encoded_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The same, each with its contexts, which are None where there are none."""
+        encode, first = jax.jit(self.encoding.encode), 0
+        for image, context in self._training_pairs():
+            keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(image)))
+            yield np.asarray(encode(image, keys)), context
+            first += len(image)
+
+    def _training_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The examples as they are, and their contexts."""
         if self.dataset.size("train") is None:
             batches = self.dataset.train_batches(batch_size=PRIOR_BATCH, seed=0, first_step=0)
             batches = itertools.islice(batches, ENDLESS // PRIOR_BATCH)
         else:
             batches = self.dataset.eval_batches("train", batch_size=PRIOR_BATCH)
-        yield from marginals.arrays(batches)
-
-    def encoded_examples(self) -> Iterator[np.ndarray]:
-        """The same in model space, with noise in their cells."""
-        encode, first = jax.jit(self.encoding.encode), 0
-        for batch in self.training_examples():
-            keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(batch)))
-            yield np.asarray(encode(batch, keys))
-            first += len(batch)
+        for batch in batches:
+            there = batch["mask"]
+            context = batch["context"][there] if "context" in batch else None
+            yield batch["image"][there], context
 
     def statistics(self) -> dict[str, np.ndarray]:
         """Return what standardises data and context, by name; it is empty where nothing does.

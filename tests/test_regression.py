@@ -1,0 +1,110 @@
+"""The regression of x on its context, which heads of real values start from."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import marginals
+from models import MLP
+from parameterization import TIME_LABELS, HeadModel
+from real_heads import Mixture, Whitened
+from sde_lib import VPSDE
+from streams import Context
+
+pytestmark = pytest.mark.usefixtures("compiled_at_o0")
+
+CLASS, VECTOR = Context((), 3), Context((5,))
+
+
+@pytest.mark.parametrize("head", [Mixture(2), Whitened()], ids=["mixture", "whitened"])
+@pytest.mark.parametrize("kind", [CLASS, VECTOR, Context((2, 2))], ids=["class", "vector", "table"])
+@pytest.mark.usefixtures("x64")
+def test_a_head_of_real_values_sees_what_the_regression_on_the_context_leaves(head, kind):
+    """With φ(c) B the score is that of x − α φ(c) B without it, and so is the decoder."""
+    rng, sde = np.random.default_rng(0), VPSDE()
+    net = MLP(hidden=8, depth=1, embed_dim=8, context=kind, outputs=head.outputs)
+    model = HeadModel(net, sde, label=TIME_LABELS["log_snr"], head=head)
+    params = random_params_of(model, (3,))
+    n = kind.classes or math.prod(kind.shape)
+    slope = rng.normal(size=(n, 3))
+    assert params["prior"]["slope"].shape == slope.shape
+    plain = params | {"prior": params["prior"] | {"slope": jnp.zeros((n, 3))}}
+    sloped = params | {"prior": params["prior"] | {"slope": jnp.asarray(slope)}}
+    context = rng.integers(0, 3, 4) if kind.classes else rng.normal(size=(4, *kind.shape))
+    context = jnp.asarray(context, jnp.int32 if kind.classes else None)
+    moved = np.eye(n)[context] @ slope if kind.classes else context.reshape(4, n) @ slope
+    x0, x = (jnp.asarray(rng.normal(size=(4, 3))) for _ in range(2))
+    t = jnp.asarray([0.01, 0.2, 0.5, 1.0])
+    there = x - sde.alpha(t)[:, None] * moved
+    found = model.score(sloped, context=context)(x, t)
+    expected = model.score(plain, context=context)(there, t)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert float(jnp.max(jnp.abs(expected - model.score(plain, context=context)(x, t)))) > 0.01
+    none = model.score(sloped)(x, t)
+    np.testing.assert_allclose(none, model.score(plain)(x, t), rtol=1e-12)
+    if isinstance(head, Mixture):
+        ratio = model.decoder(sloped, context=context)(x0, x, t)
+        expected = model.decoder(plain, context=context)(x0 - moved, there, t)
+        np.testing.assert_allclose(ratio, expected, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_prior_of_a_head_is_that_of_the_residuals():
+    """Before training the score is that of the Gaussian that least squares finds.
+
+    With p(x) in the same network the prior is that of x itself.
+    """
+    rng, n = np.random.default_rng(0), 2000
+    context = rng.normal(size=(n, 5)) + 1.0
+    noise = rng.normal(size=(n, 2)) @ [[0.5, 0.2], [0.0, 0.3]]
+    x = context @ rng.normal(size=(5, 2)) + noise - 3.0
+    net = MLP(hidden=8, depth=1, embed_dim=8, context=VECTOR)
+    model = HeadModel(net, VPSDE(), label=TIME_LABELS["log_snr"], head=Whitened())
+
+    def pairs():
+        yield x[:900], context[:900]
+        yield x[900:], context[900:]
+
+    design = np.concatenate([context, np.ones((n, 1))], axis=1)
+    fit, *_ = np.linalg.lstsq(design, x, rcond=None)
+    residuals = x - design @ fit
+    prior = model.prior_of_reals((2,), pairs, is_marginal=False)
+    np.testing.assert_allclose(prior["slope"], fit[:5], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(prior["mean"], fit[5], rtol=0, atol=1e-3)
+    covariance = prior["basis"] @ jnp.diag(prior["variances"]) @ prior["basis"].T
+    np.testing.assert_allclose(covariance, residuals.T @ residuals / n, rtol=0, atol=1e-5)
+    params = random_params_of(model, (2,))
+    params = {"network": jax.tree.map(jnp.zeros_like, params["network"]), "prior": prior}
+    t = jnp.full((n,), 0.3)
+    alpha, sigma = (float(of(t)[0]) for of in (VPSDE().alpha, VPSDE().sigma))
+    found = model.score(params, context=jnp.asarray(context))(jnp.asarray(x), t)
+    total = alpha**2 * residuals.T @ residuals / n + sigma**2 * np.eye(2)
+    expected = -np.linalg.solve(total, (x - alpha * design @ fit).T).T
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
+
+    both = model.prior_of_reals((2,), pairs, is_marginal=True)
+    assert not both["slope"].any()
+    np.testing.assert_allclose(both["mean"], x.mean(axis=0), rtol=1e-12)
+
+
+def random_params_of(model, shape):
+    """Parameters of a model in float64, those of the network not at their start."""
+    with jax.enable_x64(False):
+        params = jax.device_get(model.init(jax.random.key(0), shape))
+    params = jax.tree.map(lambda a: jnp.asarray(a, float), params)
+    return params | {"network": jax.tree.map(lambda a: a + 0.1, params["network"])}
+
+
+def test_few_rows_of_many_numbers_are_not_interpolated():
+    """Least squares would fit 40 rows of 30 numbers that say nothing; it leaves out one by one."""
+    rng = np.random.default_rng(0)
+    rows = [(rng.normal(size=(40, 2, 2)), rng.normal(size=(40, 30)))]
+    assert marginals.slope(rows).shape == (30, 4)
+    assert np.square(rows[0][1] @ marginals.slope(rows)).mean() < 0.2
+    x = rows[0][0].copy()
+    x[:, 1, 1] = 3.0 * rows[0][1][:, 7]
+    found = marginals.slope([(x, rows[0][1])])[:, 3]
+    np.testing.assert_allclose(found, 3.0 * np.eye(30)[7], rtol=0, atol=1e-3)
