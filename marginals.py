@@ -10,7 +10,7 @@ one stream over the data, in float64; mixtures and slopes of the first 10,000 ex
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -155,9 +155,7 @@ def slope(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         there += len(row[0])
         if there >= FITTED:
             break
-    values, numbers = (
-        np.concatenate(part).astype(np.float64) for part in zip(*taken, strict=True)
-    )
+    values, numbers = (np.concatenate(part).astype(np.float64) for part in zip(*taken, strict=True))
     fit = RidgeCV(PENALTIES, alpha_per_target=True).fit(numbers, values.reshape(len(values), -1))
     return np.atleast_2d(fit.coef_).T
 

@@ -251,9 +251,10 @@ class HeadModel(ScoreModel):
             is_marginal: the model gives p(x), too. B is then zero: a head of residuals would be too
                 narrow for x without a context.
         """
+        head, kind = self.head, getattr(self.network, "context", None)
+        assert isinstance(head, Mixture | Whitened)
         if not self.regressors:
-            return self.head.prior(shape, (x for x, _ in pairs()))
-        kind = self.network.context
+            return head.prior(shape, (x for x, _ in pairs()))
 
         def known() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for x, c in pairs():
@@ -263,8 +264,8 @@ class HeadModel(ScoreModel):
         if not is_marginal:
             slope = marginals.slope(known()).reshape(slope.shape)
         residuals = (x - np.tensordot(given, slope, axes=1) for x, given in known())
-        slope = jnp.asarray(slope, jnp.result_type(float))
-        return self.head.prior(shape, residuals) | {"slope": slope}
+        found = {"slope": jnp.asarray(slope, jnp.result_type(float))}
+        return head.prior(shape, residuals) | found
 
     def init_in_order(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
         """The network's parameters, and the arrays of the head before it has seen data."""

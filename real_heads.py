@@ -11,7 +11,8 @@
 
 n the output of the network: velocity prediction of every principal coordinate, by its own ratio of
 signal to noise. At the zero start of the network the first is the independent model of the data
-(from `marginals`), the second the score of the Gaussian that fits them.
+(from `marginals`), the second the score of the Gaussian that fits them. Of p(x | c) they see x less
+its regression on c (`parameterization.HeadModel`).
 Reference: Bishop 1994, Mixture density networks; Salimans and Ho 2022,
 https://arxiv.org/abs/2202.00512 (velocity).
 """
@@ -66,7 +67,8 @@ class Mixture:
 
     def prior(self, shape: Shape, batches: Iterable[np.ndarray]) -> Arrays:
         """Location and scale of every coordinate, and its mixture by expectation–maximisation."""
-        values = marginals.first(batches, marginals.FITTED).astype(np.float64).reshape(-1, math.prod(shape))
+        values = marginals.first(batches, marginals.FITTED).astype(np.float64)
+        values = values.reshape(-1, math.prod(shape))
         location, spread = values.mean(axis=0), values.std(axis=0)
         spread = np.where(spread > 0.0, spread, 1.0)
         found = marginals.mixtures(

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
-import marginals
 import real_arrays
 import standardization
 from checks import choose, in_section, require
