@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 logger = logging.getLogger("fokker")
 Row = dict[str, Any]
 
@@ -30,12 +32,26 @@ def read(path: Path, is_row: Callable[[Row, bytes], bool]) -> Iterator[Row]:
                 logger.warning("%s: line %d is damaged and is left out", path, number)
 
 
+def text_of(row: Row) -> bytes:
+    """The JSON of an object."""
+    found = orjson.dumps(row)
+    return json.dumps(row).encode() if b"null" in found else found  # as it is of a NaN
+
+
 def _object(line: bytes) -> Row | None:
     try:
-        found = json.loads(line.decode())
+        found = orjson.loads(line)
+    except ValueError:
+        found = _with_nan(line)
+    return found if isinstance(found, dict) else None
+
+
+def _with_nan(line: bytes) -> Any:
+    """The value of a line that may hold NaN, which JSON does not know; None if it is damaged."""
+    try:
+        return json.loads(line.decode())
     except (ValueError, RecursionError):  # of JSON or UTF-8; of a line of brackets
         return None
-    return found if isinstance(found, dict) else None
 
 
 def is_count(value: Any) -> bool:

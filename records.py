@@ -3,10 +3,10 @@
 A row is one JSON object on one line of `rows.jsonl`, identified by its key (estimator, protocol,
 step, split, index, repeat, identity). The identity is a digest of the parameters, the data and the
 settings that the value depends on. With several processes each has a file of its own,
-`rows-<h>.jsonl`; all are read. Lines are appended and flushed to disk batch by batch, so a killed
-evaluation loses at most the batch in flight. Every row ends with a checksum. A half-written last
-line, damaged rows, and rows of older versions, which lack the identity, are left out on reading,
-and evaluated anew.
+`rows-<h>.jsonl`; all are read. Lines are appended batch by batch, so a killed evaluation loses at
+most the batch in flight. The disk is made to keep them once a second: a power cut may cost the last
+ones. Every row ends with a checksum. A half-written last line, damaged rows, and rows of older
+versions, which lack the identity, are left out on reading, and evaluated anew.
 """
 
 import functools
@@ -15,9 +15,12 @@ import json
 import logging
 import math
 import os
+import sys
+import time
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -30,6 +33,8 @@ Row = dict[str, Any]
 GROUP = ("estimator", "protocol", "step", "split", "identity")  # the fields that a table shares
 KEY = ("estimator", "protocol", "step", "split", "index", "repeat", "identity")
 CHECKSUM = "crc32"
+SYNC = 1.0  # seconds between two waits for the disk
+_group_of, _key_of = itemgetter(*GROUP), itemgetter(*KEY)
 Key = tuple
 logger = logging.getLogger("fokker")
 
@@ -90,6 +95,8 @@ class _Column:
             flat = list(itertools.chain.from_iterable(new)) if alike else [ABSENT]
         if not self._takes(flat):
             self._values, self._width, flat = list(self), None, new
+        if isinstance(self._values, list):  # equal texts are one object
+            flat = [sys.intern(one) if type(one) is str else one for one in flat]
         self._values.extend(flat)
 
     def _takes(self, new: list[Any]) -> bool:
@@ -231,6 +238,7 @@ class Records:
     def __init__(self, folder: Path, host: int = 0) -> None:
         self.path = folder / (f"rows-{host}.jsonl" if host else "rows.jsonl")
         self._tables: dict[tuple, Table] = {}
+        self._synced = 0.0  # when the disk last had all rows
         for path in sorted(folder.glob("rows*.jsonl"), reverse=True):  # of equal keys the first is
             self._read(path)  # taken: that of the first process
 
@@ -247,7 +255,7 @@ class Records:
             _cut_half_a_line(path)
 
     def _table_of(self, row: Row) -> Table:
-        key = tuple(row[field] for field in GROUP)
+        key = _group_of(row)
         if key not in self._tables:
             self._tables[key] = Table(dict(zip(GROUP, key, strict=True)))
         return self._tables[key]
@@ -285,7 +293,9 @@ class Records:
         with writing(self.path), self.path.open("ab") as file:
             file.writelines(map(_line, new))
             file.flush()
-            os.fsync(file.fileno())
+            if time.monotonic() - self._synced >= SYNC:
+                os.fsync(file.fileno())
+                self._synced = time.monotonic()
         for row in new:
             self._table_of(row).add(row)
         return new
@@ -318,7 +328,7 @@ def _is_row(row: Row, line: bytes) -> bool:
 
 def _line(row: Row) -> bytes:
     """The line of a row, with the CRC-32 of its text without checksum."""
-    text = json.dumps(_without_checksum(row)).encode()
+    text = json_lines.text_of(_without_checksum(row) if CHECKSUM in row else row)
     return b'%b, "%b": "%08x"}\n' % (text[:-1], CHECKSUM.encode(), zlib.crc32(text))
 
 
@@ -372,7 +382,7 @@ def _cut_half_a_line(path: Path) -> None:
 
 def key_of(row: Row) -> Key:
     """The identity of a row."""
-    return tuple(row[field] for field in KEY)
+    return _key_of(row)
 
 
 def example_means(rows: Sequence[Row], field: str = "value") -> dict[int, float]:
