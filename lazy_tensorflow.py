@@ -17,6 +17,7 @@ def tensorflow() -> types.ModuleType:
 
         tf.config.set_visible_devices([], "GPU")
         tf.config.list_logical_devices()  # starts its runtime, which complains of absent GPUs
+    tf.get_logger().setLevel("ERROR")  # its advice to those who write programs
     return tf
 
 

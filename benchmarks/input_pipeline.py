@@ -1,29 +1,43 @@
-"""Steps per second of training fed by the data pipeline, over those of one constant batch.
+"""Images per second of the data pipeline, and how much of the time a training waits for it.
 
-    python -m benchmarks.input_pipeline [--rounds=5]
+    python -m benchmarks.input_pipeline [--part=training|reading] [--rounds=5]
 
-Both take the same compiled step and take turns within one process; the median of the ratios by
-round is printed. 1 means that training never waits for data. A pixel network on images in memory,
-the same on PNG files that are decoded on demand, and the MLP of the digits with 20 steps per
-dispatch, the hardest case, since a step takes a millisecond.
+training: steps per second of training fed by the pipeline, over those of one constant batch. Both
+take the same compiled step and take turns within one process; the median of the ratios by round is
+printed. 1 means that training never waits for data. A pixel network on images in memory, the same
+on PNG files that are decoded on demand, and the MLP of the digits with 20 steps per dispatch, the
+hardest case, since a step takes a millisecond.
+
+reading: images per second and CPU time per image of batches alone, for images that are decoded one
+batch after another ("in turn") and for the pipeline with 1, 2, … threads, up to the cores of the
+host; medians of the rounds. PNG files and records of PNG of 64×64×3, JPEG records of 500×375 pixels
+that are cut and resized to 256×256, and arrays of 64×64×3 that are flipped.
 """
 
 import argparse
+import dataclasses
+import io
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
+import decoding
 from configs import base
 from configs.digits import vp as digits
+from lazy_tensorflow import tensorflow
 from run_lib import training
 from run_lib.experiment import Experiment
 from run_lib.trainer import Trainer
+from streams import Finite, ahead
+from tfrecords import Records
 
 
 def digits_settings(where: Path) -> Experiment:
@@ -68,6 +82,8 @@ CASES = {
     "PNG, U-Net": (files, 12),
 }
 PREPARED = 6  # batches that the threads have ready at most
+BATCH = 64
+READ = 20  # batches of a round
 
 
 def seconds(trainer: Trainer, batches: Iterator, dispatches: int) -> float:
@@ -98,11 +114,109 @@ def ratios(experiment: Experiment, dispatches: int, rounds: int) -> list[float]:
         return found[1:]
 
 
+def pictures(number: int, height: int, width: int) -> list[Image.Image]:
+    """Smooth random images with some noise: they compress about as photographs do."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(number):
+        coarse = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        fine = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float)
+        noisy = fine + 6.0 * rng.standard_normal(fine.shape)
+        found.append(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
+    return found
+
+
+def png_files(where: Path) -> Finite:
+    """1,000 PNG files."""
+    paths = [where / f"{number:04d}.png" for number in range(1000)]
+    for path, picture in zip(paths, pictures(1000, 64, 64), strict=True):
+        picture.save(path)
+    return decoding.of_files(paths, (64, 64, 3))
+
+
+def png_records(where: Path) -> Finite:
+    """The same in one TFRecord."""
+    return records(where, pictures(1000, 64, 64), "PNG", decoding.as_stored, 64)
+
+
+def jpeg_records(where: Path) -> Finite:
+    """300 JPEG of the size of an image of ImageNet, cut and resized."""
+    return records(where, pictures(300, 375, 500), "JPEG", decoding.centre_square, 256)
+
+
+def records(
+    where: Path, images: list[Image.Image], kind: str, prepare: decoding.Prepare, size: int
+) -> Finite:
+    """A split of encoded images in one TFRecord."""
+    tf = tensorflow()
+    with tf.io.TFRecordWriter(str(where / "images.tfrecord")) as writer:
+        for image in images:
+            content = io.BytesIO()
+            image.save(content, kind, quality=90)
+            writer.write(content.getvalue())
+
+    def parse(record: Any) -> Any:
+        return tf.io.decode_image(record, channels=3, expand_animations=False)
+
+    return decoding.of_records(Records([where / "images.tfrecord"]), parse, prepare, size)
+
+
+def arrays(where: Path) -> Finite:
+    """2,000 images in memory, flipped at random."""
+    del where
+    images = np.random.default_rng(0).integers(256, size=(2000, 64, 64, 3), dtype=np.uint8)
+    return Finite(len(images), images.__getitem__, flip=True)
+
+
+SPLITS = {
+    "PNG 64²": png_files,
+    "PNG records 64²": png_records,
+    "JPEG records → 256²": jpeg_records,
+    "arrays 64², flips": arrays,
+}
+
+
+def reading(split: Finite, threads: int) -> tuple[float, float]:
+    """(images per second, CPU µs per image) of training batches; 0 threads: decoded in turn."""
+    if threads:
+        decoding.MOST_THREADS = threads
+    else:
+        split = dataclasses.replace(split, pipeline=None)
+    rows = {"seed": 0, "batch_size": BATCH, "part": slice(0, BATCH)}
+    batches = ahead(split.training_batches(0, **rows))
+    for _ in range(PREPARED):
+        next(batches)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(READ):
+        next(batches)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return READ * BATCH / wall, 1e6 * cpu / (READ * BATCH)
+
+
+def print_reading(rounds: int) -> None:
+    """Print the speeds of all kinds of files."""
+    cores, tried = os.cpu_count() or 1, [0]
+    while (number := 2 ** (len(tried) - 1)) <= cores:
+        tried.append(number)
+    print("| images | threads | images/s | CPU µs per image |\n|---|---|---|---|")
+    for name, make in SPLITS.items():
+        with tempfile.TemporaryDirectory() as where:
+            split = make(Path(where))
+            counts = tried if split.pipeline else [0]
+            found = [[reading(split, threads) for threads in counts] for _ in range(rounds)]
+        for number, each in zip(counts, zip(*found, strict=True), strict=True):
+            speed, cost = (statistics.median(part) for part in zip(*each, strict=True))
+            print(f"| {name} | {number or 'in turn'} | {speed:.0f} | {cost:.0f} |", flush=True)
+
+
 def main() -> None:
-    """Print for every case the median of the ratios, and the ratio of each round."""
+    """Print for every case the median of the ratios and the ratio of each round, or the speeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=("training", "reading"), default="training")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if options.part == "reading":
+        print_reading(options.rounds)
+        return
     print(
         f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s), {options.rounds} rounds"
     )

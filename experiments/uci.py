@@ -1,16 +1,18 @@
 """Densities p(y | x) or p(x, y) of five tables of the UCI repository, on the usual 20 splits.
 
     python -m experiments.uci uci.npz --workdir=runs/uci [--tables=boston,yacht] [--splits=20]
-        [--joint] [--set training.n_iters=2000 ...]
+        [--members=1] [--joint] [--set training.n_iters=2000 ...]
 
 The file holds, for every table, `<name>_x` [n, d], `<name>_y` [n] and `<name>_test` [20, m], the
 rows that are tested in each split. Of the other rows a `DensityModel` keeps a tenth, by which it
-chooses its checkpoint. All figures are means over splits ± standard error:
+chooses its checkpoint. With several --members the density is the mean of those of as many models,
+each with a start and a tenth of its own. All figures are means over splits ± standard error:
 
     model, process, mixture    the mean of log p(y | x) over the tested rows, in nats of the units
                                of y: of the model, of a Gaussian process, and of a Gaussian mixture
                                of (x, y) given x, its number of components chosen by BIC
-    within 50 %, 90 %          the share of the tested y between the quantiles of 99 samples
+    within 50 %, 90 %          the share of the tested y between the quantiles of 99 samples of
+                               each member
 
 The values of y are rounded; each then stands for a cell as wide as the rounding, and p is the
 probability of the cell over its width (`data.cell_width`). Without this a density could be raised
@@ -178,17 +180,25 @@ def within(samples: Float[np.ndarray, "n k"], y: Column, share: float) -> float:
     return float(np.mean((low <= y) & (y <= high)))
 
 
-def conditional(model: DensityModel, split: Split) -> Callable[[], dict[str, float]]:
+def log_mean(members: Sequence[DensityModel], X: Rows, context: Rows | None = None) -> Column:
+    """The log of the mean of the densities of some models, for every row."""
+    each = [model.score_samples(X, context) for model in members]
+    return logsumexp(each, axis=0) - np.log(len(each))
+
+
+def conditional(members: Sequence[DensityModel], split: Split) -> Callable[[], dict[str, float]]:
     """Fit p(y | x), and return what computes its figures."""
     x, x_test = split.x.astype(np.float32), split.x_test.astype(np.float32)
     y, y_test = (part.astype(np.float32)[:, None] for part in (split.y, split.y_test))
-    model.fit(y, context=x)
+    for model in members:
+        model.fit(y, context=x)
 
     def figures() -> dict[str, float]:
-        samples = model.sample(len(x_test) * SAMPLES, np.repeat(x_test, SAMPLES, axis=0))
-        samples = samples.reshape(len(x_test), SAMPLES)
+        contexts = np.repeat(x_test, SAMPLES, axis=0)
+        drawn = [model.sample(len(contexts), contexts) for model in members]
+        samples = np.concatenate([part.reshape(len(x_test), SAMPLES) for part in drawn], axis=1)
         return {
-            "model": model.score(y_test, context=x_test),
+            "model": float(log_mean(members, y_test, x_test).mean()),
             "process": float(log_p_process(split).mean()),
             "mixture": float(log_p_mixture(split).mean()),
             "within 50 %": within(samples, y_test[:, 0], 0.5),
@@ -198,14 +208,15 @@ def conditional(model: DensityModel, split: Split) -> Callable[[], dict[str, flo
     return figures
 
 
-def joint(model: DensityModel, split: Split) -> Callable[[], dict[str, float]]:
+def joint(members: Sequence[DensityModel], split: Split) -> Callable[[], dict[str, float]]:
     """Fit p(x, y), and return what computes its figures."""
-    rows, tested = filled(*joined(split), model.random_state)
-    model.fit(rows.astype(np.float32))
+    rows, tested = filled(*joined(split), members[0].random_state)
+    for model in members:
+        model.fit(rows.astype(np.float32))
 
     def figures() -> dict[str, float]:
         mixture, kernels = log_p_joint(rows, tested)
-        value = model.score(tested.astype(np.float32))
+        value = float(log_mean(members, tested.astype(np.float32)).mean())
         return {"model": value, "mixture": mixture, "kernels": kernels}
 
     return figures
@@ -217,19 +228,28 @@ def evaluated(name: str, number: int, options: argparse.Namespace) -> dict[str, 
     cells = {} if options.joint else {"data.cell_width": f"({ROUNDED[name]},)"}
     changes = cells | dict(setting.split("=", 1) for setting in options.set)
     workdir = options.workdir / name / f"{'joint' * options.joint}{number}"
-    model = DensityModel(changes=changes, workdir=workdir, random_state=number)
-    figures = (joint if options.joint else conditional)(model, split)
-    path, tested = workdir / "uci.json", {"x": split.x_test, "y": split.y_test}
+    members = [
+        DensityModel(
+            changes=changes,
+            workdir=workdir.with_name(f"{workdir.name}_{member}") if member else workdir,
+            random_state=number + 1000 * member,
+        )
+        for member in range(options.members)
+    ]
+    figures = (joint if options.joint else conditional)(members, split)
+    path, tested = workdir / f"uci_{len(members)}.json", {"x": split.x_test, "y": split.y_test}
     identity = {
-        "parameters": checkpoints.digest(model.params_),
+        "parameters": [checkpoints.digest(model.params_) for model in members],
         "tested": checkpoints.digest(tested),
         "settings": changes,
     }
     found = json_files.read(path) if path.exists() else {}
     if found.get("identity") != identity:
-        found = {"identity": identity, "step": model.step_, "n": len(split.y_test)} | figures()
+        steps = [model.step_ for model in members]
+        found = {"identity": identity, "steps": steps, "n": len(split.y_test)} | figures()
         folder.write_json(path, found)
-    logger.info("%s, split %d: log p %.4f, step %d", name, number, found["model"], found["step"])
+    told = found["model"], found["steps"]
+    logger.info("%s, split %d: log p %.4f, best checkpoints %s", name, number, *told)
     return found
 
 
@@ -260,6 +280,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--tables", default=",".join(PUBLISHED))
     parser.add_argument("--splits", type=int, default=20)
+    parser.add_argument("--members", type=int, default=1, help="fits whose densities are averaged")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--joint", action="store_true", help="log p(x, y) instead of log p(y | x)")
     options = parser.parse_args()
@@ -270,6 +291,7 @@ def main() -> None:
     lines = [header(columns)]
     try:
         require(options.splits >= 1, "--splits", options.splits, "at least 1")
+        require(options.members >= 1, "--members", options.members, "at least 1")
         for setting in options.set:
             require("=" in setting, "--set", setting, "section.field=value")
         for name in options.tables.split(","):

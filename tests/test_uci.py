@@ -80,9 +80,9 @@ class Exact:
     def fit(self, y: np.ndarray, *, context: np.ndarray) -> None:
         assert y.shape == (len(context), 1)
 
-    def score(self, y: np.ndarray, *, context: np.ndarray) -> float:
+    def score_samples(self, y: np.ndarray, context: np.ndarray) -> np.ndarray:
         assert len(y) == 50  # the tested rows
-        return float(norm.logpdf(y[:, 0], self._mean(context), 0.5).mean())
+        return norm.logpdf(y[:, 0], self._mean(context), 0.5)
 
     def sample(self, number: int, context: np.ndarray) -> np.ndarray:
         return self._mean(context)[:, None] + 0.5 * np.random.default_rng(3).normal(
@@ -104,7 +104,7 @@ def test_figures_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         uci.split_of(tmp_path / "tables.npz", "boston", 2)
     monkeypatch.setattr(uci, "DensityModel", Exact)
     options = argparse.Namespace(
-        file=tmp_path / "tables.npz", workdir=tmp_path, set=[], joint=False
+        file=tmp_path / "tables.npz", workdir=tmp_path, set=[], joint=False, members=1
     )
     found = uci.evaluated("boston", 1, options)
     assert_allclose(found["model"], -0.73, atol=0.2)  # −½ log 2πe − log ½
@@ -118,7 +118,33 @@ def test_figures_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(Exact, "params_", params)
         with pytest.raises(TypeError, match="not callable"):
             uci.evaluated("boston", 1, options)
+    seeds = []
+    monkeypatch.setattr(
+        uci, "DensityModel", lambda **o: seeds.append(o["random_state"]) or Exact(**o)
+    )
+    monkeypatch.setattr(uci, "log_p_process", lambda split: np.zeros(50))
+    options.members = 3
+    assert_allclose(uci.evaluated("boston", 1, options)["model"], found["model"], rtol=1e-12)
+    assert len(set(seeds)) == 3
     assert "| -2.402 ± 0.042 | 2 |" in uci.line("boston", [found, found])
+
+
+class Shifted:
+    """The Gaussian N(shift, 1)."""
+
+    def __init__(self, shift: float) -> None:
+        self.shift = shift
+
+    def score_samples(self, X: np.ndarray, context: None) -> np.ndarray:
+        return norm.logpdf(X[:, 0], self.shift)
+
+
+def test_members_make_a_mixture() -> None:
+    """The mean of the densities, whose integral is one; the mean of their logs has less."""
+    X = np.linspace(-12.0, 12.0, 2001)[:, None]
+    found = uci.log_mean([Shifted(-1.0), Shifted(3.0), Shifted(0.0)], X)
+    assert_allclose(np.trapezoid(np.exp(found), X[:, 0]), 1.0, rtol=1e-6)
+    assert_allclose(np.exp(found[1000]), norm.pdf([1.0, 3.0, 0.0]).mean(), rtol=1e-12)
 
 
 class Unit:
@@ -132,8 +158,8 @@ class Unit:
     def fit(self, rows: np.ndarray) -> None:
         assert rows.shape == (150, 3)
 
-    def score(self, rows: np.ndarray) -> float:
-        return 1.0 if rows.shape == (50, 3) else np.nan
+    def score_samples(self, rows: np.ndarray, context: None) -> np.ndarray:
+        return np.ones(50) if rows.shape == (50, 3) else np.full(1, np.nan)
 
 
 def test_figures_of_a_joint_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +167,9 @@ def test_figures_of_a_joint_density(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     x, y = np.concatenate([split.x, split.x_test]), np.concatenate([split.y, split.y_test])
     np.savez(tmp_path / "tables.npz", boston_x=x, boston_y=y, boston_test=test)
     monkeypatch.setattr(uci, "DensityModel", Unit)
-    options = argparse.Namespace(file=tmp_path / "tables.npz", workdir=tmp_path, set=[], joint=True)
+    options = argparse.Namespace(
+        file=tmp_path / "tables.npz", workdir=tmp_path, set=[], joint=True, members=1
+    )
     found = uci.evaluated("boston", 0, options)
     truth = norm.entropy(5.0, 2.0) + norm.entropy(100.0, 30.0) + norm.entropy(0.0, 0.5)
     assert_allclose(found["mixture"], -truth, atol=0.3)
