@@ -36,6 +36,7 @@ from run_lib import config_files, identities, loading
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
 from run_lib.folder import trained_otherwise, write_json
+from run_lib.training import write_import
 
 HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is chosen
 MOST_HELD_OUT = 2000  # examples
@@ -53,9 +54,9 @@ class DensityModel(DensityMixin, BaseEstimator):
 
     Real values of any shape have a residual MLP that gives a mixture of Gaussians for each
     standardised coordinate; uint8 images have a U-Net that gives the law of each grey level. A
-    tenth of the examples is kept out of training, and of sixteen checkpoints the one with the least
-    bound on their negative log-likelihood is taken. The same data and `random_state` give the same
-    model.
+    tenth of the examples is kept out of training. Of the start, which is the prior of the head, and
+    sixteen checkpoints the one with the least bound on their negative log-likelihood is taken. The
+    same data and `random_state` give the same model.
 
     Args:
         config: a config to start from, as a file or as an object; None: by the kind of the data.
@@ -107,6 +108,10 @@ class DensityModel(DensityMixin, BaseEstimator):
         others = trained_otherwise(workdir, settings.resolved())
         allowed = "the settings that the model in workdir was trained with, or a new folder"
         require(not others, "changes", "; ".join(others), allowed)
+        if not whole_steps(workdir) and not settings.training.init_from:
+            begin = experiment.train_state(experiment.with_prior(experiment.initial_parameters()))
+            every = settings.training.snapshot_freq
+            write_import(workdir, settings.resolved(), begin, every)
         run_lib.train(experiment, workdir)
         return self._of(experiment, workdir, _best_step(workdir, experiment))
 
@@ -176,22 +181,24 @@ class DensityModel(DensityMixin, BaseEstimator):
         return np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
 
     def save(self, folder: str | Path) -> None:
-        """Copy the run folder, with the data that the model was fitted on.
+        """Copy the run folder, with the chosen checkpoint and the data of `fit`.
 
-        The config of the copy names these data and the chosen checkpoint, so that the command line
-        evaluates this model: `main.py --workdir=FOLDER --mode=eval`.
+        The config of the copy names these data, so that the command line evaluates this model:
+        `main.py --workdir=FOLDER --mode=eval`.
 
         Raises:
             FileExistsError: the folder is there.
         """
         check_is_fitted(self)
         folder = Path(folder).absolute()
-        shutil.copytree(self.workdir_, folder)
+        others = {str(step) for step in whole_steps(self.workdir_)} - {str(self.step_)}
+
+        def left_out(parent: str, names: list[str]) -> set[str]:
+            return others & set(names) if Path(parent).name == "checkpoints" else set()
+
+        shutil.copytree(self.workdir_, folder, ignore=left_out)
         config = json_files.read(folder / "config.json")
         config["data"]["path"] = str(folder / "data.npz")
-        number, beyond = divmod(self.step_, config["training"]["snapshot_freq"])
-        number = 0 if beyond else number  # the last step is no multiple; 0: the latest
-        config["eval"].update(begin_ckpt=number, end_ckpt=number)
         write_json(folder / "config.json", config)
 
     @classmethod
