@@ -82,8 +82,8 @@ class _Source:
             raise failures[0]
 
     def _one(self, given: "Tensor", flipped: "Tensor") -> "Tensor":
-        image = self._decode(given)
-        return tensorflow().where(flipped, image[:, ::-1], image)
+        tf, image = tensorflow(), self._decode(given)
+        return tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
 
     def _name_the_damaged(self, ids: np.ndarray) -> None:
         for number in ids:

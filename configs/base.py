@@ -76,66 +76,113 @@ def _model() -> ConfigDict:
             # a name in models.MODELS: mlp | concat_mlp | unet | ddpm | ncsnpp | ncsnv2_64 |
             # ncsnv2_128 | ncsnv2_256
             "name": "ddpm",
-            # score | scaled_score | noise | drift | velocity, or a head, which knows the marginal
-            # law of the training data: cells | atoms (integers), mixture | whitened (real values)
+            # what the output of the network means: score | scaled_score | noise | drift | velocity,
+            # or a head, which starts from a simple model of the training data: cells | atoms
+            # (integers), mixture | whitened (real values)
             "parameterization": "noise",
-            # how the network is told the time: time | level | unit_time | sigma | log_snr |
-            # reverse_index
+            # the number by which the network is told the time: time (999 t) | level (the number of
+            # the level) | unit_time (t) | sigma (σ) | log_snr (10 log(σ/α)) | reverse_index (the
+            # number of the level, counted from the largest noise)
             "time_label": "time",
-            "ema_rate": 0.9999,  # of the moving average of the parameters, which is evaluated
-            "num_scales": 1000,  # noise levels of the discrete chains and of sampling
+            # rate, in [0, 1), of the moving average of the parameters; evaluations use this average
+            "ema_rate": 0.9999,
+            # number of noise levels of the discrete chains and of the samplers pc, sde and twisted
+            "num_scales": 1000,
             # Of the SDE:
             "beta_min": placeholder(float),  # vpsde, subvpsde: β at t = 0
             "beta_max": placeholder(float),  # vpsde, subvpsde: β at t = 1
             "sigma_min": placeholder(float),  # vesde, linearvesde: σ at t = 0
             "sigma_max": placeholder(float),  # vesde, linearvesde: σ at t = 1
-            "end": placeholder(float),  # linear: largest time of the path, below 1
+            "end": placeholder(float),  # linear: the largest time of the path, below 1
             # Of the head:
-            "rank": placeholder(int),  # cells, atoms: features per coordinate, from 30 levels on
-            # cells, atoms: how much faster the law of a value learns to move, from 30 levels on
+            # cells, atoms, from 30 levels on: number of features that the network gives for each
+            # coordinate; the probabilities of all levels are computed from them
+            "rank": placeholder(int),
+            # cells, atoms, from 30 levels on: factor of the number that moves the law of a
+            # coordinate along the levels; above 1 this motion is learned faster
             "gain": placeholder(float),
-            "components": placeholder(int),  # mixture: Gaussians per coordinate
-            "floor": placeholder(float),  # mixture: smallest width, in standard deviations
-            "whitening": placeholder(str),  # whitened: full | diagonal covariance
+            "components": placeholder(int),  # mixture: number of Gaussians for each coordinate
+            # mixture: the smallest width of a Gaussian, in standard deviations of the coordinate
+            "floor": placeholder(float),
+            # whitened: the covariance of the training data that is used: full | diagonal; the
+            # default is full up to 4000 dimensions
+            "whitening": placeholder(str),
             # Of the network:
-            "dropout": placeholder(float),  # rate, in [0, 1), inside each block
-            "hidden": placeholder(int),  # mlp, concat_mlp: width
-            "depth": placeholder(int),  # mlp: number of residual blocks; concat_mlp: of layers
-            "embed_dim": placeholder(int),  # mlp, unet: size of the embedding of the time label
-            "activation": placeholder(str),  # mlp, concat_mlp, unet, ncsnv2: swish | gelu | ...
-            "nf": placeholder(int),  # ddpm, ncsnpp, ncsnv2: channels of the finest level
-            "ch_mult": placeholder(tuple),  # ddpm, ncsnpp: channels of every level over nf
-            "num_res_blocks": placeholder(int),  # ddpm, ncsnpp: residual blocks per level
-            "attn_resolutions": placeholder(tuple),  # ddpm, ncsnpp: heights that have attention
-            # ddpm, ncsnpp: resample by 3×3 convolutions; False: by means and nearest neighbours
+            # mlp, unet, ddpm, ncsnpp: share of the numbers inside each block that training sets to
+            # zero, in [0, 1)
+            "dropout": placeholder(float),
+            "hidden": placeholder(int),  # mlp, concat_mlp: width of the hidden layers
+            # mlp: number of residual blocks; concat_mlp: number of hidden layers
+            "depth": placeholder(int),
+            "embed_dim": placeholder(int),  # mlp, unet: how many numbers encode the time label
+            # mlp, concat_mlp, unet, ncsnv2: activation: elu | gelu | lrelu | relu | swish
+            "activation": placeholder(str),
+            "nf": placeholder(int),  # ddpm, ncsnpp, ncsnv2: number of channels of the finest level
+            # ddpm, ncsnpp: the channels of each level, from the finest, divided by nf
+            "ch_mult": placeholder(tuple),
+            # ddpm, ncsnpp: number of residual blocks of each level on the way down
+            "num_res_blocks": placeholder(int),
+            # ddpm, ncsnpp: heights of the feature maps, in pixels, that have attention
+            "attn_resolutions": placeholder(tuple),
+            # ddpm, ncsnpp: change the resolution by 3×3 convolutions; False: halve it by means of
+            # pixels and double it by copies of pixels. In ncsnpp only with resblock_type=ddpm
             "resamp_with_conv": placeholder(bool),
-            "conditional": placeholder(bool),  # ddpm, ncsnpp: False ignores the time label
-            "nonlinearity": placeholder(str),  # ddpm, ncsnpp: the activation: swish | elu | ...
-            "num_groups": placeholder(int),  # ddpm: groups of the normalisation
-            "up_attention": placeholder(str),  # ddpm: after blocks of the way up: every | last
-            "downsample_padding": placeholder(str),  # ddpm: of strided convolutions, by name
-            "init_mode": placeholder(str),  # ddpm: scale of the first weights: fan_avg | fan_out
-            "dropout_mode": placeholder(str),  # ddpm: drops each element | channel
-            "fir": placeholder(bool),  # ncsnpp: resample through the filter fir_kernel
-            "fir_kernel": placeholder(tuple),  # ncsnpp: taps of the filter
-            "skip_rescale": placeholder(bool),  # ncsnpp: residual sums over √2
-            "resblock_type": placeholder(str),  # ncsnpp: ddpm | biggan
-            "progressive": placeholder(str),  # ncsnpp: output: none | output_skip | residual
-            "progressive_input": placeholder(str),  # ncsnpp: none | input_skip | residual
-            "progressive_combine": placeholder(str),  # ncsnpp: input_skip joins by: sum | cat
-            "embedding_type": placeholder(str),  # ncsnpp: of the time label: positional | fourier
-            "fourier_scale": placeholder(float),  # ncsnpp: standard deviation of the frequencies
-            "trainable_embedding": placeholder(bool),  # ncsnpp: train the frequencies
-            # ncsnpp: of the last convolution of every block and of the output; 0: near zero
+            # ddpm, ncsnpp: the network sees the time label; False: it does not
+            "conditional": placeholder(bool),
+            # ddpm, ncsnpp: activation: elu | gelu | lrelu | relu | swish
+            "nonlinearity": placeholder(str),
+            # ddpm: number of groups of channels in a group normalisation; it must divide the
+            # channels of every level
+            "num_groups": placeholder(int),
+            # ddpm: the blocks of the way up that attention follows: every | last (of each level)
+            "up_attention": placeholder(str),
+            # ddpm: how a convolution that halves the resolution pads the image: same (one pixel at
+            # the end) | symmetric (one pixel at both ends)
+            "downsample_padding": placeholder(str),
+            # ddpm: what the scale of the first weights is computed from: fan_avg (inputs and
+            # outputs of a layer) | fan_out (outputs alone)
+            "init_mode": placeholder(str),
+            # ddpm: what dropout sets to zero: element (single numbers) | channel (whole channels)
+            "dropout_mode": placeholder(str),
+            # ncsnpp: smooth by the filter fir_kernel wherever the resolution changes
+            "fir": placeholder(bool),
+            "fir_kernel": placeholder(tuple),  # ncsnpp: the weights of this filter, as (1, 3, 3, 1)
+            # ncsnpp: divide the sum of a residual block and its input by √2
+            "skip_rescale": placeholder(bool),
+            # ncsnpp: kind of the residual blocks: ddpm | biggan (these also change the resolution)
+            "resblock_type": placeholder(str),
+            # ncsnpp: how the levels of the way up add to the output: none (only the finest does) |
+            # output_skip (each adds an image) | residual (each adds features)
+            "progressive": placeholder(str),
+            # ncsnpp: how coarser levels see the input at their resolution: none (not at all) |
+            # input_skip (as an image) | residual (as features)
+            "progressive_input": placeholder(str),
+            # ncsnpp: how input_skip joins the image to the features: sum | cat (as more channels)
+            "progressive_combine": placeholder(str),
+            # ncsnpp: how the time label is encoded: positional (by sines of the label) | fourier
+            # (by sines of its logarithm, with random frequencies)
+            "embedding_type": placeholder(str),
+            # ncsnpp: standard deviation of the random frequencies of embedding_type=fourier
+            "fourier_scale": placeholder(float),
+            "trainable_embedding": placeholder(bool),  # ncsnpp: train these frequencies, too
+            # ncsnpp: scale of the first weights of the output and of the last convolution of every
+            # block; 0: they start near zero
             "init_scale": placeholder(float),
-            "widths": placeholder(tuple),  # ncsnv2: channels of every stage over nf
-            "channels": placeholder(tuple),  # unet: of every level, from the finest
-            "blocks": placeholder(tuple),  # unet: number in every level
-            "patch": placeholder(int),  # unet: pixels on a side of a position of the finest level
-            "attention": placeholder(bool),  # unet: at the coarsest level
-            "summary": placeholder(int),  # unet: width of a perceptron of the whole input
-            "dtype": placeholder(str),  # float32 | bfloat16, of convolutions and products
-            "remat": placeholder(str),  # saves memory by computing again: none | block | keep_convs
+            "widths": placeholder(tuple),  # ncsnv2: the channels of each stage, divided by nf
+            # unet: number of channels of each level, from the finest
+            "channels": placeholder(tuple),
+            "blocks": placeholder(tuple),  # unet: number of blocks of each level, from the finest
+            # unet: side, in pixels, of the square that one position of the finest level holds
+            "patch": placeholder(int),
+            # unet: attention after every block of the coarsest level
+            "attention": placeholder(bool),
+            # unet: width of a perceptron that sees the whole input and steers all blocks; 0: none
+            "summary": placeholder(int),
+            # unet, ddpm, ncsnpp: type of convolutions and products: float32 | bfloat16
+            "dtype": placeholder(str),
+            # unet, ddpm, ncsnpp: what the backward pass computes again, which saves memory: none |
+            # block (every block) | keep_convs (every block but its convolutions)
+            "remat": placeholder(str),
         }
     )
 
@@ -143,55 +190,95 @@ def _model() -> ConfigDict:
 def _training() -> ConfigDict:
     return ConfigDict(
         {
-            "objective": "dsm",  # dsm | ism (implicit score matching, the ELBO)
-            "sde": "vpsde",  # vpsde | subvpsde | vesde | linearvesde | linear
-            "continuous": True,  # False: times are model.num_scales levels (DDPM, SMLD; VP, VE)
-            "n_iters": 1_300_001,  # steps of the whole training
+            # the loss: dsm (denoising score matching) | ism (implicit score matching; with
+            # likelihood weights or debias it is the ELBO of the reverse SDE)
+            "objective": "dsm",
+            # the diffusion: vpsde | subvpsde | vesde | linearvesde | linear (path of flow matching)
+            "sde": "vpsde",
+            # times are real numbers; False: they are the model.num_scales levels of a discrete
+            # chain, that of DDPM for vpsde and that of SMLD for vesde
+            "continuous": True,
+            "n_iters": 1_300_001,  # number of steps of the whole training
             "batch_size": 128,  # over all devices and hosts
-            "microbatch": 0,  # examples at a time, over all devices and hosts; 0: the whole batch
-            "n_jitted_steps": 1,  # steps per dispatch
-            "profile_steps": 0,  # steps to trace into <workdir>/profile, after compilation
-            "reduce_mean": True,  # mean over dimensions; False: half the sum
-            "likelihood_weighting": False,  # weight g²
-            "importance_weighting": False,  # with it: times from p(t) ∝ g²/σ²
-            "debias": False,  # times from the truncated law of the drift ELBO
-            "stratified": False,  # one time per cell of a batch
-            # law of the times by name, for likelihood_weighting: uniform | importance | debias |
-            # velocity (log σ² uniform) | adaptive (learns where the loss varies); '': as switched
+            # number of examples whose gradient is computed at a time, over all devices and hosts;
+            # fewer need less memory; 0: the whole batch
+            "microbatch": 0,
+            "n_jitted_steps": 1,  # number of steps that run without returning to Python
+            # number of steps to trace into <workdir>/profile, after compilation
+            "profile_steps": 0,
+            # the loss of an example is the mean over its dimensions; False: half the sum
+            "reduce_mean": True,
+            # weight the squared error of the score by g², as in the variational bound
+            "likelihood_weighting": False,
+            # with likelihood_weighting: draw times from p(t) ∝ g²/σ², not uniformly
+            "importance_weighting": False,
+            # draw times on all of [0, T] from p(t) ∝ g²/σ², held constant below smallest_time; for
+            # the ELBO of a network that predicts the drift
+            "debias": False,
+            # divide the law of the times into batch_size parts of equal probability, and draw one
+            # time of a batch from each
+            "stratified": False,
+            # law of the times by name, with likelihood_weighting: uniform | importance | debias |
+            # velocity (log σ² is uniform) | adaptive (more times where the loss varies more). The
+            # names importance and debias do the same as the switches above; '': as switched
             "time_law": "",
-            # probability that an example is seen without its context: then p(x) is learned, too,
-            # and evaluated beside p(x | c), with the information log p(x | c) - log p(x)
+            # probability that training hides the context of an example. The network then learns
+            # p(x), too, and an evaluation gives p(x) and log p(x | c) - log p(x) beside p(x | c)
             "context_dropout": 0.0,
-            "score_matching_order": 1,  # 1 | 2 | 3; order k contains order k − 1
+            # 1 | 2 | 3; order 1 fits the score, order 2 also its first derivative, order 3 also its
+            # second derivative
+            "score_matching_order": 1,
             # Of orders 2 and 3:
-            "second_order_weight": 1.0,  # of frobenius + trace_weight × trace
-            "frobenius_weight": 1.0,  # of its parts; 0 and 1: the quadratic form alone (i-DODE)
-            "trace_weight": 1.0,  # of the trace in order 2
-            "third_order_weight": 1.0,  # of order 3
-            "third_order_form": "gradient",  # gradient | directional (cheaper, forward only)
-            "high_order_fraction": 1.0,  # of the batch that has orders 2 and 3: 1, 1/2, 1/3, ...
-            "derivative_estimator": "probe",  # probe | exact (small dimensions): ism, orders 2, 3
-            "num_probes": 1,  # Rademacher probes per example, where derivatives are by probe
+            # weight of order 2: of frobenius_weight × frobenius + trace_weight × trace
+            "second_order_weight": 1.0,
+            # weight of the Frobenius part of order 2; with 0 only the trace part is left, as in
+            # i-DODE
+            "frobenius_weight": 1.0,
+            "trace_weight": 1.0,  # weight of the trace part of order 2
+            "third_order_weight": 1.0,  # weight of order 3
+            # the derivative that order 3 fits: gradient | directional (cheaper; the same if the
+            # Jacobian of the score is symmetric)
+            "third_order_form": "gradient",
+            # share of a batch for which orders 2 and 3 are computed: 1, 1/2, 1/3, ...
+            "high_order_fraction": 1.0,
+            # how ism and orders 2 and 3 get derivatives: probe (by random vectors) | exact (for few
+            # dimensions)
+            "derivative_estimator": "probe",
+            # number of random vectors (Rademacher probes) for each example, where derivatives are
+            # by probe
+            "num_probes": 1,
             # Of the Fokker-Planck regulariser, w(t) [alpha (|eps|/sqrt(d))^m + beta (|L|/d)^m]:
-            "alpha": 0.0,  # of the vector term; 0: off
-            "beta": 0.0,  # of the scalar term; 0: off
-            "scalar_fp": "both",  # True (scalar term alone) | False (vector alone) | both
-            "fp_wgt_type": "ll",  # w(t): constant 1 | convention g | ll g^2 | dimensionless
-            "m": 2.0,  # the power
-            "fp_form": "gradient",  # gradient | advective (cheaper, forward only)
-            "fp_probes": 1,  # 1 | 2 (unbiased square)
-            "fp_fraction": 1.0,  # of the batch: 1, 1/2, 1/3, ...
-            "fp_every": 1,  # so many steps, with so many times the weight
+            "alpha": 0.0,  # weight of the vector term; 0: off
+            "beta": 0.0,  # weight of the scalar term; 0: off
+            # the terms that take part: True (scalar term alone) | False (vector term alone) | both
+            "scalar_fp": "both",
+            # the weight w(t): constant (1) | convention (g) | ll (g²) | dimensionless (the residual
+            # is measured in its own unit, which keeps the weighted term bounded as t goes to 0)
+            "fp_wgt_type": "ll",
+            "m": 2.0,  # the power m
+            # how the residual is computed: gradient | advective (cheaper, forward derivatives
+            # alone)
+            "fp_form": "gradient",
+            # random vectors for each example: 1 | 2 (the square is then unbiased; needs m=2)
+            "fp_probes": 1,
+            # share of a batch for which the terms are computed: 1, 1/2, 1/3, ...
+            "fp_fraction": 1.0,
+            # the terms are computed in every n-th step, with n times the weight; this is n
+            "fp_every": 1,
             # Of times and steps:
-            "smallest_time": 1e-5,  # t_min of training, bound and ODE likelihood
-            # t_min with importance_weighting, time_law importance, velocity, adaptive; 0: as above
+            # t_min: the smallest time of training, of the bound and of the likelihood by the ODE
+            "smallest_time": 1e-5,
+            # takes the place of smallest_time with importance_weighting, or with time_law
+            # importance, velocity or adaptive; 0: smallest_time stays
             "importance_smallest_time": 0.0,
             "log_freq": 100,  # steps between records of the training loss
             "eval_freq": 1000,  # steps between records of the held-out loss
-            "snapshot_freq_for_preemption": 5000,  # steps between checkpoints; two are kept
+            # steps between checkpoints of which only the two latest are kept
+            "snapshot_freq_for_preemption": 5000,
             "snapshot_freq": 50_000,  # steps between checkpoints that are kept for ever
             "snapshot_sampling": True,  # draw samples whenever such a checkpoint is kept
-            "init_from": "",  # a run folder or published checkpoint (Flax, .pth) to start from
+            # a run folder or a published checkpoint (Flax, .pth) that the training starts from
+            "init_from": "",
         }
     )
 
@@ -199,15 +286,18 @@ def _training() -> ConfigDict:
 def _optim() -> ConfigDict:
     return ConfigDict(
         {
-            "optimizer": "Adam",  # Adam
+            "optimizer": "Adam",  # the name of the optimizer; only Adam is known
             "lr": 2e-4,  # learning rate after the warm-up
-            "beta1": 0.9,  # Adam: rate of the mean of gradients
-            "beta2": 0.999,  # Adam: rate of the mean of their squares
-            "eps": 1e-8,  # Adam: added to the root of that
-            "weight_decay": 0.0,  # decoupled
-            "warmup": 5000,  # steps in which the rate grows from zero
-            "grad_clip": 1.0,  # largest global norm of the gradient; negative: off
-            "schedule": "constant",  # constant | cosine
+            "beta1": 0.9,  # Adam: rate of the moving average of the gradient
+            "beta2": 0.999,  # Adam: rate of the moving average of the squared gradient
+            "eps": 1e-8,  # Adam: added to the root of the second average
+            # a step also subtracts learning rate × weight_decay × parameter from every parameter
+            "weight_decay": 0.0,
+            "warmup": 5000,  # first steps, in which the learning rate grows from zero
+            # largest norm of the whole gradient; a longer one is shortened to it; negative: off
+            "grad_clip": 1.0,
+            # the learning rate after the warm-up: constant | cosine (it falls to zero in the end)
+            "schedule": "constant",
         }
     )
 
@@ -216,16 +306,20 @@ def _deq() -> ConfigDict:
     return ConfigDict(
         {
             # Of the Flow++ dequantiser, --mode=train_deq; batch size and optimizer are those above:
-            "n_iters": 300_001,  # steps of its training
-            "ema_rate": 0.99,  # of the moving average of its parameters
-            "num_times": 1,  # times per example of the bound that is minimised
-            "filters": 96,  # width of the networks of the couplings
-            "components": 32,  # logistics per dimension
-            "blocks": 2,  # in each coupling
-            "heads": 4,  # of the attention; divides filters and 32
-            "couplings": 4,  # an even number
-            "processor": "shallow",  # shallow (published for CIFAR-10) | deep (for ImageNet 32)
-            "init_from": "",  # a published DeqState to start from
+            "n_iters": 300_001,  # number of steps of its training
+            "ema_rate": 0.99,  # rate of the moving average of its parameters, which is evaluated
+            # number of times for each example at which the bound that is minimised is evaluated
+            "num_times": 1,
+            "filters": 96,  # number of channels of the networks inside the couplings
+            # number of logistic distributions in the mixture that moves a coordinate
+            "components": 32,
+            "blocks": 2,  # number of blocks in the network of each coupling
+            "heads": 4,  # number of attention heads; it must divide filters and 32
+            # number of coupling layers; an even number moves both halves of the image equally often
+            "couplings": 4,
+            # the networks: shallow (published for CIFAR-10) | deep (published for ImageNet 32)
+            "processor": "shallow",
+            "init_from": "",  # the file of a published dequantiser to start from
         }
     )
 
@@ -234,11 +328,15 @@ def _classifier() -> ConfigDict:
     return ConfigDict(
         {
             # Of p(c | x_t), --mode=train_classifier; batch size and optimizer are those above:
-            "n_iters": 5000,  # steps of its training
-            "ema_rate": 0.999,  # of the moving average of its parameters
-            "width": 64,  # of every layer, in images of the finest level
-            "depth": 3,  # residual blocks; in images a level each, of half the size of the former
-            "dropout": 0.1,  # rate within the blocks
+            "n_iters": 5000,  # number of steps of its training
+            "ema_rate": 0.999,  # rate of the moving average of its parameters, which guides samples
+            # width of every layer; for images the number of channels of the finest level
+            "width": 64,
+            # number of residual blocks; for images each block has a level of its own, of half the
+            # size of the level before
+            "depth": 3,
+            # share of the numbers inside each block that training sets to zero, in [0, 1)
+            "dropout": 0.1,
         }
     )
 
@@ -287,48 +385,72 @@ def _sampling() -> ConfigDict:
 def _eval() -> ConfigDict:
     return ConfigDict(
         {
-            "begin_ckpt": 0,  # first checkpoint to evaluate, times training.snapshot_freq
-            "end_ckpt": 0,  # last one, times training.snapshot_freq; 0: the latest only
-            "batch_size": 256,  # over all devices and hosts
-            "dataset": "test",  # train | validation | test
-            "num_examples": 0,  # the first so many of the split; 0: all
-            "num_repeats": 1,  # draws of dequantisation, probe and times per example
+            # the first checkpoint to evaluate: its step is this number times training.snapshot_freq
+            "begin_ckpt": 0,
+            # the last checkpoint to evaluate, counted in the same way; 0: only the latest one
+            "end_ckpt": 0,
+            "batch_size": 256,  # examples in a batch, over all devices and hosts
+            "dataset": "test",  # the split to evaluate: train | validation | test
+            "num_examples": 0,  # evaluate the first so many examples of the split; 0: all
+            # how often each example is evaluated, each time with fresh noise, probes and times
+            "num_repeats": 1,
             "wait_s": 0.0,  # seconds to wait for a checkpoint that training has yet to write
-            "dequantization": "uniform",  # uniform | variational | tn, or several: uniform,tn
-            "dequantizer": False,  # published name of dequantization=variational
-            "tn_tau": 3.0,  # tn: half a cell in standard deviations of the noise at the start
-            "enable_bpd": True,  # log-likelihood by the probability-flow ODE
-            # where the ODE starts: data, taken for x at t_min, as published | noised (a bound) |
-            # auto: noised where the head has a decoder of its own
+            # law of the noise within the cells of grey levels: uniform | variational | tn
+            # (truncated normal), or several, as uniform,tn
+            "dequantization": "uniform",
+            # True means dequantization=variational; this is the published name
+            "dequantizer": False,
+            # tn: half the width of a cell, in standard deviations of the noise at the start
+            "tn_tau": 3.0,
+            "enable_bpd": True,  # compute the likelihood by the probability-flow ODE
+            # where the ODE starts: data (taken as x at t_min, as published) | noised (x at t_min is
+            # drawn from the data; the value is a bound) | auto (noised if the head has a decoder of
+            # its own)
             "ode_start": "auto",
-            "num_importance": 1,  # ODE: draws of the noise that are averaged in p, not in log p
-            "bound": True,  # variational bound
-            "dsm": True,  # of the bound: denoising form; False: with divergence
-            "offset": True,  # of the bound: with the way from x at t_min to x
-            "elbo": False,  # ELBO of the plug-in reverse SDE on [0, T] (drift networks)
-            "elbo_estimator": "low_variance",  # low_variance | published
-            "baselines": True,  # beside likelihoods: uniform, histogram, Gaussians of training data
-            # class of every example by Bayes' rule, from p(x | c) of all classes, by the ODE where
-            # it is enabled, otherwise by the bound
+            # ODE: number of draws of the noise over which p is averaged (p itself, not log p)
+            "num_importance": 1,
+            "bound": True,  # compute the variational bound
+            # the bound is computed by denoising score matching; False: by the divergence
+            "dsm": True,
+            # the bound is one for the data x; False: for x at t_min, without the way back to x
+            "offset": True,
+            # compute the ELBO of the reverse SDE on [0, T], for networks that predict drift or
+            # score
+            "elbo": False,
+            # how the ELBO is estimated: low_variance | published (as in the code of the paper)
+            "elbo_estimator": "low_variance",
+            # also evaluate trivial models: uniform, histogram, Gaussians of the training data
+            "baselines": True,
+            # find the class of every example by Bayes' rule from p(x | c) of all classes: by the
+            # ODE if enable_bpd is on, otherwise by the bound
             "classify": False,
-            # of real values: the place of every example among samples of the model
+            # for real values: test the calibration by comparing each example with samples
             "calibrate": False,
-            "calibration_samples": 100,  # for every example
-            "enable_loss": False,  # training objective
-            "enable_sampling": True,  # draw samples, and score them if features are given
-            "num_samples": 100,  # how many, in all
-            "features": "",  # for FID, KID, IS: inception | classifier | a SavedModel folder
-            "stats": "",  # file of reference statistics; '': that of data and features
-            "solver": "dopri5",  # tsit5 | dopri5 | dopri8 | bosh3 | heun
+            "calibration_samples": 100,  # number of these samples for each example
+            "enable_loss": False,  # evaluate the training objective, too
+            # draw samples, and compute FID, KID and IS of them if features is set
+            "enable_sampling": True,
+            "num_samples": 100,  # number of samples in all
+            # the network that gives the features for FID, KID and IS: inception | classifier | a
+            # SavedModel folder; '': none
+            "features": "",
+            # file of the reference features; '': the usual file of these data and features
+            "stats": "",
+            "solver": "dopri5",  # solver of the ODE: tsit5 | dopri5 | dopri8 | bosh3 | heun
             "rtol": 3e-5,  # relative tolerance of a step of the ODE
             "atol": 3e-5,  # absolute tolerance of a step of the ODE
-            "num_steps": 0,  # equal steps, the same for all examples; 0: by the tolerances
-            "estimate_error": True,  # of equal steps, for half as many evaluations again
-            "divergence": "rademacher",  # rademacher | gaussian | exact
-            "num_probes": 1,  # probes per example of the divergence
-            "num_times": 64,  # times per example of bound and ELBO
-            "trajectory_lmbds": (0.0, 0.5, 1.0, -1.0),  # λ of the figure of toy trajectories
-            "curve_times": 32,  # --mode=diagnose: times of a curve
-            "curve_examples": 256,  # --mode=diagnose: examples at each time
+            # number of equal steps of the ODE, the same for all examples; 0: the tolerances decide
+            "num_steps": 0,
+            # with equal steps: estimate the error of the solver, for half as many evaluations again
+            "estimate_error": True,
+            # how the divergence of the score is computed: rademacher | gaussian (estimated by
+            # random vectors of this law) | exact
+            "divergence": "rademacher",
+            "num_probes": 1,  # number of these random vectors for each example
+            "num_times": 64,  # number of times for each example of the bound and the ELBO
+            # λ of the reverse SDEs whose paths are drawn in 1 or 2 dimensions; 1 is the ODE
+            "trajectory_lmbds": (0.0, 0.5, 1.0, -1.0),
+            "curve_times": 32,  # --mode=diagnose: number of times of a curve
+            "curve_examples": 256,  # --mode=diagnose: number of examples at each time
         }
     )
