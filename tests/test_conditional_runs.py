@@ -72,6 +72,14 @@ def test_a_run_with_classes(tmp_path: Path) -> None:
     assert np.sum(classes["confusion"]) == 24
     assert "Classes by Bayes" in (tmp_path / "whole" / "report.html").read_text()
     assert "given class of test" in (target / "samples_10" / "protocol.json").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "files.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert 'Path("runs/digits_vp/eval")' in code
+    names: dict[str, Any] = {}
+    exec(code.replace("runs/digits_vp/eval", str(target)), names)
+    assert len(names["log_p"]) == 12
+    last = {row["index"]: row["value"] for row in rows if row["estimator"] == "ODE"}
+    assert names["log_p"] == {index: -value for index, value in last.items()}
     before = len(rows)
     run(c, tmp_path / "whole", "eval")
     assert len(Records(target).rows) == before

@@ -58,6 +58,19 @@ def test_the_example_of_the_readme_learns_the_moons() -> None:
     assert shown["error"].max() < 0.2
 
 
+def test_the_example_of_the_reference_fits_a_gaussian() -> None:
+    """After some of the steps, for the time that they take."""
+    page = (ROOT / "docs" / "reference" / "density_model.md").read_text()
+    few = page.replace('"training.n_iters": 500', f'"training.n_iters": 100, {QUICK}')
+    few = few.replace("x[1000:])", "x[1000:1040])").replace(", 50, axis", ", 5, axis")
+    assert few.count("1040") == 1
+    (shown,) = examples(few)
+    entropy = jnp.log(2.0 * jnp.pi) + 1.0 + jnp.log(0.6)
+    assert abs(shown["log_p"].mean() + entropy) < 1.0
+    assert shown["drawn"].shape == (5, 2)
+    assert 0.0 < shown["noise"] < 0.5
+
+
 def test_the_code_map_names_files_that_exist_and_all_modules() -> None:
     table = (ROOT / "docs" / "architecture.md").read_text().split("## Code map")[1]
     named = {n for row in table.splitlines()[6:] for n in re.findall(r"`([\w/]+(?:\.py)?/?)`", row)}
