@@ -29,8 +29,9 @@ def _data() -> ConfigDict:
     return ConfigDict(
         {
             "dataset": "digits",  # a name in datasets.DATASETS
-            "path": "",  # of an .npz, .npy, .csv or .parquet file, an image folder, a tfds folder
-            "image_size": 0,  # pixels on a side of the images; 0: as the data are
+            # an .npz, .npy, .csv or .parquet file, a folder of images, or a folder of tfds
+            "path": "",
+            "image_size": 0,  # number of pixels on a side of the images; 0: as the data are
             "num_channels": 1,  # 1 (grey) | 3 (colour)
             "category": "",  # the category of lsun, as church_outdoor
             # c of p(x | c): class (y_train, y_test of an npz; digits, mnist, cifar10, svhn) |
@@ -38,9 +39,12 @@ def _data() -> ConfigDict:
             "context": "",
             "levels": 256,  # number of grey levels
             "centered": True,  # the network sees [−1, 1]; False: [0, 1]
-            "logit": False,  # logit transform instead of centring
-            "uniform_dequantization": True,  # (k + u)/levels in training, too
-            "random_flip": False,  # left-right, in training only
+            # the network sees the logit of the grey levels; it takes the place of centered
+            "logit": False,
+            # training sees (k + u)/levels with u uniform in [0, 1); False: it sees k/(levels − 1)
+            "uniform_dequantization": True,
+            # training turns the left and the right side of every second image, at random
+            "random_flip": False,
             # how many training examples, drawn at random, become the validation split
             "num_validation": 0,
             # how many training examples are used; 0: all (2-D sets: fresh samples for ever)
@@ -344,19 +348,23 @@ def _classifier() -> ConfigDict:
 def _sampling() -> ConfigDict:
     return ConfigDict(
         {
-            "method": "ode",  # ode | pc | sde
-            "smallest_time": 1e-3,  # where sampling ends
-            "noise_removal": True,  # last step: E[x0 | x_t]
+            # what is solved back in time: ode (the probability-flow ODE) | pc (predictor and
+            # corrector at every noise level) | sde (one of the reverse SDEs, see lmbd)
+            "method": "ode",
+            "smallest_time": 1e-3,  # the time at which sampling ends
+            # the last step replaces x_t by the mean of x0 given x_t
+            "noise_removal": True,
             # for pc: euler_maruyama | reverse_diffusion | ancestral_sampling | none
             "predictor": "euler_maruyama",
-            "corrector": "none",  # pc: none | langevin | ald
-            "snr": 0.16,  # pc: signal over noise of a step of the corrector
-            "n_steps_each": 1,  # pc: steps of the corrector per noise level
-            "probability_flow": False,  # pc: the predictor follows the ODE, without noise
-            "lmbd": 0.0,  # sde: λ <= 1
-            "solver": "tsit5",  # ode: tsit5 | dopri5 | dopri8 | bosh3 | heun
-            "rtol": 1e-4,  # ode: relative tolerance of a step
-            "atol": 1e-4,  # ode: absolute tolerance of a step
+            "corrector": "none",  # pc: none | langevin | ald (annealed Langevin dynamics)
+            "snr": 0.16,  # pc: ratio of signal to noise of a step of the corrector
+            "n_steps_each": 1,  # pc: number of steps of the corrector at every noise level
+            "probability_flow": False,  # pc: the predictor follows the ODE and adds no noise
+            # sde: λ <= 1 of the reverse SDE; 0: the usual one, 1: the ODE
+            "lmbd": 0.0,
+            "solver": "tsit5",  # ode: its method: tsit5 | dopri5 | dopri8 | bosh3 | heun
+            "rtol": 1e-4,  # ode: relative tolerance of the error of a step
+            "atol": 1e-4,  # ode: absolute tolerance of the error of a step
             # --mode=sample:
             "num_samples": 16,  # how many samples in all; with a task, of every measurement
             "context": "",  # a class | test (that of test examples) | an .npy file; '': none

@@ -74,7 +74,8 @@ class Drawer:
         if self.guide is not None:
             found |= {"classifier": self.guide.protocol}
         if self.data is None:
-            return found | {"sampler": sampling_loop.sampling_protocol(self.experiment)}
+            sampler = sampling_loop.sampling_protocol(self.experiment, of_evaluation=False)
+            return found | {"sampler": sampler}
         fields = _scalars(self._posterior(jnp.asarray(self.data.y[:1])))
         task = {"name": sampling.task} | self.data.protocol
         return found | {"sampler": {"name": sampling.task_method} | fields, "task": task}

@@ -139,15 +139,18 @@ def shards(where: Path) -> list[Shard]:
     return sorted(found)
 
 
-def sampling_protocol(experiment: Experiment) -> str:
-    """Say in one line what fixes the law of the samples, beside the network."""
+def sampling_protocol(experiment: Experiment, *, of_evaluation: bool = True) -> str:
+    """Say in one line what fixes the law of the samples, beside the network.
+
+    The samples of an evaluation have the contexts of its examples.
+    """
     fields = dataclasses.asdict(experiment.sampler)
     fields |= fields.pop("solver", {})
     words = [experiment.settings.sampling.method, fields.pop("name", "")]
     words += ["denoised" if fields.pop("noise_removal") else "not denoised"]
     fields.pop("axis_name", None)
     words += [f"{name} {value}" for name, value in fields.items()]
-    if given := experiment.given_name:
+    if of_evaluation and (given := experiment.given_name):
         words += [f"given {given} of {experiment.settings.eval.dataset}"]
     return ", ".join(filter(None, words))
 

@@ -63,7 +63,7 @@ def test_long_values_stand_on_lines_of_their_own() -> None:
     lines = describe.table(config, CONFIG, ["data.path"]).splitlines()
     number = next(i for i, line in enumerate(lines) if path in line)
     assert lines[number].split() == [">", "path", repr(path)]
-    assert lines[number + 1].startswith(" " * 48 + "of an .npz, .npy")
+    assert lines[number + 1].startswith(" " * 48 + "an .npz, .npy")
 
 
 def test_the_page_of_fields_is_made_from_the_config() -> None:
