@@ -58,7 +58,9 @@ def image_grid(
     return canvas
 
 
-def save_samples(path: str | Path, samples: np.ndarray, levels: int | None) -> None:
+def save_samples(
+    path: str | Path, samples: np.ndarray, levels: int | None, columns: int | None = None
+) -> None:
     """A PNG of samples: the first 100 images [n, H, W, C], or the density of real values.
 
     Real values of the shape of grey or colour images are shown as such, from their 1 % quantile,
@@ -66,12 +68,12 @@ def save_samples(path: str | Path, samples: np.ndarray, levels: int | None) -> N
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if levels is not None:
-        save_images(path, samples[:100], levels)
+        save_images(path, samples[:100], levels, columns)
         return
     if samples.ndim == 4 and samples.shape[3] in (1, 3):
         low, high = np.quantile(samples[:100], [0.01, 0.99])
         grey = np.clip((samples[:100] - low) / max(high - low, 1e-30), 0.0, 1.0)
-        save_images(path, np.round(255 * grey), 256)
+        save_images(path, np.round(255 * grey), 256, columns)
         return
     points = samples.reshape(len(samples), -1)
     if points.shape[1] == 1:

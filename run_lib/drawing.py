@@ -3,7 +3,8 @@
     <name>/<first>-<last>.npz   samples and the evaluations of each; `twisted`: log p(y) of each run
     <name>/measured.npz         y and the originals, with a task
     <name>/protocol.json        what the samples are of
-    <name>/grid.png             of images: original, A⁺ y and samples, one measurement a row
+    <name>/grid.png             of images: original, A⁺ y and samples, one measurement a row; or
+                                samples, one context a column where there are 2 to 16
 
 The name ends in a digest of all that the samples depend on, so that a folder is of one law and the
 same command adds what is missing. Sample i is of measurement i ÷ num_samples.
@@ -45,6 +46,7 @@ from streams import Context
 from twisted import TwistedSampler, combine_evidence
 
 logger = logging.getLogger("fokker")
+MOST_COLUMNS = 16  # of a grid with one column for each context
 EXACT_UP_TO = 16  # measured numbers: each costs a tangent of the network in every evaluation
 Arrays = dict[str, jax.Array]
 PosteriorSampler = Guided | Replacement | DiffusionPosteriorSampling | TwistedSampler
@@ -300,7 +302,9 @@ def _show(drawer: Drawer, where: Path, number: int) -> None:
     samples, data = np.concatenate([part["samples"] for part in rows]), drawer.data
     path = where / "grid.png"
     if data is None:
-        plotting.save_samples(path, samples, drawer.experiment.levels)
+        contexts = 0 if drawer.context is None else len(drawer.context)
+        columns = contexts if 1 < contexts <= MOST_COLUMNS else None
+        plotting.save_samples(path, samples, drawer.experiment.levels, columns)
     else:
         originals = {} if data.originals is None else {"originals": data.originals}
         npz_files.write(where / "measured.npz", {"y": data.y} | originals)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 import npz_files
 import run_lib
@@ -119,6 +120,20 @@ def test_what_does_not_fit_is_refused(runs: dict[str, Path], sampling: dict, mes
 
 
 # Contexts, by a model and data that have them.
+
+
+@pytest.mark.parametrize(("number", "columns"), [(3, 3), (1, 2), (17, 2)])
+def test_every_context_has_a_column_of_the_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, columns: int
+) -> None:
+    rows = [{"samples": np.zeros((4, 8, 8, 1))}]
+    monkeypatch.setattr(sampling_loop, "read", lambda where, total: rows)
+    drawer = SimpleNamespace(
+        context=np.arange(number), data=None, experiment=SimpleNamespace(levels=17)
+    )
+    drawing._show(drawer, tmp_path, 4)
+    height, width, _ = imread(tmp_path / "grid.png").shape
+    assert width / height == pytest.approx((9 * columns + 1) / (9 * -(-4 // columns) + 1))
 
 
 class Conditional:
