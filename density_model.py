@@ -7,11 +7,15 @@ A fitted model is a run folder like any other, which the command line evaluates:
 the values that an evaluation of the same checkpoint and examples would write in its rows.
 """
 
+import contextlib
 import functools
+import logging
+import math
 import shutil
 import tempfile
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +46,13 @@ HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is 
 MOST_HELD_OUT = 2000  # examples
 CHECKPOINTS = 16
 MOST_BOUNDS = 500  # held-out examples by which a checkpoint is chosen
-DRAWS, MOST_REPEATS = 300, 4  # of the bound for a checkpoint; few examples have several each
-FEW = 5000  # examples; more have more steps
+DRAWS, MOST_REPEATS = 1000, 16  # of the bound for a checkpoint; few examples have several each
+STEPS = ((2000, 2000), (5000, 4000), (math.inf, 10_000))  # for fewer examples than so many
 EXACT_UP_TO = 16  # coordinates, whose divergence needs no probe
 COMPILED = ("_likelihood", "_draw")
 OWN = ("seed", "data.dataset", "data.path", "data.context")  # fields that `fit` sets
 FOLDER = "fokker-"  # of a model without a folder of its own: the start of its name
+logger = logging.getLogger("fokker")
 
 
 class DensityModel(DensityMixin, BaseEstimator):
@@ -64,6 +69,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         changes: fields of the config by name, as {"training.n_iters": 2000}.
         workdir: the run folder; an interrupted `fit` goes on there. None: a temporary folder.
         random_state: the seed of everything that is drawn.
+        verbose: `fit` writes its progress to the standard error.
     """
 
     def __init__(
@@ -73,11 +79,13 @@ class DensityModel(DensityMixin, BaseEstimator):
         changes: Mapping[str, Any] | None = None,
         workdir: str | Path | None = None,
         random_state: int = 0,
+        verbose: bool = True,
     ) -> None:
         self.config = config
         self.changes = changes
         self.workdir = workdir
         self.random_state = random_state
+        self.verbose = verbose
 
     def fit(
         self, X: np.ndarray, y: None = None, *, context: np.ndarray | None = None
@@ -86,16 +94,21 @@ class DensityModel(DensityMixin, BaseEstimator):
 
         Args:
             X: real values of any shape, or uint8 images [n, H, W] or [n, H, W, C].
-            y: not used; scikit-learn passes it.
+            y: not used, with a warning; scikit-learn may pass it.
             context: what the density is conditioned on: classes, int [n], or numbers [n, *c].
 
         Raises:
             ValueError: X or context holds what has no density, as NaN or a constant coordinate, a
                 field of the config is wrong, or the folder holds a model of other data or settings.
         """
-        del y
+        if y is not None:
+            warnings.warn("y is not used: fit p(y | x) by fit(y, context=x)", stacklevel=2)
         X = np.asarray(X)
-        require(X.ndim > 1 and len(X) > 1, "X", X.shape, "at least two examples, [n, *d]")
+        allowed = "at least two examples, [n, *d]; a single column is X[:, None]"
+        require(X.ndim > 1 and len(X) > 1, "X", X.shape, allowed)
+        for name, array in (("X", X), ("context", np.asarray(context))):
+            if array.dtype.kind == "f":
+                check_finite(name, array)
         workdir = Path(self.workdir or tempfile.mkdtemp(prefix=FOLDER)).absolute()
         if self.workdir is None:
             weakref.finalize(self, shutil.rmtree, workdir, ignore_errors=True)
@@ -116,8 +129,11 @@ class DensityModel(DensityMixin, BaseEstimator):
             begin = experiment.train_state(experiment.with_prior(experiment.initial_parameters()))
             every = settings.training.snapshot_freq
             write_import(workdir, settings.resolved(), begin, every)
-        run_lib.train(experiment, workdir)
-        return self._of(experiment, workdir, _best_step(workdir, experiment))
+        with _told() if self.verbose else contextlib.nullcontext():
+            run_lib.train(experiment, workdir)
+            step = _best_step(workdir, experiment)
+            logger.info("the checkpoint of step %d has the least bound on held-out examples", step)
+        return self._of(experiment, workdir, step)
 
     def log_prob(
         self, X: np.ndarray, context: np.ndarray | None = None
@@ -339,6 +355,22 @@ class DensityModel(DensityMixin, BaseEstimator):
         return self.experiment_.dataset.context.standardized(given).astype(np.float32)
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A block in which what the program says is written."""
+    handler, level, propagate = logging.StreamHandler(), logger.level, logger.propagate
+    if not logger.hasHandlers():
+        logger.addHandler(handler)
+        logger.propagate = False  # libraries may add a handler to the root meanwhile
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+
+
 def _split(X: np.ndarray, context: np.ndarray | None, seed: int) -> npz_files.Arrays:
     """The arrays of data.npz: for training, and, drawn at random, to choose the checkpoint by."""
     number = min(max(round(HELD_OUT * len(X)), 1), MOST_HELD_OUT)
@@ -410,7 +442,7 @@ def _of_reals(X: np.ndarray) -> ConfigDict:
     """Real values: more steps for more examples."""
     config, small = table.get_config(), X[0].size <= EXACT_UP_TO
     config.data.update(validation_fraction=0.0)
-    config.training.update(n_iters=4000 if len(X) < FEW else 10_000)
+    config.training.update(n_iters=next(steps for most, steps in STEPS if len(X) < most))
     config.training.update(batch_size=_for_all_devices(min(256, len(X) // 4)))
     config.eval.update(num_steps=64, divergence="exact" if small else "rademacher")
     return config

@@ -29,6 +29,7 @@ from run_lib import (
     page,
     quality,
     report,
+    sampling_loop,
 )
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.conditional_estimators import with_contexts
@@ -238,7 +239,8 @@ def fill_rows(
     def parameters() -> Any:  # asked for where a row is missing
         return checkpoint.params if estimator.fit is None else devices.replicate(estimator.fit())
 
-    mine = _of_this_process(config.batch_size, _number(experiment))
+    size = _batch_size(experiment)
+    mine = _of_this_process(size, _number(experiment))
     table, there = records.table(shared), Running()
     for index, repeat, value in _places(table):
         if index in mine and repeat < config.num_repeats:
@@ -248,7 +250,7 @@ def fill_rows(
         key = jax.random.fold_in(experiment.keys[estimator.key], repeat)
         batches = evaluation_batches(
             experiment,
-            batch_size=config.batch_size,
+            batch_size=size,
             num_examples=config.num_examples,
             wanted=functools.partial(table.lacks, repeat=repeat),
         )
@@ -281,7 +283,7 @@ def fill_differences(
     experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator, records: Records
 ) -> None:
     """The rows of a difference, from those of this process that both of its estimators have."""
-    mine = _of_this_process(experiment.settings.eval.batch_size, _number(experiment))
+    mine = _of_this_process(_batch_size(experiment), _number(experiment))
     first, second = (
         {(index, repeat): v for index, repeat, v in _places(records.table(checkpoint.key_of(one)))}
         for one in estimator.difference_of
@@ -314,6 +316,12 @@ def _number(experiment: Experiment) -> int:
     config = experiment.settings.eval
     size = experiment.dataset.size(config.dataset) or 0
     return min(size, config.num_examples or size)
+
+
+def _batch_size(experiment: Experiment) -> int:
+    """`eval.batch_size`, or fewer where there are fewer examples: padding costs what they cost."""
+    number, wanted = max(_number(experiment), 1), experiment.settings.eval.batch_size
+    return sampling_loop.whole_batch(wanted, number, jax.device_count())
 
 
 def _of_this_process(batch_size: int, number: int) -> set[int]:

@@ -1,6 +1,7 @@
 """DensityModel: known densities, contexts, images, a folder that the command line evaluates."""
 
 import json
+import logging
 import pickle
 
 import numpy as np
@@ -129,12 +130,13 @@ def test_a_density_given_numbers():
 @pytest.mark.parametrize(
     ("x", "options", "said"),
     [
-        (np.array([[1.0, np.nan]] * 30), {}, r"value \[0, 1\] of x_"),
-        (np.ones(4), {}, r"X=\(4,\): need at least two examples"),
+        (np.array([[1.0, np.nan]] * 30), {}, r"value \[0, 1\] of X"),
+        (np.ones(4), {}, r"X=\(4,\): need at least two examples, .* X\[:, None\]"),
+        (np.eye(4), {"context": np.full(4, np.inf)}, r"value \[0\] of context"),
         (np.eye(4), {"context": np.ones(3)}, r"context=\(3,\): need one for each of 4 examples"),
         (np.eye(4, dtype=np.uint8), {}, r"X='uint8 \(4, 4\)': need uint8 images"),
     ],
-    ids=["NaN", "shape", "context", "bytes"],
+    ids=["NaN", "shape", "infinity", "context", "bytes"],
 )
 def test_what_has_no_density_is_refused(x, options, said):
     with pytest.raises(ValueError, match=said):
@@ -143,9 +145,9 @@ def test_what_has_no_density_is_refused(x, options, said):
 
 def test_a_refused_fit_leaves_no_data_that_another_would_miss(tmp_path):
     x = correlated(40, seed=4)
-    x[3, 1] = np.nan
+    x[:, 1] = 3.0
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"value \[3, 1\] of x_"):
+        with pytest.raises(ValueError, match="coordinate 1: constant"):
             DensityModel(changes=FEW, workdir=tmp_path).fit(x, context=None)
     for name, value, said in (
         ("eval.enable_bpd", False, "=False: need True"),
@@ -161,6 +163,22 @@ def test_a_refused_fit_leaves_no_data_that_another_would_miss(tmp_path):
     with pytest.raises(ValueError, match=r"model\.parameterization='atoms': need cells"):
         DensityModel(changes=atoms, workdir=tmp_path).fit(images)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_fit_tells_its_progress_and_that_y_is_not_used(fitted, capsys):
+    """The fits are there already; what is logged comes to the standard error once."""
+    for verbose in (True, False):
+        changes, x = fitted.changes, correlated(2000, seed=0)
+        model = DensityModel(changes=changes, workdir=fitted.workdir_, verbose=verbose)
+        root, logging.root.handlers = logging.root.handlers, []
+        try:
+            with pytest.warns(UserWarning, match=r"fit\(y, context=x\)"):
+                model.fit(x, np.ones(2000))
+        finally:
+            logging.root.handlers = root
+        said = capsys.readouterr().err
+        assert said.count("has the least bound on held-out examples") == verbose
+    assert logging.getLogger("fokker").handlers == []
 
 
 def test_a_folder_keeps_the_model_that_it_holds(fitted):

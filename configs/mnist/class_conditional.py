@@ -3,8 +3,10 @@
 One network gives p(x | c) and p(x), and Bayes' rule gives the class c.
 
 Command: python main.py --config=configs/mnist/class_conditional.py --workdir=runs/mnist_class
-         --mode=train,eval --config.data.path=mnist.npz
-Expected: not reproduced here.
+         --mode=train,eval --config.data.path=mnist.npz --config.training.n_iters=13000
+55 minutes of training on one CPU core, and 10 minutes of classification.
+Expected, of 13,000 steps: bound 0.9835 ± 0.0208 bits/dim given the class, 0.9964 ± 0.0207 without,
+accuracy by the bound 94.5 ± 1.6 %, 200 test images (docs/results.md).
 Every tenth example is seen without its class. Network and training are those of mnist/sharp.py.
 """
 
@@ -18,5 +20,5 @@ def get_config() -> ConfigDict:
     config = sharp.get_config()
     config.data.update(context="class")
     config.training.update(context_dropout=0.1)
-    config.eval.update(classify=True, num_times=8, num_examples=1000)
+    config.eval.update(classify=True, num_times=64, num_examples=200)
     return config
