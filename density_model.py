@@ -8,9 +8,9 @@ the values that an evaluation of the same checkpoint and examples would write in
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
-import math
 import shutil
 import tempfile
 import warnings
@@ -31,12 +31,12 @@ import npz_files
 import run_lib
 from checkpoints import whole_steps
 from checks import require
-from configs.mnist import sharp as images
-from configs.table import vp as table
+from default_configs import of_images, of_reals
 from dequantization import Pixels
 from operators import fold_in_each
 from real_arrays import check_finite
-from run_lib import config_files, identities, loading
+from run_lib import config_files, loading
+from run_lib.best_checkpoint import best_step
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
 from run_lib.folder import trained_otherwise, write_json
@@ -45,10 +45,6 @@ from run_lib.training import write_import
 HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is chosen
 MOST_HELD_OUT = 2000  # examples
 CHECKPOINTS = 16
-MOST_BOUNDS = 500  # held-out examples by which a checkpoint is chosen
-DRAWS, MOST_REPEATS = 1000, 16  # of the bound for a checkpoint; few examples have several each
-STEPS = ((2000, 2000), (5000, 4000), (math.inf, 10_000))  # for fewer examples than so many
-EXACT_UP_TO = 16  # coordinates, whose divergence needs no probe
 COMPILED = ("_likelihood", "_draw")
 OWN = ("seed", "data.dataset", "data.path", "data.context")  # fields that `fit` sets
 FOLDER = "fokker-"  # of a model without a folder of its own: the start of its name
@@ -131,7 +127,7 @@ class DensityModel(DensityMixin, BaseEstimator):
             write_import(workdir, settings.resolved(), begin, every)
         with _told() if self.verbose else contextlib.nullcontext():
             run_lib.train(experiment, workdir)
-            step = _best_step(workdir, experiment)
+            step = best_step(workdir, experiment)
             logger.info("the checkpoint of step %d has the least bound on held-out examples", step)
         return self._of(experiment, workdir, step)
 
@@ -238,7 +234,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         experiment = Experiment.from_config(config)
         seed = experiment.settings.seed
         model = cls(config=config, workdir=folder, random_state=seed)
-        return model._of(experiment, folder, _best_step(folder, experiment))
+        return model._of(experiment, folder, best_step(folder, experiment))
 
     def _of(self, experiment: Experiment, workdir: Path, step: int) -> "DensityModel":
         """Itself, with what is fitted."""
@@ -254,7 +250,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         """The config of the data, with the changes that were asked for."""
         config = self.config
         if config is None:
-            config = _of_images(X) if X.dtype == np.uint8 else _of_reals(X)
+            config = of_images(X) if X.dtype == np.uint8 else of_reals(X)
         elif not isinstance(config, ConfigDict):
             config = config_files.load(str(config))
         config = config.copy_and_resolve_references()
@@ -337,14 +333,15 @@ class DensityModel(DensityMixin, BaseEstimator):
     def _context(self, context: np.ndarray | None, number: int) -> np.ndarray | None:
         """The context of so many examples, as a batch holds it."""
         known = self.experiment_.context
-        allowed = "None: the model was fitted without" if known is None else known.describe()
+        kind = "" if known is None else dataclasses.replace(known, mean=None).describe()
+        allowed = kind or "None: the model was fitted without"
         require((known is None) == (context is None), "context", context, allowed)
         if known is None:
             return None
         given = np.asarray(context)
         if known.shape == (1,) and given.shape == (number,):
             given = given[:, None]
-        allowed = f"{known.describe()}, one for each of {number} examples"
+        allowed = f"{kind}, one for each of {number} examples"
         require(given.shape == (number, *known.shape), "context", given.shape, allowed)
         if known.classes:
             fits = given.dtype.kind in "iu" and 0 <= given.min() <= given.max() < known.classes
@@ -392,76 +389,3 @@ def _keep(path: Path, arrays: npz_files.Arrays) -> None:
         allowed = "a new folder, as this one holds a model of other data or of another random_state"
         require(same, "workdir", str(path.parent), allowed)
     npz_files.write(path, arrays)
-
-
-def _best_step(workdir: Path, experiment: Experiment) -> int:
-    """Return the step of the checkpoint with the least bound on the examples that were held out.
-
-    The loss would not do: it has one draw of time and noise for each example, and few examples are
-    held out of few. What was measured before is read from held_out.json.
-    """
-    path, run = workdir / "held_out.json", json_files.read(workdir / identities.RUN)["run"]
-    stored = json_files.read(path) if path.exists() else {}
-    bounds = stored["bounds"] if stored.get("run") == run else {}
-    steps = loading.steps_in(workdir)
-    if missing := [step for step in steps if str(step) not in bounds]:
-        bound = _held_out_bound(experiment)
-        for step in missing:
-            bounds[str(step)] = bound(loading.load_parameters(experiment, workdir, step))
-        write_json(path, {"run": run, "bounds": bounds})
-    return min(steps, key=lambda step: bounds[str(step)])
-
-
-def _held_out_bound(experiment: Experiment) -> Callable[[Any], float]:
-    """Return the function that maps parameters to the mean bound on the held-out examples.
-
-    All parameters see the same times and noise, so that differences are known better than values.
-    """
-    names = ("bound", "discrete bound")
-    bound = next(e for e in estimators(experiment) if e.name in names)
-    function, key = jax.jit(bound.function), experiment.keys[bound.key]
-    number = min(experiment.dataset.size("test"), MOST_BOUNDS)
-    size = min(number, experiment.settings.eval.batch_size)
-
-    def mean(params: Any) -> float:
-        values = []
-        for repeat in range(np.clip(DRAWS // number, 1, MOST_REPEATS)):
-            for batch in experiment.dataset.eval_batches("test", batch_size=size):
-                there = batch.pop("mask") & (batch["index"] < number)
-                ids = np.maximum(batch.pop("index"), 0)
-                if there.any():
-                    fresh = jax.random.fold_in(key, repeat)
-                    result = function(Parameters(params), fresh, batch | {"noise_id": ids})
-                    values.append(np.asarray(result["value"])[there])
-        return float(np.concatenate(values).mean())
-
-    return mean
-
-
-def _of_reals(X: np.ndarray) -> ConfigDict:
-    """Real values: more steps for more examples."""
-    config, small = table.get_config(), X[0].size <= EXACT_UP_TO
-    config.data.update(validation_fraction=0.0)
-    config.training.update(n_iters=next(steps for most, steps in STEPS if len(X) < most))
-    config.training.update(batch_size=_for_all_devices(min(256, len(X) // 4)))
-    config.eval.update(num_steps=64, divergence="exact" if small else "rademacher")
-    return config
-
-
-def _for_all_devices(batch_size: int) -> int:
-    """A batch of about this size that all devices share alike."""
-    number = jax.device_count()
-    return max(batch_size // number, 1) * number
-
-
-def _of_images(X: np.ndarray) -> ConfigDict:
-    """Grey levels: the U-Net, with as many levels as the sides can be halved."""
-    allowed = "uint8 images [n, H, W] or [n, H, W, C], or other types for a table of numbers"
-    require(X.ndim in (3, 4), "X", f"{X.dtype} {X.shape}", allowed)
-    config = images.get_config()
-    halvings = next(k for k in (2, 1, 0) if all(side % 2**k == 0 for side in X.shape[1:3]))
-    config.training.update(batch_size=_for_all_devices(config.training.batch_size))
-    config.data.update(image_size=0, num_channels=1 if X.ndim == 3 else X.shape[3])
-    config.model.update(channels=(32, 64, 96)[: halvings + 1], blocks=(1, 2, 2)[: halvings + 1])
-    config.eval.update(enable_bpd=True, num_steps=32)
-    return config

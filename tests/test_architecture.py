@@ -24,8 +24,8 @@ LEVELS = {
     "streams": 3, "point_samplers": 3, "restarted": 2, "datasets": 7, "plotting": 7, "version": -2,
     "marginals": 0, "tails": 0, "standardization": 1, "splits": 5,
     "real_arrays": 6, "array_files": 6.5, "tables": 6, "heads": 1.5, "real_heads": 1.7,
-    "baselines": 3, "run_lib": 8, "density_model": 9, "main": 9, "measurements": 1,
-    "posterior_sampling": 7, "twisted": 7.5,
+    "baselines": 3, "run_lib": 8, "default_configs": 8.5, "density_model": 9, "main": 9,
+    "posterior_sampling": 7, "twisted": 7.5, "measurements": 1,
 }  # fmt: skip
 RUN_LIB = {
     "sections": 0, "settings": 1, "config_files": 2, "devices": 1, "folder": 2, "comparison": 2,
@@ -33,8 +33,8 @@ RUN_LIB = {
     "experiment": 2, "interruption": 3, "identities": 3, "metrics": 3, "estimators": 3,
     "baseline_estimators": 4, "conditional_estimators": 4, "classification": 4,
     "sampling_loop": 4, "image_check": 4, "figures": 4, "loading": 4, "trainer": 4,
-    "measured": 3, "drawing": 6, "quality": 5, "report": 5, "page": 6, "training": 7,
-    "dequantizer_training": 8, "evaluation_loop": 9, "diagnosis_loop": 10, "modes": 11,
+    "measured": 3, "drawing": 6, "quality": 5, "best_checkpoint": 5, "report": 5, "page": 6,
+    "training": 7, "dequantizer_training": 8, "evaluation_loop": 9, "diagnosis_loop": 10, "modes": 11,
     "__init__": 12,
 }  # fmt: skip
 

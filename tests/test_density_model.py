@@ -10,11 +10,10 @@ from numpy.testing import assert_allclose
 from scipy.stats import multivariate_normal, norm
 from sklearn.base import clone
 
-import density_model
 import run_lib
 from density_model import DensityModel
 from records import Records
-from run_lib import config_files
+from run_lib import best_checkpoint, config_files
 from run_lib.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
@@ -86,19 +85,19 @@ def test_the_checkpoint_with_the_least_bound_is_chosen(fitted, monkeypatch):
     bounds = {int(step): value for step, value in stored["bounds"].items()}
     assert len(bounds) > 4
     assert fitted.step_ == min(bounds, key=bounds.get)
-    found = density_model._held_out_bound(fitted.experiment_)(fitted.params_)
+    found = best_checkpoint.held_out_bound(fitted.experiment_)(fitted.params_)
     assert found == pytest.approx(bounds[fitted.step_])
     held_out = np.load(fitted.workdir_ / "data.npz")["x_test"]
     values = -fitted.score_samples(held_out)
     assert found == pytest.approx(values.mean(), abs=0.3)  # one bound and another
     other = stored | {"bounds": dict.fromkeys(stored["bounds"], 1.0) | {min(stored["bounds"]): 0.0}}
     path.write_text(json.dumps(other))
-    monkeypatch.setattr(density_model, "_held_out_bound", None)
-    step = density_model._best_step(fitted.workdir_, fitted.experiment_)
+    monkeypatch.setattr(best_checkpoint, "held_out_bound", None)
+    step = best_checkpoint.best_step(fitted.workdir_, fitted.experiment_)
     assert step == int(min(stored["bounds"]))
     path.write_text(json.dumps(other | {"run": "another"}))
     with pytest.raises(TypeError, match="not callable"):  # it would be measured
-        density_model._best_step(fitted.workdir_, fitted.experiment_)
+        best_checkpoint.best_step(fitted.workdir_, fitted.experiment_)
     path.write_text(json.dumps(stored))
 
 

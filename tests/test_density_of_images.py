@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-import density_model
+import default_configs
 from density_model import DensityModel
 from run_lib.experiment import Experiment
 
@@ -44,10 +44,10 @@ def test_all_devices_share_a_batch_and_its_contexts():
 
 def test_a_batch_is_a_multiple_of_the_devices(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 3)
-    of_images = density_model._of_images(np.zeros((2, 8, 8), np.uint8))
-    of_reals = density_model._of_reals(np.zeros((2000, 2)))
+    of_images = default_configs.of_images(np.zeros((2, 8, 8), np.uint8))
+    of_reals = default_configs.of_reals(np.zeros((2000, 2)))
     assert [config.training.batch_size for config in (of_images, of_reals)] == [15, 255]
-    assert density_model._of_reals(np.zeros((8, 2))).training.batch_size == 3  # one for each
+    assert default_configs.of_reals(np.zeros((8, 2))).training.batch_size == 3  # one for each
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_batch_is_a_multiple_of_the_devices(monkeypatch):
 )
 def test_the_network_of_images_fits_their_sides(shape, resolutions):
     """It halves the sides as often as both can be halved, at most twice, and gives them back."""
-    config = density_model._of_images(np.zeros((2, *shape), np.uint8))
+    config = default_configs.of_images(np.zeros((2, *shape), np.uint8))
     config.data.dataset = "digits"
     network = Experiment.from_config(config).settings.network
     assert len(network.channels) == len(network.blocks) == resolutions
