@@ -34,8 +34,8 @@ RUN_LIB = {
     "baseline_estimators": 4, "conditional_estimators": 4, "classification": 4,
     "sampling_loop": 4, "image_check": 4, "figures": 4, "loading": 4, "trainer": 4,
     "measured": 3, "drawing": 6, "quality": 5, "best_checkpoint": 5, "report": 5, "page": 6,
-    "training": 7, "dequantizer_training": 8, "evaluation_loop": 9, "diagnosis_loop": 10, "modes": 11,
-    "__init__": 12,
+    "training": 7, "dequantizer_training": 8, "evaluation_loop": 9, "diagnosis_loop": 10,
+    "modes": 11, "__init__": 12,
 }  # fmt: skip
 
 
