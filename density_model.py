@@ -40,7 +40,8 @@ from run_lib.best_checkpoint import best_step
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
 from run_lib.folder import trained_otherwise, write_json
-from run_lib.training import write_import
+from run_lib.sampling_loop import check_finite as check_samples
+from run_lib.training import given_checkpoint, write_import
 
 HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is chosen
 MOST_HELD_OUT = 2000  # examples
@@ -109,6 +110,8 @@ class DensityModel(DensityMixin, BaseEstimator):
         if self.workdir is None:
             weakref.finalize(self, shutil.rmtree, workdir, ignore_errors=True)
         workdir.mkdir(parents=True, exist_ok=True)
+        if whole_steps(workdir) == [0]:  # of a fit that was refused or made no step
+            shutil.rmtree(workdir / "checkpoints")
         _keep(workdir / "data.npz", _split(X, context, self.random_state))
         config = self._config(X, workdir, conditional=context is not None)
         experiment = Experiment.from_config(config)
@@ -121,7 +124,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         others = trained_otherwise(workdir, settings.resolved())
         allowed = "the settings that the model in workdir was trained with, or a new folder"
         require(not others, "changes", "; ".join(others), allowed)
-        if not whole_steps(workdir) and not settings.training.init_from:
+        if not whole_steps(workdir) and given_checkpoint(settings, workdir) is None:
             begin = experiment.train_state(experiment.with_prior(experiment.initial_parameters()))
             every = settings.training.snapshot_freq
             write_import(workdir, settings.resolved(), begin, every)
@@ -194,11 +197,10 @@ class DensityModel(DensityMixin, BaseEstimator):
         for first in range(0, n_samples, size):
             ids = np.minimum(np.arange(first, first + size), n_samples - 1)
             given = None if context is None else context[ids]
-            found.append(np.asarray(self._draw(self.params_, key, ids, given)))
-        samples = np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
-        if not np.isfinite(samples).all():
-            raise FloatingPointError("some samples are not finite: lower sampling.rtol and atol")
-        return samples
+            x, decoded = self._draw(self.params_, key, ids, given)
+            check_samples(np.asarray(x), ids)
+            found.append(np.asarray(decoded))
+        return np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
 
     def save(self, folder: str | Path) -> None:
         """Copy the run folder, with the chosen checkpoint and the data of `fit`.
@@ -214,11 +216,13 @@ class DensityModel(DensityMixin, BaseEstimator):
         others = {str(step) for step in whole_steps(self.workdir_)} - {str(self.step_)}
 
         def left_out(parent: str, names: list[str]) -> set[str]:
-            return others & set(names) if Path(parent).name == "checkpoints" else set()
+            here = Path(parent) == self.workdir_ / "checkpoints"
+            return others & set(names) if here else set()
 
         shutil.copytree(self.workdir_, folder, ignore=left_out)
         config = json_files.read(folder / "config.json")
         config["data"]["path"] = str(folder / "data.npz")
+        config["eval"].update(begin_ckpt=0, end_ckpt=0)  # the latest
         write_json(folder / "config.json", config)
 
     @classmethod
@@ -276,17 +280,17 @@ class DensityModel(DensityMixin, BaseEstimator):
 
     @functools.cached_property
     def _draw(self) -> Callable:
-        """The function of (parameters, key, ids [b], contexts) → samples [b, *d]."""
+        """The function of (parameters, key, ids [b], contexts) → samples of the model, decoded."""
         experiment, model = self.experiment_, self.experiment_.sampled_model
 
         @jax.jit
         def draw(
             params: Any, key: jax.Array, ids: jax.Array, context: jax.Array | None
-        ) -> jax.Array:
+        ) -> tuple[jax.Array, jax.Array]:
             like = jnp.zeros((len(ids), *experiment.dataset.shape), jnp.float32)
             score_fn = model.score(params, context=context)
             x = experiment.sampler(score_fn, model.sde, fold_in_each(key, ids), like).x
-            return experiment.encoding.decode(x)
+            return x, experiment.encoding.decode(x)
 
         return draw
 

@@ -34,7 +34,7 @@ def read(path: Path, is_row: Callable[[Row, bytes], bool]) -> Iterator[Row]:
 
 def text_of(row: Row) -> bytes:
     """The JSON of an object."""
-    found = orjson.dumps(row)
+    found = orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)
     return json.dumps(row).encode() if b"null" in found else found  # as it is of a NaN
 
 

@@ -6,11 +6,11 @@
     slope       B of x ≈ a + φ B, by ridge regression on the numbers φ of a context
 
 They are the priors of the heads (`heads`) and the trivial baselines (`baselines`). All are taken in
-one stream over the data, in float64; mixtures and slopes of the first 10,000 examples.
+one stream over the data, in float64; mixtures and slopes of at most 10,000 examples of it.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,8 @@ SMOOTHING = 5.0  # examples that the pooled histogram counts for, at every posit
 MAX_ENTRIES = 2**20  # of a histogram by position; larger ones are pooled over the positions
 EMPTY = 0.01  # examples that every component of a mixture has at least
 MAX_COVARIANCE = 4000  # dimensions with a full covariance
-FITTED = 10_000  # examples that mixtures and slopes are fitted to
+FITTED = 5000  # examples that mixtures and slopes are fitted to, or up to twice as many
+BLOCK = 500  # coordinates whose regression is computed at a time
 PENALTIES = np.geomspace(1e-3, 1e5, 17)  # of a ridge regression
 
 
@@ -139,8 +140,8 @@ def mixtures(values: np.ndarray, components: int, *, floor: float, rounds: int =
 def slope(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """B [n, d] of the regression x ≈ a + φ B, by least squares with a penalty λ_j |B_j|².
 
-    For every coordinate j of x, λ_j is the one of `PENALTIES` with the least error on examples that
-    are left out one by one.
+    The columns of φ have unit variance for the penalty. For every coordinate j of x, λ_j is the one
+    of `PENALTIES` with the least error on examples that are left out one by one.
 
     Args:
         rows: batches of (x [b, *d], φ [b, n]).
@@ -149,15 +150,26 @@ def slope(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """
     from sklearn.linear_model import RidgeCV
 
-    taken, there = [], 0
-    for row in rows:
-        taken.append(row)
-        there += len(row[0])
-        if there >= FITTED:
-            break
-    values, numbers = (np.concatenate(part).astype(np.float64) for part in zip(*taken, strict=True))
-    fit = RidgeCV(PENALTIES, alpha_per_target=True).fit(numbers, values.reshape(len(values), -1))
-    return np.atleast_2d(fit.coef_).T
+    numbers = 0
+
+    def flat() -> Iterator[np.ndarray]:
+        nonlocal numbers
+        for x, known in rows:
+            numbers = known.shape[1]
+            yield np.concatenate([x.reshape(len(x), -1), known], axis=1)
+
+    together = evenly(flat(), FITTED).astype(np.float64)
+    values, known = np.split(together, [together.shape[1] - numbers], axis=1)
+    if len(values) < 2:
+        return np.zeros((numbers, values.shape[1]))
+    scale = known.std(axis=0)
+    scale = np.where(scale > 0.0, scale, 1.0)
+    fit = RidgeCV(PENALTIES, alpha_per_target=True)
+    parts = [
+        np.atleast_2d(fit.fit(known / scale, values[:, k : k + BLOCK]).coef_)
+        for k in range(0, values.shape[1], BLOCK)
+    ]
+    return np.concatenate(parts).T / scale[:, None]
 
 
 def first(batches: Iterable[np.ndarray], number: int) -> np.ndarray:
@@ -169,3 +181,20 @@ def first(batches: Iterable[np.ndarray], number: int) -> np.ndarray:
         if there >= number:
             break
     return np.concatenate(found)[:number]
+
+
+def evenly(batches: Iterable[np.ndarray], number: int) -> np.ndarray:
+    """Take every k-th example, k = 1, 2, 4, …, so that at most 2 × number are taken of all parts.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    every, seen, found = 1, 0, []
+    for batch in batches:
+        found.append(batch[-seen % every :: every])
+        seen += len(batch)
+        if sum(map(len, found)) > 2 * number:
+            found, every = [np.concatenate(found)[::2]], 2 * every
+    if not found:
+        raise ValueError("the training split has no example to fit a prior to")
+    return np.concatenate(found)

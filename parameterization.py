@@ -12,6 +12,7 @@ data; their arrays stand beside the network's in the parameters, {network, prior
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,11 +31,13 @@ from operators import Batched, PerExample, scale
 from real_heads import Mixture, Whitened
 from sde_lib import SDE
 
+MOST_SLOPES = 2**22  # numbers of B; more are not stored with every state
+LEAST_RESIDUAL = 0.1  # least scale of a residual in a mixture, in standard deviations of x
 Params = Any
 ScoreFn = Callable[[Batched, PerExample], Batched]
 DecoderFn = Callable[[Batched, Batched, PerExample], PerExample]
 Head = Cells | Atoms | Mixture | Whitened
-Pairs = Iterator[tuple[np.ndarray, np.ndarray | None]]  # x [b, *d], and its contexts
+Pairs = Iterator[tuple[np.ndarray, np.ndarray]]  # x [b, *d] and φ(c) [b, n], see `regressors`
 
 
 def score_from_score(net: Batched, x: Batched, t: PerExample, sde: SDE) -> Batched:
@@ -233,12 +236,12 @@ class HeadModel(ScoreModel):
 
     head: Head = dataclasses.field(kw_only=True)
 
-    @property
-    def regressors(self) -> int:
-        """The number n of the columns of φ(c); 0: x is not taken off its regression."""
+    def regressors(self, shape: tuple[int, ...]) -> int:
+        """The number n of the columns of φ(c); 0: there is no regression of x of this shape."""
         if isinstance(self.head, Levels):
             return 0
-        return number_of_regressors(getattr(self.network, "context", None))
+        number = number_of_regressors(getattr(self.network, "context", None))
+        return number if number * math.prod(shape) <= MOST_SLOPES else 0
 
     def prior_of_reals(
         self, shape: tuple[int, ...], pairs: Callable[[], Pairs], *, is_marginal: bool
@@ -247,32 +250,32 @@ class HeadModel(ScoreModel):
 
         Args:
             shape: of one example.
-            pairs: starts a pass through batches of examples and their contexts.
+            pairs: starts a pass through batches of examples x [b, *d] and their φ(c) [b, n].
             is_marginal: the model gives p(x), too. B is then zero: a head of residuals would be too
                 narrow for x without a context.
         """
-        head, kind = self.head, getattr(self.network, "context", None)
+        head = self.head
         assert isinstance(head, Mixture | Whitened)
-        if not self.regressors:
+        number = self.regressors(shape)
+        if not number:
             return head.prior(shape, (x for x, _ in pairs()))
-
-        def known() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for x, c in pairs():
-                yield x, np.asarray(regressors(kind, jnp.asarray(c), jnp.asarray(x)))
-
-        slope = np.zeros((self.regressors, *shape))
+        slope = np.zeros((number, *shape))
         if not is_marginal:
-            slope = marginals.slope(known()).reshape(slope.shape)
-        residuals = (x - np.tensordot(given, slope, axes=1) for x, given in known())
-        found = {"slope": jnp.asarray(slope, jnp.result_type(float))}
-        return head.prior(shape, residuals) | found
+            slope = marginals.slope(pairs()).reshape(slope.shape)
+        residuals = (x - np.tensordot(known, slope, axes=1) for x, known in pairs())
+        if isinstance(head, Mixture):
+            spread = marginals.moments((x for x, _ in pairs()), full=False).variances ** 0.5
+            prior = head.prior(shape, residuals, LEAST_RESIDUAL * spread)
+        else:
+            prior = head.prior(shape, residuals)
+        return prior | {"slope": jnp.asarray(slope, jnp.result_type(float))}
 
     def init_in_order(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Params:
         """The network's parameters, and the arrays of the head before it has seen data."""
         x, t, arrays = jnp.zeros((1, *shape)), jnp.ones((1,)), self.head.arrays(shape)
         inputs, features = self.head.inputs(arrays, x, t, self.sde)
-        if self.regressors:
-            arrays["prior"]["slope"] = jnp.zeros((self.regressors, *shape))
+        if number := self.regressors(shape):
+            arrays["prior"]["slope"] = jnp.zeros((number, *shape))
         more: dict[str, Any] = {} if features is None else {"features": features}
         label = self.label(t, self.sde, self.num_scales)
         return {"network": self.network.init(key, inputs, label, **more)["params"]} | arrays
@@ -331,17 +334,17 @@ class HeadModel(ScoreModel):
         no difference on the digits (docs/results.md).
         """
         arrays = {name: leaf for name, leaf in params.items() if name != "network"}
-        arrays["prior"] = jax.lax.stop_gradient(arrays["prior"])
+        arrays["prior"] = prior = jax.lax.stop_gradient(arrays["prior"])
+        slope = prior.get("slope") if isinstance(prior, dict) else None
 
         def outputs(x: Batched, t: PerExample) -> Array:
             inputs, features = self.head.inputs(arrays, x, t, self.sde)
             return self._output(params["network"], inputs, t, dropout_key, context, features)
 
         def mean(like: Batched, alpha: PerExample) -> Batched | float:
-            if not self.regressors:
+            if slope is None:
                 return 0.0
             given = regressors(self.network.context, context, like)
-            slope = arrays["prior"]["slope"]
             found = jnp.tensordot(given, slope, axes=1, precision=jax.lax.Precision.HIGHEST)
             return scale(alpha, found)
 

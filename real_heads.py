@@ -43,7 +43,8 @@ class Mixture:
 
     Attributes:
         components: number M.
-        floor: smallest s_m, in standard deviations of the coordinate.
+        floor: smallest s_m, in standard deviations of the coordinate; with a context, of the
+            residual of its regression, or of a tenth of the coordinate's where this is more.
     """
 
     components: int = 8
@@ -65,11 +66,16 @@ class Mixture:
         logs = {"log_weights": 0.0 * each, "means": 0.0 * each, "log_deviations": 0.0 * each}
         return {"prior": {"location": 0.0 * one, "scale": one, **logs}}
 
-    def prior(self, shape: Shape, batches: Iterable[np.ndarray]) -> Arrays:
-        """Location and scale of every coordinate, and its mixture by expectation–maximisation."""
-        values = marginals.first(batches, marginals.FITTED).astype(np.float64)
+    def prior(
+        self, shape: Shape, batches: Iterable[np.ndarray], least: np.ndarray | float = 0.0
+    ) -> Arrays:
+        """Location and scale of every coordinate, and its mixture by expectation–maximisation.
+
+        The scale is at least `least`, [n]: of residuals it must not fall far below that of x.
+        """
+        values = marginals.evenly(batches, marginals.FITTED).astype(np.float64)
         values = values.reshape(-1, math.prod(shape))
-        location, spread = values.mean(axis=0), values.std(axis=0)
+        location, spread = values.mean(axis=0), np.maximum(values.std(axis=0), least)
         spread = np.where(spread > 0.0, spread, 1.0)
         found = marginals.mixtures(
             (values - location) / spread, self.components, floor=self.floor

@@ -4,9 +4,9 @@ A row is one JSON object on one line of `rows.jsonl`, identified by its key (est
 step, split, index, repeat, identity). The identity is a digest of the parameters, the data and the
 settings that the value depends on. With several processes each has a file of its own,
 `rows-<h>.jsonl`; all are read. Lines are appended batch by batch, so a killed evaluation loses at
-most the batch in flight. The disk is made to keep them once a second: a power cut may cost the last
-ones. Every row ends with a checksum. A half-written last line, damaged rows, and rows of older
-versions, which lack the identity, are left out on reading, and evaluated anew.
+most the batch in flight. The disk is made to keep them once a second and by `sync`: a power cut may
+cost the last ones. Every row ends with a checksum. A half-written last line, damaged rows, and rows
+of older versions, which lack the identity, are left out on reading, and evaluated anew.
 """
 
 import functools
@@ -301,6 +301,12 @@ class Records:
         for row in new:
             self._table_of(row).add(row)
         return new
+
+    def sync(self) -> None:
+        """Wait until the disk has all rows."""
+        if self.path.exists():
+            with writing(self.path), self.path.open("ab") as file:
+                os.fsync(file.fileno())
 
     def missing(self, rows: Iterable[Row]) -> list[Row]:
         """Those rows, given by their key fields, that are not there yet."""

@@ -106,7 +106,8 @@ def _model() -> ConfigDict:
             # coordinate along the levels; above 1 this motion is learned faster
             "gain": placeholder(float),
             "components": placeholder(int),  # mixture: number of Gaussians for each coordinate
-            # mixture: the smallest width of a Gaussian, in standard deviations of the coordinate
+            # mixture: the smallest width of a Gaussian, in standard deviations of the coordinate;
+            # with a context, of what its regression leaves, or of a tenth of the coordinate
             "floor": placeholder(float),
             # whitened: the covariance of the training data that is used: full | diagonal; the
             # default is full up to 4000 dimensions
@@ -295,7 +296,8 @@ def _optim() -> ConfigDict:
             "beta1": 0.9,  # Adam: rate of the moving average of the gradient
             "beta2": 0.999,  # Adam: rate of the moving average of the squared gradient
             "eps": 1e-8,  # Adam: added to the root of the second average
-            # a step also subtracts learning rate × weight_decay × parameter from every parameter
+            # a step also subtracts learning rate × weight_decay × parameter from every parameter,
+            # except from the prior of a head
             "weight_decay": 0.0,
             "warmup": 5000,  # first steps, in which the learning rate grows from zero
             # largest norm of the whole gradient; a longer one is shortened to it; negative: off

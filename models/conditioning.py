@@ -30,8 +30,13 @@ ContextArray = Float[Array, "b *c"] | Int[Array, " b"]
 class Kind(Protocol):
     """A network knows this of its contexts when it is built: `streams.Context`."""
 
-    shape: tuple[int, ...]  # of one example; () for a class
-    classes: int  # 0: floats
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example; () for a class."""
+
+    @property
+    def classes(self) -> int:
+        """The number of classes; 0: floats."""
 
 
 def without(context: ContextArray, dropped: Bool[Array, " b"]) -> ContextArray:

@@ -17,6 +17,7 @@ import numpy as np
 import baselines
 import marginals
 from dequantization import Encoding, Pixels
+from models.conditioning import number_of_regressors, regressors
 from operators import PerExample, fold_in_each
 from run_lib.estimators import Details, Estimator, draw_keys
 from run_lib.experiment import ENDLESS, Experiment
@@ -35,7 +36,8 @@ def baseline_estimators(experiment: Experiment) -> list[Estimator]:
         levels = [_uniform(encoding), _histogram(experiment, encoding)]
         return [*levels, _gaussian_pixels(experiment, encoding, full)]
     kinds = (False, True) if full else (False,)
-    return [_gaussian_reals(experiment, kind) for kind in kinds]
+    regression = [_regression(experiment)] if number_of_regressors(experiment.context) else []
+    return [_gaussian_reals(experiment, kind) for kind in kinds] + regression
 
 
 def _fitted_on(experiment: Experiment) -> Details:
@@ -126,6 +128,31 @@ def _gaussian_reals(experiment: Experiment, full: bool) -> Estimator:
 
     details = _gaussian_details(experiment, full, "diagonal")
     return _estimator(_gaussian_name(full), details, encoding, fit, log_p)
+
+
+def _regression(experiment: Experiment) -> Estimator:
+    """x given c is Gaussian around the ridge regression of x on c: the least for p(x | c)."""
+    encoding, kind = experiment.evaluation_encoding, experiment.context
+    shape = experiment.dataset.shape
+    full = math.prod(shape) <= marginals.MAX_COVARIANCE
+
+    def fit() -> tuple[baselines.Gaussian, np.ndarray]:
+        slope = marginals.slope(experiment.encoded_pairs())
+        slope = slope.reshape(-1, *shape)
+        residuals = (x - np.tensordot(c, slope, axes=1) for x, c in experiment.encoded_pairs())
+        return baselines.fit_reals(marginals.moments(residuals, full=full), shape), slope
+
+    def log_p(fitted: Any, key: jax.Array, batch: dict) -> PerExample:
+        gaussian, slope = fitted
+        keys = draw_keys(fold_in_each(key, batch["noise_id"]), 0)
+        draw = encoding.draw(batch["image"], keys)  # that of the ODE
+        known = regressors(kind, batch["context"], draw.x)
+        mean = jnp.tensordot(known, slope, axes=1, precision=jax.lax.Precision.HIGHEST)
+        return baselines.log_gaussian(gaussian, draw.x - mean) - draw.log_q
+
+    details = _gaussian_details(experiment, full, "diagonal")
+    given: Details = {"given": experiment.given_name}
+    return _estimator("linear regression", details | given, encoding, fit, log_p)
 
 
 def _gaussian_details(experiment: Experiment, full: bool, target: str) -> Details:

@@ -192,6 +192,7 @@ def evaluate_checkpoint(
             continue
         program = programs.setdefault((estimator.name, estimator.protocol), Program(estimator))
         fill_rows(experiment, checkpoint, program, records)
+    records.sync()
     devices.wait_for_all(f"rows of {step}")
     if devices.is_first():
         figures.save_parts(target, step, table)

@@ -24,6 +24,7 @@ from heads import Levels
 from high_order import HighOrder
 from likelihood import Divergence
 from models import MODELS
+from models.conditioning import number_of_regressors, regressors
 from ode import Solver
 from operators import fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
@@ -161,6 +162,7 @@ class Experiment:
 
     def with_prior(self, params: Any) -> Any:
         """The parameters with what the head knows of the training data, if there is a head."""
+        self.check_head()
         model, shape = self.model, self.dataset.shape
         if not isinstance(model, HeadModel):
             return params
@@ -196,12 +198,16 @@ class Experiment:
         for x, _ in self.encoded_pairs():
             yield x
 
-    def encoded_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """The same, each with its contexts, which are None where there are none."""
-        encode, first = jax.jit(self.encoding.encode), 0
+    def encoded_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The same, each with the numbers of its contexts [b, n] that regressions are on."""
+        encode, kind, first = jax.jit(self.encoding.encode), self.context, 0
         for image, context in self._training_pairs():
             keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(image)))
-            yield np.asarray(encode(image, keys)), context
+            x = encode(image, keys)
+            known = np.empty((len(image), 0))
+            if number_of_regressors(kind):
+                known = np.asarray(regressors(kind, jnp.asarray(context), x))
+            yield np.asarray(x), known
             first += len(image)
 
     def _training_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

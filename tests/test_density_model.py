@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal, norm
 from sklearn.base import clone
 
 import run_lib
+from checkpoints import whole_steps
 from density_model import DensityModel
 from records import Records
 from run_lib import best_checkpoint, config_files
@@ -63,6 +64,7 @@ def test_a_saved_model_is_the_same_and_the_command_line_evaluates_it(fitted, tmp
     fitted.save(tmp_path / "copy")
     again, x = DensityModel.load(tmp_path / "copy"), correlated(7, seed=2)
     assert_allclose(again.score_samples(x), fitted.score_samples(x), rtol=1e-6)
+    assert whole_steps(tmp_path / "copy") == [fitted.step_]
     held_out = np.load(tmp_path / "copy" / "data.npz")["x_test"]
     config = config_files.load(str(tmp_path / "copy" / "config.json"))  # as the command line does
     assert config.data.path == str(tmp_path / "copy" / "data.npz")
@@ -84,6 +86,7 @@ def test_the_checkpoint_with_the_least_bound_is_chosen(fitted, monkeypatch):
     stored = json.loads(path.read_text())
     bounds = {int(step): value for step, value in stored["bounds"].items()}
     assert len(bounds) > 4
+    assert 0 in bounds  # the start is one of them
     assert fitted.step_ == min(bounds, key=bounds.get)
     found = best_checkpoint.held_out_bound(fitted.experiment_)(fitted.params_)
     assert found == pytest.approx(bounds[fitted.step_])
@@ -157,11 +160,26 @@ def test_a_refused_fit_leaves_no_data_that_another_would_miss(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             DensityModel(changes={name: value}, workdir=tmp_path).fit(np.eye(9))
+    cells = {"model.parameterization": "cells"}
+    with pytest.raises(ValueError, match="need 'mixture' or 'whitened' for real-valued data"):
+        DensityModel(changes=cells, workdir=tmp_path).fit(correlated(40, seed=1))
     images = np.random.default_rng(0).integers(0, 255, (9, 4, 4)).astype(np.uint8)
     atoms = {"model.parameterization": "atoms", "data.uniform_dequantization": False}
     with pytest.raises(ValueError, match=r"model\.parameterization='atoms': need cells"):
         DensityModel(changes=atoms, workdir=tmp_path).fit(images)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_fit_that_made_no_step_does_not_bar_its_folder(tmp_path):
+    """The start is written before training: what is refused then leaves it; another fit goes on."""
+    changes = FEW | {"training.n_iters": 50, "model.hidden": 8}
+    wrong = changes | {"training.alpha": 0.1, "model.time_label": "reverse_index"}
+    with pytest.raises(ValueError, match="reverse_index"):
+        DensityModel(changes=wrong, workdir=tmp_path).fit(correlated(60, seed=1))
+    assert whole_steps(tmp_path) == [0]
+    model = DensityModel(changes=changes, workdir=tmp_path).fit(correlated(50, seed=2))
+    assert whole_steps(tmp_path) == [0, 50]
+    assert model.step_ in (0, 50)
 
 
 def test_a_fit_tells_its_progress_and_that_y_is_not_used(fitted, capsys):

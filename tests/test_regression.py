@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 import marginals
 from models import MLP
 from parameterization import TIME_LABELS, HeadModel
 from real_heads import Mixture, Whitened
+from run_lib.baseline_estimators import baseline_estimators
+from run_lib.experiment import Experiment
 from sde_lib import VPSDE
 from streams import Context
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -108,3 +112,91 @@ def test_few_rows_of_many_numbers_are_not_interpolated():
     x[:, 1, 1] = 3.0 * rows[0][1][:, 7]
     found = marginals.slope([(x, rows[0][1])])[:, 3]
     np.testing.assert_allclose(found, 3.0 * np.eye(30)[7], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "scale"), [(30_000, 1.0), (400, 1e-4)], ids=["sorted", "small"])
+def test_neither_the_order_nor_the_unit_of_a_context_hides_the_regression(rows, scale):
+    """Classes that come one after another, of which all are seen; numbers of a small unit."""
+    rng = np.random.default_rng(0)
+    known = np.repeat(np.eye(3), rows // 3 + 1, axis=0)[:rows] if scale == 1.0 else None
+    known = scale * rng.normal(size=(rows, 3)) if known is None else known
+    truth = np.array([[1.0], [-2.0], [5.0]]) / scale
+    x = known @ truth + 0.01 * rng.normal(size=(rows, 1))
+    parts = np.array_split(np.arange(rows), 13)
+    found = marginals.slope((x[part], known[part]) for part in parts)
+    centred = found - found.mean() if scale == 1.0 else found
+    expected = truth - truth.mean() if scale == 1.0 else truth
+    np.testing.assert_allclose(centred, expected, rtol=0.01)
+    (few,) = marginals.slope([(x[:1], known[:1])]).T
+    np.testing.assert_array_equal(few, 0.0)
+
+
+def test_every_kth_example_is_taken():
+    rows = [np.arange(first, first + 7)[:, None] for first in range(0, 70, 7)]
+    np.testing.assert_array_equal(marginals.evenly(rows, 40)[:, 0], np.arange(70))
+    np.testing.assert_array_equal(marginals.evenly(rows, 20)[:, 0], np.arange(0, 70, 2))
+    np.testing.assert_array_equal(marginals.evenly(rows, 5)[:, 0], np.arange(0, 70, 8))
+
+
+def test_what_the_context_determines_has_a_density_that_the_noise_can_resolve():
+    """y = 2c + 1: the residual is rounding, and its scale stays a tenth of that of y."""
+    rng = np.random.default_rng(0)
+    c = rng.normal(size=(400, 5))
+    net = MLP(hidden=8, depth=1, embed_dim=8, context=VECTOR)
+    model = HeadModel(net, VPSDE(), head=Mixture(2))
+    y = 2.0 * c[:, :1] + 1.0
+    prior = model.prior_of_reals((1,), lambda: iter([(y, c)]), is_marginal=False)
+    np.testing.assert_allclose(prior["scale"], 0.1 * y.std(), rtol=1e-5)
+
+
+@pytest.fixture
+def linear_data(tmp_path):
+    """An experiment whose data are linear in their contexts, [530, 2] and [530, 3]."""
+
+    def build(dropout: float) -> tuple[Experiment, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(3)
+        context = 4.0 * rng.normal(size=(630, 3)) - 2.0
+        x = context @ rng.normal(size=(3, 2)) + 0.3 * rng.normal(size=(630, 2)) + 7.0
+        arrays = {"x_train": x[:530], "x_test": x[530:]}
+        arrays |= {"context_train": context[:530], "context_test": context[530:]}
+        np.savez(tmp_path / "data.npz", **arrays)
+        c = tiny.config()
+        c.data.update(dataset="npz", path=str(tmp_path / "data.npz"), context="values", num_test=0)
+        c.data.update(standardize="coordinate")
+        c.model.update(parameterization="mixture")
+        c.training.context_dropout = dropout
+        c.eval.baselines = True
+        return Experiment.from_config(c), x, context
+
+    return build
+
+
+def test_a_run_starts_from_the_regression_of_its_data(linear_data):
+    """B of `with_prior` in the units of the data is that of least squares; batches are padded."""
+    experiment, x, context = linear_data(0.0)
+    prior = experiment.with_prior({"network": {}})["prior"]
+    design = np.concatenate([context[:530], np.ones((530, 1))], axis=1)
+    fit, *_ = np.linalg.lstsq(design, x[:530], rcond=None)
+    scales = x[:530].std(axis=0), context[:530].std(axis=0)
+    slope = np.asarray(prior["slope"]) * scales[0] / scales[1][:, None]
+    np.testing.assert_allclose(slope, fit[:3], rtol=1e-2)
+    residual = (x[:530] - design @ fit).std(axis=0) / scales[0]
+    np.testing.assert_allclose(prior["scale"], np.maximum(residual, 0.1), rtol=1e-2)
+    both = linear_data(0.25)[0].with_prior({"network": {}})["prior"]
+    assert not both["slope"].any()
+    np.testing.assert_allclose(both["scale"], 1.0, rtol=1e-3)
+
+
+def test_the_baseline_of_a_conditional_density_is_its_regression(linear_data):
+    """log p(x | c) of the test examples in the units of the data, against SciPy."""
+    experiment, x, context = linear_data(0.0)
+    found = {e.name: e for e in baseline_estimators(experiment)}["linear regression"]
+    design = np.concatenate([context, np.ones((630, 1))], axis=1)
+    fit, *_ = np.linalg.lstsq(design[:530], x[:530], rcond=None)
+    residuals = x - design @ fit
+    law = multivariate_normal(np.zeros(2), residuals[:530].T @ residuals[:530] / 530)
+    (batch,) = experiment.dataset.eval_batches("test", batch_size=100)
+    batch = jax.tree.map(jnp.asarray, batch | {"noise_id": batch["index"]})
+    rows = found.function(found.fit(), jax.random.key(0), batch)
+    np.testing.assert_allclose(rows["value"], -law.logpdf(residuals[530:]), atol=0.05)
+    assert found.details["given"] == "values"

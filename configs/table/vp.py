@@ -26,5 +26,5 @@ def get_config() -> ConfigDict:
     config.training.update(log_freq=500, eval_freq=1000)
     config.training.update(snapshot_freq=10_000, snapshot_freq_for_preemption=5000)
     config.optim.update(lr=1e-3, warmup=200, schedule="cosine")
-    config.eval.update(batch_size=1000, num_samples=5000)
+    config.eval.update(batch_size=1000, num_samples=1000)
     return config
