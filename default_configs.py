@@ -10,7 +10,7 @@ from checks import require
 from configs.mnist import sharp as images
 from configs.table import vp as table
 
-STEPS = ((500, 1000), (2000, 2000), (5000, 4000), (math.inf, 10_000))  # below so many examples
+STEPS = ((2000, 2000), (5000, 4000), (math.inf, 10_000))  # below so many examples
 EXACT_UP_TO = 16  # coordinates, whose divergence needs no probe
 
 
