@@ -58,8 +58,8 @@ class DensityModel(DensityMixin, BaseEstimator):
     Real values of any shape have a residual MLP that gives a mixture of Gaussians for each
     standardised coordinate; uint8 images have a U-Net that gives the law of each grey level. A
     tenth of the examples is kept out of training. Of the start, which is the prior of the head, and
-    sixteen checkpoints the one with the least bound on their negative log-likelihood is taken. The
-    same data and `random_state` give the same model.
+    sixteen checkpoints the one is taken that is best on them (`run_lib.best_checkpoint`). The same
+    data and `random_state` give the same model.
 
     Args:
         config: a config to start from, as a file or as an object; None: by the kind of the data.
@@ -131,7 +131,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         with _told() if self.verbose else contextlib.nullcontext():
             run_lib.train(experiment, workdir)
             step = best_step(workdir, experiment)
-            logger.info("the checkpoint of step %d has the least bound on held-out examples", step)
+            logger.info("the checkpoint of step %d is chosen by the held-out examples", step)
         return self._of(experiment, workdir, step)
 
     def log_prob(

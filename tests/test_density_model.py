@@ -87,21 +87,36 @@ def test_the_checkpoint_with_the_least_bound_is_chosen(fitted, monkeypatch):
     bounds = {int(step): value for step, value in stored["bounds"].items()}
     assert len(bounds) > 4
     assert 0 in bounds  # the start is one of them
-    assert fitted.step_ == min(bounds, key=bounds.get)
-    found = best_checkpoint.held_out_bound(fitted.experiment_)(fitted.params_)
-    assert found == pytest.approx(bounds[fitted.step_])
+    rows = best_checkpoint.held_out_bound(fitted.experiment_)(fitted.params_)
+    assert_allclose(rows, stored["values"][str(fitted.step_)], rtol=1e-4)
+    found = rows.mean()
+    assert found == pytest.approx(bounds[fitted.step_], rel=1e-4)
+    assert found < min(bounds.values()) + rows.std() / 200**0.5
     held_out = np.load(fitted.workdir_ / "data.npz")["x_test"]
     values = -fitted.score_samples(held_out)
     assert found == pytest.approx(values.mean(), abs=0.3)  # one bound and another
-    other = stored | {"bounds": dict.fromkeys(stored["bounds"], 1.0) | {min(stored["bounds"]): 0.0}}
+    last = max(bounds)
+    values = {step: [1.0, 2.0] for step in stored["values"]} | {str(last): [0.0, 1.0]}
+    other = stored | {"values": values}
     path.write_text(json.dumps(other))
     monkeypatch.setattr(best_checkpoint, "held_out_bound", None)
-    step = best_checkpoint.best_step(fitted.workdir_, fitted.experiment_)
-    assert step == int(min(stored["bounds"]))
+    assert best_checkpoint.best_step(fitted.workdir_, fitted.experiment_) == last
     path.write_text(json.dumps(other | {"run": "another"}))
     with pytest.raises(TypeError, match="not callable"):  # it would be measured
         best_checkpoint.best_step(fitted.workdir_, fitted.experiment_)
     path.write_text(json.dumps(stored))
+
+
+def test_the_earliest_checkpoint_that_cannot_be_told_from_the_best_is_chosen():
+    """By half a standard error of the difference: of the paired one, not of the means."""
+    noise = np.random.default_rng(0).normal(size=100)
+    zero, spread = np.zeros(100), noise - noise.mean()
+    error = spread.std(ddof=1) / 10.0
+    for excess, step in ((0.4, 20), (0.6, 30)):
+        values = {30: 50.0 * noise, 20: 50.0 * noise + spread + excess * error, 10: zero + 100.0}
+        assert best_checkpoint.chosen(values) == step
+    assert best_checkpoint.chosen({0: np.ones(1), 10: np.zeros(1)}) == 10
+    assert best_checkpoint.chosen({5: np.ones(4)}) == 5
 
 
 def test_a_density_given_numbers():
@@ -194,7 +209,7 @@ def test_a_fit_tells_its_progress_and_that_y_is_not_used(fitted, capsys):
         finally:
             logging.root.handlers = root
         said = capsys.readouterr().err
-        assert said.count("has the least bound on held-out examples") == verbose
+        assert said.count("is chosen by the held-out examples") == verbose
     assert logging.getLogger("fokker").handlers == []
 
 

@@ -163,7 +163,7 @@ def test_the_library_example_runs_in_an_empty_folder(
     check = "\nimport fokker; print('is', fokker.__version__, log_p.mean(), fokker.__file__)"
     said = run(["-c", code + check], tmp_path, installed, blocked)
     version, mean, file = re.search(r"(?m)^is (\S+) (\S+) (\S+)$", said).groups()
-    assert "has the least bound on held-out examples" in said  # the progress of a fit
+    assert "is chosen by the held-out examples" in said  # the progress of a fit
     assert version == VERSION
     assert -50.0 < float(mean) < 2.0
     assert Path(file).parent == installed / "fokker"
