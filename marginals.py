@@ -87,7 +87,9 @@ def moments(batches: Iterable[np.ndarray], *, full: bool) -> Moments:
     Raises:
         ValueError: there is no batch.
     """
-    number, first, second, shift = 0, 0.0, 0.0, None
+    number, shift = 0, None
+    first: np.ndarray | float = 0.0
+    second: np.ndarray | float = 0.0
     for batch in batches:
         flat = batch.reshape(len(batch), -1).astype(np.float64)
         shift = flat.mean(axis=0) if shift is None else shift  # against cancellation
