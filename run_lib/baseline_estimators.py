@@ -19,6 +19,7 @@ import marginals
 from dequantization import Encoding, Pixels
 from models.conditioning import number_of_regressors, regressors
 from operators import PerExample, fold_in_each
+from run_lib.comparison import REGRESSION
 from run_lib.estimators import Details, Estimator, draw_keys
 from run_lib.experiment import ENDLESS, Experiment
 
@@ -152,7 +153,7 @@ def _regression(experiment: Experiment) -> Estimator:
 
     details = _gaussian_details(experiment, full, "diagonal")
     given: Details = {"given": experiment.given_name}
-    return _estimator("linear regression", details | given, encoding, fit, log_p)
+    return _estimator(REGRESSION, details | given, encoding, fit, log_p)
 
 
 def _gaussian_details(experiment: Experiment, full: bool, target: str) -> Details:

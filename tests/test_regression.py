@@ -12,6 +12,7 @@ import marginals
 from models import MLP
 from parameterization import TIME_LABELS, HeadModel
 from real_heads import Mixture, Whitened
+from run_lib import comparison
 from run_lib.baseline_estimators import baseline_estimators
 from run_lib.experiment import Experiment
 from sde_lib import VPSDE
@@ -200,3 +201,17 @@ def test_the_baseline_of_a_conditional_density_is_its_regression(linear_data):
     rows = found.function(found.fit(), jax.random.key(0), batch)
     np.testing.assert_allclose(rows["value"], -law.logpdf(residuals[530:]), atol=0.05)
     assert found.details["given"] == "values"
+
+
+def test_a_model_of_x_alone_is_not_compared_with_the_regression():
+    def rows(estimator: str, value: float) -> list[dict]:
+        shared = {"protocol": "", "step": 1, "split": "test", "unit": "nats", "repeat": 0}
+        shared |= {"estimator": estimator}
+        return [shared | {"index": i, "value": value + 0.01 * i} for i in range(20)]
+
+    others = [rows("Gaussian", 1.0), rows("linear regression", 0.0)]
+    found = {
+        name: [d.baseline for d in comparison.defeats(rows(name, 2.0), others)]
+        for name in ("ODE", "ODE unconditional")
+    }
+    assert found == {"ODE": ["Gaussian", "linear regression"], "ODE unconditional": ["Gaussian"]}
