@@ -21,6 +21,7 @@ from records import Records, Row, Running, Table, example_means, stored, values
 from run_lib import (
     calibration,
     classification,
+    comparison,
     devices,
     figures,
     folder,
@@ -167,6 +168,8 @@ def _tell(workdir: Path, eval_folder: str) -> list[report.Result]:
         (quality.HEADER, map(quality.cells, quality.read(target))),
     ]
     logger.info("\n%s", report.table_text(results))
+    if any(result.estimator in comparison.MODELS for result in results):
+        logger.info("values of models and baselines are -log p: smaller is better")
     for sentence in report.probabilities(workdir, results):
         logger.info("%s", sentence)
     for sentence in report.sentences(results):
