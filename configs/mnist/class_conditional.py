@@ -5,7 +5,7 @@ One network gives p(x | c) and p(x), and Bayes' rule gives the class c.
 Command: python main.py --config=configs/mnist/class_conditional.py --workdir=runs/mnist_class
          --mode=train,eval --config.data.path=mnist.npz --config.training.n_iters=13000
 55 minutes of training on one CPU core, and 10 minutes of classification.
-Expected, of 13,000 steps: bound 0.9835 ± 0.0208 bits/dim given the class, 0.9964 ± 0.0207 without,
+Expected: bound 0.9835 ± 0.0208 bits/dim given the class, 0.9964 ± 0.0207 without it,
 accuracy by the bound 94.5 ± 1.6 %, 200 test images (docs/results.md).
 Every tenth example is seen without its class. Network and training are those of mnist/sharp.py.
 """
