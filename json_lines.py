@@ -34,7 +34,10 @@ def read(path: Path, is_row: Callable[[Row, bytes], bool]) -> Iterator[Row]:
 
 def text_of(row: Row) -> bytes:
     """The JSON of an object."""
-    found = orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)
+    try:
+        found = orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError:  # of text that is not Unicode, as the name of a file may be
+        return json.dumps(row).encode()
     return json.dumps(row).encode() if b"null" in found else found  # as it is of a NaN
 
 

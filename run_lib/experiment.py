@@ -167,9 +167,7 @@ class Experiment:
         if not isinstance(model, HeadModel):
             return params
         name = self.settings.model.parameterization
-        logger.info(
-            "the head %s starts from the laws of single coordinates in training", name
-        )
+        logger.info("the head %s starts from the laws of single coordinates in training", name)
         if isinstance(model.head, Levels):
             return params | {"prior": model.head.prior(shape, self.training_examples())}
         found = model.prior_of_reals(shape, self.encoded_pairs, is_marginal=self.is_marginal)

@@ -295,7 +295,8 @@ def test_any_history_with_a_kill_is_a_prefix_of_the_rows(batches, fraction):
         whole = path.read_bytes() if path.exists() else b""
         path.write_bytes(whole[: round(fraction * len(whole))])
         kept = Records(path.parent).rows
-        lines = path.read_bytes().splitlines()
+        content = path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].splitlines()  # half a line stays until then
         assert len(lines) == len(kept)
         assert path.read_bytes() == whole[: len(path.read_bytes())]
         assert all(expected[key] == value for key, value in kept.items())
