@@ -266,7 +266,7 @@ def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeyp
     assert reads.count(1438) == 0
     path = trained / "a" / "rows.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(x for x in lines if '"histogram"' not in x or '"index": 3,' not in x))
+    path.write_text("".join(x for x in lines if '"histogram"' not in x or '"index":3,' not in x))
     run_lib.evaluate(experiment, trained, "a")
     assert reads.count(1438) == passes
     assert Records(trained / "a").rows.keys() == rows.keys()

@@ -177,7 +177,7 @@ def test_a_damaged_row_is_left_out_and_computed_again(trained: Path, caplog) -> 
     lines = path.read_text().splitlines(keepends=True)
     row = json.loads(lines[3])
     digit = json.dumps(row["value"])
-    changed = lines[3].replace(f'"value": {digit}', f'"value": {float(digit) + 1.0}')
+    changed = lines[3].replace(f'"value":{digit}', f'"value":{float(digit) + 1.0}')
     assert changed != lines[3]
     path.write_text("".join([*lines[:3], changed, *lines[4:]]))
     (less,) = report.summaries(trained / "eval")
