@@ -304,7 +304,7 @@ class Records:
 
     def sync(self) -> None:
         """Wait until the disk has all rows."""
-        if self.path.exists():
+        if self.path.is_file():
             with writing(self.path), self.path.open("ab") as file:
                 os.fsync(file.fileno())
 
@@ -381,7 +381,9 @@ def _say_older(path: Path, number: int) -> None:
 
 def _cut_half_a_line(path: Path) -> None:
     """So that the next append starts on a line of its own."""
-    content = path.read_bytes() if path.exists() else b""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         with path.open("r+b") as file:
