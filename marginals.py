@@ -160,15 +160,16 @@ def slope(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
             numbers = known.shape[1]
             yield np.concatenate([x.reshape(len(x), -1), known], axis=1)
 
-    together = evenly(flat(), FITTED).astype(np.float64)
+    together = evenly(flat(), FITTED)
     values, known = np.split(together, [together.shape[1] - numbers], axis=1)
+    known = known.astype(np.float64)
     if len(values) < 2:
         return np.zeros((numbers, values.shape[1]))
     scale = known.std(axis=0)
     scale = np.where(scale > 0.0, scale, 1.0)
     fit = RidgeCV(PENALTIES, alpha_per_target=True)
     parts = [
-        np.atleast_2d(fit.fit(known / scale, values[:, k : k + BLOCK]).coef_)
+        np.atleast_2d(fit.fit(known / scale, values[:, k : k + BLOCK].astype(np.float64)).coef_)
         for k in range(0, values.shape[1], BLOCK)
     ]
     return np.concatenate(parts).T / scale[:, None]

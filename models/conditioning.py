@@ -97,7 +97,10 @@ def plus_context(
 
 
 def number_of_regressors(kind: Kind | None) -> int:
-    """How many numbers `regressors` gives: none for images, for more than 1,000, and for None."""
+    """Return how many numbers `regressors` gives.
+
+    It is 0 without a context, for images, and where there would be more than 1,000.
+    """
     if kind is None or len(kind.shape) == 3:
         return 0
     number = kind.classes or math.prod(kind.shape)

@@ -348,3 +348,10 @@ def test_a_signal_during_the_imports_ends_in_one_line(monkeypatch) -> None:
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+
+
+def test_a_batch_of_an_evaluation_has_no_more_rows_than_there_are_examples() -> None:
+    for wanted, number, size in ((1000, 12, 12), (8, 12, 8), (1000, 0, 24)):
+        c = tiny.config()
+        c.eval.update(batch_size=wanted, num_examples=number)
+        assert evaluation_loop._batch_size(Experiment.from_config(c)) == size

@@ -104,6 +104,12 @@ def test_a_field_that_is_nan_comes_back(path):
     np.testing.assert_array_equal(table.column("error"), [np.nan, 0.5])
 
 
+def test_text_that_is_not_unicode_comes_back(path):
+    """As in the name of a file; the fast writer refuses it."""
+    Records(path.parent).append([row(0, note="\udcff")])
+    assert Records(path.parent).rows[key_of(row(0))]["note"] == "\udcff"
+
+
 def test_the_disk_is_waited_for_once_a_second(path, monkeypatch):
     synced = []
     monkeypatch.setattr("os.fsync", lambda number: synced.append(number))
@@ -113,6 +119,8 @@ def test_the_disk_is_waited_for_once_a_second(path, monkeypatch):
     for index in range(3):
         records.append([row(index)])
     assert len(synced) == 2
+    records.sync()
+    assert len(synced) == 3
 
 
 def test_missing_rows_are_those_that_were_not_written(path):
