@@ -35,26 +35,20 @@ class _Source:
     def __init__(self, decode: Decode, inputs: Inputs, name: Callable[[int], str]) -> None:
         tf = tensorflow()
         self._decode, self._inputs, self._name = decode, inputs, name
-        all_of_them = partial(tf.map_fn, decode, fn_output_signature=tf.uint8)
-        self._decode_all = tf.function(
-            all_of_them, input_signature=[tf.TensorSpec([None], tf.string)]
-        )
+        self._kinds = tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.bool)
+        self._decode_all = tf.function(self._batch, input_signature=self._kinds)
 
     def examples(self, ids: np.ndarray) -> np.ndarray:
         """Those examples, decoded now; a ValueError names one that cannot be decoded."""
-        given = self._inputs(ids)
         try:
-            return self._decode_all(given).numpy()
+            return self._decode_all(self._inputs(ids), np.zeros(len(ids), bool)).numpy()
         except tensorflow().errors.OpError:
             self._name_the_damaged(ids)
             raise
 
     def pipeline(self, asked: Iterator[Chosen]) -> Iterator[np.ndarray]:
-        """The examples of one batch after another; all but the last have the size of the first."""
-        first = next(asked, None)
-        if first is None:
-            return
-        tf, asked = tensorflow(), itertools.chain([first], asked)
+        """The examples of one batch after another."""
+        tf = tensorflow()
         waiting: collections.deque[np.ndarray] = collections.deque()
         failures: list[Exception] = []
 
@@ -66,11 +60,9 @@ class _Source:
             except (OSError, ValueError) as error:  # TensorFlow would pass its text on, no more
                 failures.append(error)
 
-        size = len(first.ids)
-        kinds = tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.bool)
-        batches = tf.data.Dataset.from_generator(read, output_signature=kinds)
-        batches = batches.unbatch().map(self._one, tf.data.AUTOTUNE, deterministic=True)
-        batches = batches.batch(size).prefetch(AHEAD).with_options(_options())
+        batches = tf.data.Dataset.from_generator(read, output_signature=self._kinds)
+        batches = batches.map(self._batch, tf.data.AUTOTUNE, deterministic=True)
+        batches = batches.prefetch(AHEAD).with_options(_options())
         try:
             for batch in batches.as_numpy_iterator():
                 yield batch
@@ -81,9 +73,15 @@ class _Source:
         if failures:
             raise failures[0]
 
-    def _one(self, given: "Tensor", flipped: "Tensor") -> "Tensor":
-        tf, image = tensorflow(), self._decode(given)
-        return tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
+    def _batch(self, given: "Tensor", flipped: "Tensor") -> "Tensor":
+        """The images of a batch; their number is that of threads at most at a time."""
+        tf = tensorflow()
+
+        def one(pair: tuple["Tensor", "Tensor"]) -> "Tensor":
+            image = self._decode(pair[0])
+            return tf.cond(pair[1], lambda: tf.reverse(image, [1]), lambda: image)
+
+        return tf.map_fn(one, (given, flipped), fn_output_signature=tf.uint8)
 
     def _name_the_damaged(self, ids: np.ndarray) -> None:
         for number in ids:
