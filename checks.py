@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import tempfile
+import typing
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,10 +138,12 @@ def of_type(field: str, value: Any, kind: Any) -> None:
         require(number and not math.isnan(value), field, value, "a number")
     elif kind is str:
         require(isinstance(value, str) and _is_text(value), field, value, "a text in UTF-8")
-    else:  # tuple[float, ...]
+    else:  # tuple[float, ...] or tuple[float | None, ...]
         require(isinstance(value, tuple), field, value, "numbers in parentheses, as (0.0, 1.0)")
+        members = typing.get_args(kind)[0]
         for member in value:
-            of_type(field, member, float)
+            if member is not None or members is float:
+                of_type(field, member, float)
 
 
 def _is_text(value: str) -> bool:

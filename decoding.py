@@ -5,11 +5,9 @@ order, decoded in parallel, flipped where a coin says so, and put together again
 """
 
 import collections
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np

@@ -6,7 +6,8 @@ Integers k ∈ {0..L−1}:
     −log P(k) ≤ E_q[log q(y | k) − log p(y)],   q uniform, variational or truncated normal
     bits/dim = (log q(y | k) − log p(y))/(d ln 2)
 
-Real values may be standardised and noised in cells of a known width: `Reals`, in nats.
+Real values may be standardised, noised in cells of a known width and mapped from a range to the
+whole line: `Reals`, in nats.
 
 The only file that knows the number of levels L. A uniform density on the unit cube has log2 L
 bits/dim under uniform q.
@@ -25,7 +26,7 @@ from checks import require
 from models.flowpp import Flowpp
 from models.layers import QUICK
 from operators import Batched, PerExample, dimension, inner, squared_norm, standard_normal, uniform
-from standardization import Affine
+from standardization import Affine, Range
 
 Images = UInt8[Array, "b *d"]
 Params = Any
@@ -204,19 +205,21 @@ class FlowDequantizer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reals:
-    """Real values x: y = A (x + w (u − ½) − m), u ∈ [0, 1)^d; results in nats per unit of x.
+    """Real values x: y = A (v(x + w (u − ½)) − m), u ∈ [0, 1)^d; results in nats per unit of x.
 
-        log p(x) = log p(y) + log|det A|
+        log p(x) = log p(y) + log|det A| + Σ_j log|dv_j/dx_j|
         −log P(cell of x) ≤ E_u[−log p(x + w (u − ½))] − Σ_j log w_j     where all w_j > 0
 
     Attributes:
         affine: A and m; None: as they are.
         widths: w, [*d], of the cells in which the values are known to lie, 0 for continuous ones;
             None: all are continuous.
+        range: the ends of the coordinates, which v maps to the whole line; None: v(x) = x.
     """
 
     affine: Affine | None = None
     widths: np.ndarray | None = None
+    range: Range | None = None
 
     unit = "nats"
 
@@ -227,8 +230,11 @@ class Reals:
 
     def encode(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Batched:
         """Model-space y of the data, with fresh noise in their cells from one key per example."""
-        x = self.in_cells(image, keys)
-        return x if self.affine is None else self.affine.apply(x)
+        return self._to_model(self.in_cells(image, keys))
+
+    def _to_model(self, x: Batched) -> Batched:
+        v = x if self.range is None else self.range.apply(x)
+        return v if self.affine is None else self.affine.apply(v)
 
     def in_cells(self, x: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Batched:
         """x + w (u − ½), in the units of the user: x itself where all values are continuous."""
@@ -237,10 +243,12 @@ class Reals:
         return x + jnp.asarray(self.widths, x.dtype)[None] * (uniform(keys, x) - 0.5)
 
     def draw(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Draw:
-        """The same y, with −log|det A| for log q: log p(y) − log q is then a density of x."""
-        log_det = 0.0 if self.affine is None else self.affine.log_det
-        y = self.encode(image, keys)
-        return Draw(y, jnp.full(y.shape[:1], -log_det, y.dtype))
+        """The same y, with −log|det dy/dx| for log q: log p(y) − log q is then a density of x."""
+        x = self.in_cells(image, keys)
+        log_q = jnp.full(x.shape[:1], 0.0 if self.affine is None else -self.affine.log_det, x.dtype)
+        if self.range is not None:
+            log_q = log_q - self.range.log_det(x)
+        return Draw(self._to_model(x), log_q)
 
     def negative_log_likelihood(
         self, log_weight: PerExample, x: Shaped[Array, "b *d"]
@@ -251,7 +259,8 @@ class Reals:
 
     def decode(self, y: Batched) -> Batched:
         """The data in the units of the user; not rounded to the centres of cells."""
-        return y if self.affine is None else self.affine.invert(y)
+        v = y if self.affine is None else self.affine.invert(y)
+        return v if self.range is None else self.range.invert(v)
 
 
 Encoding = Pixels | Reals

@@ -20,6 +20,7 @@ import npz_files
 from checks import FieldError, require
 from image_arrays import as_classes
 from splits import DataConfig, Origin, Rows, assembled
+from standardization import Range
 from streams import Context, Dataset, Finite, Shape
 
 REPEATED = 0.05  # share of the values of a coordinate that occur more than once, to be warned of
@@ -183,6 +184,25 @@ def cell_widths(config: DataConfig, shape: Shape) -> np.ndarray | None:
     return np.broadcast_to(np.asarray(widths, np.float64), shape)
 
 
+def ends(config: DataConfig, shape: Shape) -> Range | None:
+    """The ends of the coordinates, [*shape]; None where none has any.
+
+    Raises:
+        FieldError: there are neither one nor as many as the last axis has, or no room between.
+    """
+    found = []
+    for field, missing in (("lower", -np.inf), ("upper", np.inf)):
+        given = getattr(config, field) or (None,)
+        allowed = f"one number, or {shape[-1]} of them or None, one for each column"
+        require(len(given) in (1, shape[-1]), f"data.{field}", given, allowed)
+        numbers = np.array([missing if end is None else end for end in given], np.float64)
+        found.append(np.broadcast_to(numbers, shape))
+    lower, upper = found
+    allowed = f"more than data.lower={config.lower}"
+    require(bool((lower < upper).all()), "data.upper", config.upper, allowed)
+    return Range(lower, upper) if np.isfinite(found).any() else None
+
+
 class _Coordinates(NamedTuple):
     """The words for coordinates of examples."""
 
@@ -228,6 +248,29 @@ def _check_coordinates(config: DataConfig, data: Dataset) -> None:
             f"mean {found.mean[coarse[0]]:g}"
         )
     _check_repeats(data, words, widths)
+    if known := ends(config, data.shape):
+        for name in data.splits:
+            _check_range(data.finite(name), name, words, known, widths.reshape(data.shape))
+
+
+def _check_range(
+    split: Finite, name: str, words: _Coordinates, known: Range, widths: np.ndarray
+) -> None:
+    """Refuse values whose cells reach an end of their range."""
+    first = 0
+    for chunk in _chunks(split):
+        x = chunk.reshape(-1, *words.shape).astype(np.float64)
+        fits = known.holds(x - 0.5 * widths) & known.holds(x + 0.5 * widths)
+        if not fits.all():
+            row, number = np.argwhere(~fits.reshape(len(x), -1))[0]
+            low, high = np.ravel(known.lower)[number], np.ravel(known.upper)[number]
+            cell = " with its cell" if np.ravel(widths)[number] else ""
+            raise ValueError(
+                f"{words.names(np.array([number]))} is {chunk[row, number]:g} in example "
+                f"{first + row} of the {name} split: need values{cell} between data.lower and "
+                f"data.upper, here more than {low:g} and less than {high:g}"
+            )
+        first += len(x)
 
 
 def _chunks(split: Finite) -> Iterator[np.ndarray]:

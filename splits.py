@@ -43,6 +43,8 @@ class DataConfig:
     context_columns: str = ""  # of a table: what the densities are conditioned on
     standardize: str = "none"  # real values: a name in standardization.KINDS
     cell_width: tuple[float, ...] = ()  # real values: of the cells they are known to lie in
+    lower: tuple[float | None, ...] = ()  # real values: the ends of their range; None: no end
+    upper: tuple[float | None, ...] = ()
     context: str = ""  # of p(x | c): class, or values (arrays of an npz); '': none
 
     def __post_init__(self) -> None:
@@ -53,6 +55,10 @@ class DataConfig:
         require(0.0 <= fraction < 1.0, "validation_fraction", fraction, "0 <= fraction < 1")
         fits = all(0.0 <= width < np.inf for width in self.cell_width)
         require(fits, "cell_width", self.cell_width, "widths of 0 (continuous) or more")
+        for field in ("lower", "upper"):
+            ends = getattr(self, field)
+            fits = all(end is None or np.isfinite(end) for end in ends)
+            require(fits, field, ends, "finite numbers, or None where a column has no end")
 
 
 class Rows(NamedTuple):

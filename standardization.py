@@ -1,4 +1,7 @@
-"""Real values brought to zero mean and unit variance, and back.
+"""Real values brought to the whole line, to zero mean and unit variance, and back.
+
+    v = log(x − a) − log(b − x), without the logarithm of an end that a coordinate lacks
+    log|dv/dx| = log(b − a) − log(x − a) − log(b − x), likewise; v = x without ends
 
     y = A (x − m),   log p_x(x) = log p_y(A (x − m)) + log|det A|
     coordinate   A = D⁻¹,           D = diag s, the standard deviations
@@ -19,10 +22,69 @@ import numpy as np
 
 import marginals
 from checks import choose, require
-from operators import Batched
+from operators import Batched, PerExample
 
 Shape = tuple[int, ...]
 SMALLEST = 1e-6  # eigenvalue of the correlations: below, float32 does not resolve its axis
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Range:
+    """The open range (a, b) of every coordinate, mapped to the whole line: x ↔ v.
+
+    A density that stops at a sharp end becomes a smooth one: the uniform law becomes the logistic.
+    Reference: Stan Reference Manual, section 10 (constrained parameters and their Jacobians).
+
+    Attributes:
+        lower: a, [*d]; −inf where there is none.
+        upper: b, [*d]; inf where there is none.
+    """
+
+    lower: np.ndarray
+    upper: np.ndarray
+
+    def apply(self, x: Batched) -> Batched:
+        """Return v; infinite at an end, NaN beyond."""
+        above, below = self._logs(x)
+        return jnp.where(self._has_ends[None], above - below, x)
+
+    def log_det(self, x: Batched) -> PerExample:
+        """Return Σ_j log|dv_j/dx_j|, in nats."""
+        above, below = self._logs(x)
+        width = np.where(self._has_both, self.upper - self.lower, 1.0)
+        slope = jnp.asarray(np.log(width), x.dtype)[None] - above - below
+        return jnp.sum(slope.reshape(len(x), -1), axis=1)
+
+    def invert(self, v: Batched) -> Batched:
+        """Return x, at least the next number of its dtype away from an end."""
+        low, high = (jnp.asarray(end, v.dtype)[None] for end in (self.lower, self.upper))
+        start, stop = (jnp.where(jnp.isfinite(end), end, 0.0) for end in (low, high))
+        between = start + (stop - start) * jax.nn.sigmoid(v)
+        outside = jnp.where(jnp.isfinite(low), start + jnp.exp(v), stop - jnp.exp(-v))
+        x = jnp.where(self._has_both[None], between, jnp.where(self._has_ends[None], outside, v))
+        return jnp.clip(x, jnp.nextafter(low, high), jnp.nextafter(high, low))
+
+    def holds(self, x: np.ndarray) -> np.ndarray:
+        """Say which numbers [b, *d] lie between the ends, bool."""
+        return (self.lower[None] < x) & (x < self.upper[None])
+
+    @property
+    def _has_both(self) -> np.ndarray:
+        return np.isfinite(self.lower) & np.isfinite(self.upper)
+
+    @property
+    def _has_ends(self) -> np.ndarray:
+        return np.isfinite(self.lower) | np.isfinite(self.upper)
+
+    def _logs(self, x: Batched) -> tuple[Batched, Batched]:
+        """(log(x − a), log(b − x)), 0 for an end that is not there."""
+
+        def log_of(end: np.ndarray, sign: float) -> Batched:
+            there = np.isfinite(end)
+            gap = sign * (x - jnp.asarray(np.where(there, end, 0.0), x.dtype)[None])
+            return jnp.log(jnp.where(there[None], gap, 1.0))
+
+        return log_of(self.lower, 1.0), log_of(self.upper, -1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -96,8 +96,11 @@ class Reference:
 def fitted(
     simulator: Simulator, number: int, seed: int, workdir: Path, changes: dict[str, str]
 ) -> DensityModel:
-    """q(θ | y) of so many simulations."""
+    """q(θ | y) of so many simulations, within the prior's box."""
     theta, y = simulator.joint(np.random.default_rng([seed, 0]), number)
+    if simulator.bound is not None:
+        ends = {"data.lower": f"{-simulator.bound:g}", "data.upper": f"{simulator.bound:g}"}
+        changes = ends | changes
     model = DensityModel(changes=changes, workdir=workdir, random_state=seed)
     return model.fit(theta.astype(np.float32), context=y.astype(np.float32))
 

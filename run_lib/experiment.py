@@ -200,15 +200,12 @@ class Experiment:
 
     def encoded_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The same, each with the numbers of its contexts [b, n] that regressions are on."""
-        encode, kind, first = jax.jit(self.encoding.encode), self.context, 0
+        encoded, kind = _encoder(self.encoding), self.context
         for image, context in self._training_pairs():
-            keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(image)))
-            x = encode(image, keys)
-            known = np.empty((len(image), 0))
+            x, known = encoded(image), np.empty((len(image), 0))
             if number_of_regressors(kind):
-                known = np.asarray(regressors(kind, jnp.asarray(context), x))
-            yield np.asarray(x), known
-            first += len(image)
+                known = np.asarray(regressors(kind, jnp.asarray(context), jnp.asarray(x)))
+            yield x, known
 
     def _training_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """The examples as they are, and their contexts."""
@@ -225,13 +222,16 @@ class Experiment:
     def statistics(self) -> dict[str, np.ndarray]:
         """Return what standardises data and context, by name; it is empty where nothing does.
 
-        A, A⁻¹ and m are `matrix`, `inverse` and `mean` [*d]; beside them are `columns` and
-        `cell_widths`, and of a context `context_mean`, `context_scale` and `context_names`.
+        A, A⁻¹ and m are `matrix`, `inverse` and `mean` [*d]; beside them are `columns`,
+        `cell_widths`, `lower` and `upper`, and of a context `context_mean`, `context_scale` and
+        `context_names`.
         """
         context, encoding = self.dataset.context, self.encoding
         found: dict[str, Any] = {"columns": self.dataset.columns}
         if isinstance(encoding, Reals):
             found["cell_widths"] = encoding.widths
+            if encoding.range is not None:
+                found |= {"lower": encoding.range.lower, "upper": encoding.range.upper}
             affine = encoding.affine
             if affine is not None:
                 found |= {"mean": affine.mean, "matrix": affine.matrix, "inverse": affine.inverse}
@@ -252,17 +252,22 @@ class Experiment:
         """Pixels for quantised data; Reals otherwise, standardised by the training split."""
         data = self.settings.data
         if self.levels is None:
-            shape = self.dataset.shape
-            widths, kind = real_arrays.cell_widths(data, shape), data.standardize
-            return Reals(
-                standardization.fitted(kind, self.training_examples(), shape, widths), widths
-            )
+            return self._encoding_of_reals()
         return Pixels(
             self.levels,
             centered=data.centered,
             logit=data.logit,
             dequantize_uniformly=data.uniform_dequantization,
         )
+
+    def _encoding_of_reals(self) -> Reals:
+        data, shape = self.settings.data, self.dataset.shape
+        widths, ends = real_arrays.cell_widths(data, shape), real_arrays.ends(data, shape)
+        found, examples = Reals(None, widths, ends), self.training_examples()
+        if ends is not None:  # with noise in their cells, which v changes
+            examples, widths = map(_encoder(found), examples), None
+        affine = standardization.fitted(data.standardize, examples, shape, widths)
+        return dataclasses.replace(found, affine=affine)
 
     @functools.cached_property
     def evaluation_encoding(self) -> Encoding:
@@ -403,6 +408,19 @@ class Experiment:
                 f"which is 0 at t = 0 for training.sde={sde!r}; need 'drift' or 'score', or "
                 "eval.bound"
             )
+
+
+def _encoder(encoding: Encoding) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what encodes one batch after another; the noise is that of an example's number."""
+    encode, first = jax.jit(encoding.encode), 0
+
+    def encoded(image: np.ndarray) -> np.ndarray:
+        nonlocal first
+        keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(image)))
+        first += len(image)
+        return np.asarray(encode(image, keys))
+
+    return encoded
 
 
 def _high_order(training: TrainingConfig) -> HighOrder | None:

@@ -94,6 +94,7 @@ def settings_digest(experiment: Experiment) -> str:
     if training.continuous and settings.model.time_label not in ("level", "reverse_index"):
         skipped.add("num_scales")  # then it is the number of steps of a sampler, no more
     real = {"standardize": data.standardize, "cell_width": data.cell_width}
+    ends = {name: getattr(data, name) for name in ("lower", "upper")}
     return _digest(
         # Without defaults, so that a field that a later version adds changes no identity.
         {k: v for k, v in model.items() if k not in skipped and v != defaults.get(k)},
@@ -101,6 +102,7 @@ def settings_digest(experiment: Experiment) -> str:
         (data.levels, data.centered, data.logit, *((data.context,) if data.context else ())),
         settings.seed,
         *([real] if real != {"standardize": "none", "cell_width": ()} else []),
+        *([ends] if any(ends.values()) else []),
     )
 
 
