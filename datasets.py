@@ -443,5 +443,7 @@ def _check_no_reals(config: DataConfig) -> None:
     kind = config.standardize
     require(kind == "none", "data.standardize", kind, "'none' but for arrays and tables of reals")
     allowed = "() but for arrays and tables of real values"
-    for field in ("cell_width", "lower", "upper"):
-        require(not any(getattr(config, field)), f"data.{field}", getattr(config, field), allowed)
+    require(not any(config.cell_width), "data.cell_width", config.cell_width, allowed)
+    for field in ("lower", "upper"):
+        known = [end for end in getattr(config, field) if end is not None]
+        require(not known, f"data.{field}", getattr(config, field), allowed)

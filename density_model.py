@@ -32,7 +32,7 @@ import run_lib
 from checkpoints import whole_steps
 from checks import require
 from default_configs import of_images, of_reals
-from dequantization import Pixels
+from dequantization import Pixels, Reals
 from operators import fold_in_each
 from real_arrays import check_finite
 from run_lib import config_files, loading
@@ -139,8 +139,9 @@ class DensityModel(DensityMixin, BaseEstimator):
     ) -> tuple[np.ndarray, np.ndarray]:
         """log p(x) of every example by the ODE, in nats, and an estimate of the solver's error.
 
-        Of real values it is the density in the units of X; of images the probability of their grey
-        levels, bounded from below by one draw of the noise within their cells.
+        Of real values it is the density in the units of X, −inf outside their range; of images the
+        probability of their grey levels, bounded from below by one draw of the noise within their
+        cells.
 
         Args:
             X: examples [n, *d], as in `fit`.
@@ -158,7 +159,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         values, errors = (
             np.concatenate(part).astype(np.float64) for part in zip(*found, strict=True)
         )
-        bad = np.flatnonzero(~np.isfinite(values))
+        bad = np.flatnonzero(np.isnan(values))
         if bad.size:
             raise FloatingPointError(
                 f"no value for examples {bad[:10].tolist()}: raise eval.num_steps"
@@ -328,10 +329,13 @@ class DensityModel(DensityMixin, BaseEstimator):
         key = jax.random.fold_in(self.experiment_.keys[estimator.key], 0)  # of the first repeat
         mask = batch.pop("mask")
         result = function(Parameters(self.params_), key, batch)
-        pixels = isinstance(self.experiment_.encoding, Pixels)
-        unit = batch["image"][0].size * np.log(2.0) if pixels else 1.0
+        encoding = self.experiment_.encoding
+        unit = batch["image"][0].size * np.log(2.0) if isinstance(encoding, Pixels) else 1.0
         value = jnp.where(result["converged"], -unit * result["value"], jnp.nan)
         error = unit * result.get("error", jnp.full_like(value, jnp.nan))
+        if isinstance(encoding, Reals) and encoding.range is not None:
+            inside = encoding.range.holds(batch["image"]).reshape(len(mask), -1).all(axis=1)
+            value, error = jnp.where(inside, value, -jnp.inf), jnp.where(inside, error, 0.0)
         return np.asarray(value)[mask], np.asarray(error)[mask]
 
     def _context(self, context: np.ndarray | None, number: int) -> np.ndarray | None:

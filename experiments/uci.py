@@ -181,11 +181,15 @@ def within(samples: Float[np.ndarray, "n k"], y: Column, share: float) -> float:
     return float(np.mean((low <= y) & (y <= high)))
 
 
-def log_means(
+def log_densities(
     members: Sequence[DensityModel], X: Rows, context: Rows | None = None
-) -> dict[str, float]:
-    """The mean over rows of log p: of the mean of the members' densities, and of the first's."""
-    each = [model.score_samples(X, context) for model in members]
+) -> Float[np.ndarray, "m n"]:
+    """log p of every row by every model."""
+    return np.stack([model.score_samples(X, context) for model in members])
+
+
+def means(each: Float[np.ndarray, "m n"]) -> dict[str, float]:
+    """The means over rows of log p: of the mean of the members' densities, and of the first's."""
     together = logsumexp(each, axis=0) - np.log(len(each))
     return {"model": float(together.mean()), "one fit": float(each[0].mean())}
 
@@ -202,7 +206,7 @@ def conditional(members: Sequence[DensityModel], split: Split) -> Callable[[], d
         drawn = [model.sample(len(contexts), contexts) for model in members]
         samples = np.concatenate([part.reshape(len(x_test), SAMPLES) for part in drawn], axis=1)
         return {
-            **log_means(members, y_test, x_test),
+            **means(log_densities(members, y_test, x_test)),
             "process": float(log_p_process(split).mean()),
             "mixture": float(log_p_mixture(split).mean()),
             "within 50 %": within(samples, y_test[:, 0], 0.5),
@@ -220,10 +224,8 @@ def joint(members: Sequence[DensityModel], split: Split) -> Callable[[], dict[st
 
     def figures() -> dict[str, float]:
         mixture, kernels = log_p_joint(rows, tested)
-        return log_means(members, tested.astype(np.float32)) | {
-            "mixture": mixture,
-            "kernels": kernels,
-        }
+        each = log_densities(members, tested.astype(np.float32))
+        return means(each) | {"mixture": mixture, "kernels": kernels}
 
     return figures
 

@@ -119,6 +119,33 @@ def test_the_earliest_checkpoint_that_cannot_be_told_from_the_best_is_chosen():
     assert best_checkpoint.chosen({5: np.ones(4)}) == 5
 
 
+def test_a_density_ends_where_its_range_does(tmp_path):
+    """A logit and a logarithm of a Gaussian, which the head gives exactly before its first step."""
+
+    def drawn(n, seed):
+        z = np.random.default_rng(seed).standard_normal((n, 2)) @ MIX
+        return np.stack([6.0 / (1.0 + np.exp(-z[:, 0])), np.exp(z[:, 1])], axis=1), z
+
+    changes = FEW | {"model.parameterization": "whitened", "training.n_iters": 16}
+    changes |= {"data.lower": "0", "data.upper": "(6,None)"}
+    model = DensityModel(changes=changes, workdir=tmp_path / "run").fit(drawn(4000, seed=0)[0])
+    x, z = drawn(1000, seed=1)
+    slopes = np.log(x[:, 0] * (1.0 - x[:, 0] / 6.0) * x[:, 1])
+    truth = multivariate_normal([0.0, 0.0], MIX.T @ MIX).logpdf(z) - slopes
+    gap = truth - model.score_samples(x)
+    assert abs(gap.mean()) < 0.05
+    assert gap.std() < 0.2
+    samples = model.sample(500)
+    assert (samples > 0.0).all()
+    assert (samples[:, 0] < 6.0).all()
+    assert_allclose(np.log(samples[:, 1]).std(), np.linalg.norm(MIX[:, 1]), atol=0.2)
+    again = DensityModel.load(tmp_path / "run")
+    values, errors = again.log_prob(np.array([x[0], [6.0, 1.0], [3.0, -1.0], x[1]]))
+    assert_allclose(values[[0, 3]], model.score_samples(x[:2]), rtol=1e-4)
+    assert np.isneginf(values[1:3]).all()
+    assert np.isfinite(errors).all()
+
+
 def test_a_density_given_numbers():
     """y | c ~ N(3 c, ½²): the mean follows the context."""
     rng = np.random.default_rng(3)

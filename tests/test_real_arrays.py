@@ -134,6 +134,19 @@ HOLE = np.where(np.arange(240).reshape(40, 2, 3) == 101, np.nan, X)
         (X * [1.0, 0.0, 1.0], {}, r"coordinates \(0, 1\), \(1, 1\): constant in the training spl"),
         (X + 1e6, {}, r"too close for float32; subtract a constant, as their mean 1e\+06"),
         (X, {"cell_width": (1.0, 1.0)}, r"need one number, or 3 of them"),
+        (X, {"lower": (0.0, None)}, r"data\.lower=.*: need one number, or 3 of them or None"),
+        (X, {"lower": (9.0,), "upper": (9.0,)}, r"data\.upper=.*: need more than data\.lower="),
+        (
+            X,
+            {"lower": (0.0,)},
+            r"coordinate \(0, \d\) is -.* split: need values b.* than 0 ",
+        ),
+        (np.arange(9.0)[:, None], {"upper": (8.0,)}, "is 8 in example .* and less than 8$"),
+        (
+            np.arange(9.0)[:, None],
+            {"lower": (-0.4,), "cell_width": (1.0,)},
+            "is 0 in example .* need values with its cell between .* here more than -0.4 ",
+        ),
         (X, {"image_size": 3}, r"data\.image_size=3: need 0 for real values: x of .* is float64"),
         (X, {"random_flip": True}, r"need False for examples of shape \(2, 3\)"),
     ],
@@ -236,7 +249,9 @@ def test_repeated_values_and_their_distance(column, share, gap) -> None:
 
 def test_fields_of_real_values_are_refused_elsewhere() -> None:
     toy = DataConfig("rings", "", 0, 1, 256, *[False] * 4, 0, 5)
-    for name, value in (("standardize", "whiten"), ("cell_width", (1.0,))):
+    for name, value in (
+        ("standardize", "whiten"), ("cell_width", (1.0,)), ("lower", (0.0,)), ("upper", (0.0,)),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"data\.{name}=.*but for arrays and tables of real"):
             datasets.load(dataclasses.replace(toy, **{name: value}))
     for changes, message in [
@@ -244,6 +259,7 @@ def test_fields_of_real_values_are_refused_elsewhere() -> None:
         ({"test_fraction": 1.0}, "test_fraction=1.0: need more than 0 and less than 1"),
         ({"validation_fraction": 1.0}, "validation_fraction=1.0: need 0 <= fraction < 1"),
         ({"cell_width": (-1.0,)}, "cell_width=.*need widths of 0"),
+        ({"upper": (None, np.inf)}, "upper=.*need finite numbers, or None where"),
     ]:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(toy, **changes)

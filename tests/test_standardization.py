@@ -76,6 +76,58 @@ def test_noise_in_cells_is_part_of_the_variance(kind) -> None:
     assert (np.abs((y**2).mean(axis=0) - 1.0) < 5 * error + 1e-6).all()
 
 
+ENDS = standardization.Range(
+    np.array([-1.0, 0.5, -np.inf, -np.inf]), np.array([3.0, np.inf, 2.0, np.inf])
+)
+
+
+@pytest.mark.usefixtures("x64")
+def test_ranges_are_mapped_to_the_whole_line_and_back() -> None:
+    """Both ends, one of them, none: increasing, with the log-determinant of the Jacobian."""
+    v = 3.0 * np.random.default_rng(0).standard_normal((50, 4))
+    x = ENDS.invert(jnp.asarray(v))
+    assert ENDS.holds(np.asarray(x)).all()
+    np.testing.assert_allclose(ENDS.apply(x), v, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(x[:, 3], v[:, 3])
+    jacobians = jax.vmap(jax.jacfwd(lambda row: ENDS.apply(row[None])[0]))(x)
+    assert (np.diagonal(jacobians, axis1=1, axis2=2) > 0.0).all()
+    np.testing.assert_allclose(ENDS.log_det(x), np.linalg.slogdet(jacobians)[1], atol=1e-9)
+    one_column = standardization.Range(ENDS.lower.reshape(4, 1), ENDS.upper.reshape(4, 1))
+    np.testing.assert_allclose(one_column.log_det(x[..., None]), ENDS.log_det(x), rtol=1e-12)
+
+
+def test_no_sample_lies_at_an_end_in_float32() -> None:
+    """So it can be mapped back; at the end itself the logit is infinite."""
+    v = jnp.asarray([[-80.0, -200.0, -80.0, 0.0], [80.0, 80.0, 200.0, 0.0]], jnp.float32)
+    x = ENDS.invert(v)
+    assert x.dtype == jnp.float32
+    assert ENDS.holds(np.asarray(x)).all()
+    assert np.isfinite(ENDS.apply(x)).all()
+    assert np.isfinite(ENDS.log_det(x)).all()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", ["none", "coordinate", "whiten"])
+def test_gaussians_behind_a_range_are_lognormal_and_logit_normal(kind) -> None:
+    """The density of x of the change of variables is that of SciPy and of the textbook."""
+    ends = standardization.Range(np.array([2.0, -np.inf]), np.array([5.0, 1.0]))
+    rng = np.random.default_rng(1)
+    v = rng.multivariate_normal([0.3, -0.4], [[0.5, 0.2], [0.2, 0.8]], 500)
+    x = ends.invert(jnp.asarray(v))
+    found = standardization.fitted(kind, [v], (2,), None)
+    code = Reals(found, range=ends)
+    draw = code.draw(x, jax.random.split(jax.random.key(0), len(x)))
+    matrix = np.eye(2) if found is None else found.matrix
+    matrix = np.diag(matrix) if matrix.ndim == 1 else matrix
+    mean = np.zeros(2) if found is None else found.mean
+    law = scipy.stats.multivariate_normal(-matrix @ mean, matrix @ matrix.T)  # of v ~ N(0, I)
+    p, gap = (np.asarray(x)[:, 0] - 2.0) / 3.0, 1.0 - np.asarray(x)[:, 1]
+    logit_normal = scipy.stats.norm.logpdf(np.log(p / (1.0 - p))) - np.log(3.0 * p * (1.0 - p))
+    expected = logit_normal + scipy.stats.lognorm(1.0).logpdf(gap)
+    np.testing.assert_allclose(law.logpdf(draw.x) - draw.log_q, expected, atol=1e-9)
+    np.testing.assert_allclose(code.decode(draw.x), x, rtol=1e-9)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", ["none", *KINDS])
 def test_a_density_is_that_of_the_data_in_their_own_units(kind) -> None:

@@ -129,22 +129,12 @@ def test_figures_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "| -2.402 ± 0.042 | 2 |" in uci.line("boston", [found, found])
 
 
-class Shifted:
-    """The Gaussian N(shift, 1)."""
-
-    def __init__(self, shift: float) -> None:
-        self.shift = shift
-
-    def score_samples(self, X: np.ndarray, context: None) -> np.ndarray:
-        return norm.logpdf(X[:, 0], self.shift)
-
-
 def test_members_make_a_mixture() -> None:
-    """The mean of the densities, whose integral is one; the mean of their logs has less."""
-    X = np.linspace(-12.0, 12.0, 2001)[:, None]
-    found = uci.log_mean([Shifted(-1.0), Shifted(3.0), Shifted(0.0)], X)
-    assert_allclose(np.trapezoid(np.exp(found), X[:, 0]), 1.0, rtol=1e-6)
-    assert_allclose(np.exp(found[1000]), norm.pdf([1.0, 3.0, 0.0]).mean(), rtol=1e-12)
+    """log of the mean of the densities of a row, then the mean over rows."""
+    p = np.array([[0.1, 0.4], [0.3, 0.2], [0.2, 0.9]])
+    found = uci.means(np.log(p))
+    assert found["model"] == pytest.approx(0.5 * (np.log(0.2) + np.log(0.5)))
+    assert found["one fit"] == pytest.approx(0.5 * (np.log(0.1) + np.log(0.4)))
 
 
 class Unit:
