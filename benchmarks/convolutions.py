@@ -2,11 +2,11 @@
 
     python -m benchmarks.convolutions [--config=configs/sdeflow/mnist.py] [--rounds=5]
 
-Every convolution of the network of a config, at its batch size, is timed alone, forward and
-backward with respect to input and weights, in float32. XLA and PyTorch take turns; the medians of
-the rounds are printed, and their sums over all convolutions of a step. PyTorch has its own order of
-the axes, [b, c, h, w]. Beside them stands the whole step of the program. Without PyTorch its
-columns are missing.
+Every convolution of the network of a config, at its batch size, is timed alone in float32: its
+output, the gradient of its input and that of its weights. XLA and PyTorch take turns; the medians
+of the rounds are printed, and their sums over all convolutions of a step. PyTorch has its own order
+of the axes, [b, c, h, w]. Below stands the whole step of the program. Without PyTorch its columns
+are missing.
 
 What a step costs above the sum of XLA's convolutions can be improved here. The sum itself cannot.
 """
@@ -28,6 +28,8 @@ from jax.extend import core
 
 from run_lib import config_files, training
 from run_lib.experiment import Experiment
+
+PARTS = ("output", "input", "weights")  # what is computed: y, or a gradient
 
 
 class Convolution(NamedTuple):
@@ -69,8 +71,9 @@ def convolutions(experiment: Experiment) -> collections.Counter[Convolution]:
     )
 
 
-def by_xla(of: Convolution) -> Callable[[], None]:
-    """Return the function that runs one forward and backward pass."""
+def by_xla(of: Convolution) -> dict[str, Callable[[], Any]]:
+    """Return the functions that run the three parts of a convolution and its gradient."""
+    x, weights, pull = (jnp.asarray(a) for a in arrays(of))
 
     def output(x: jax.Array, weights: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
@@ -78,33 +81,41 @@ def by_xla(of: Convolution) -> Callable[[], None]:
         )
 
     @jax.jit
-    def run(x: jax.Array, weights: jax.Array, pull: jax.Array) -> Any:
-        y, back = jax.vjp(output, x, weights)
-        return y, back(pull)
+    def of_input(weights: jax.Array, pull: jax.Array) -> Any:
+        return jax.linear_transpose(lambda x: output(x, weights), x)(pull)
 
-    x, weights, pull = (jnp.asarray(a) for a in arrays(of))
-    return lambda: jax.block_until_ready(run(x, weights, pull))
+    @jax.jit
+    def of_weights(x: jax.Array, pull: jax.Array) -> Any:
+        return jax.linear_transpose(lambda w: output(x, w), weights)(pull)
+
+    forward = jax.jit(output)
+    runs = (
+        lambda: jax.block_until_ready(forward(x, weights)),
+        lambda: jax.block_until_ready(of_input(weights, pull)),
+        lambda: jax.block_until_ready(of_weights(x, pull)),
+    )
+    return dict(zip(PARTS, runs, strict=True))
 
 
-def by_torch(of: Convolution) -> Callable[[], None]:
-    """The same in PyTorch."""
+def by_torch(of: Convolution) -> dict[str, Callable[[], Any]]:
+    """The same in PyTorch, on an input that is padded before where both sides are not even."""
     torch = importlib.import_module("torch")
+    gradients = importlib.import_module("torch.nn.grad")
     x, weights, pull = arrays(of)
-    x = torch.tensor(x.transpose(0, 3, 1, 2).copy(), requires_grad=True)
-    weights = torch.tensor(weights.transpose(3, 2, 0, 1).copy(), requires_grad=True)
-    pull = torch.tensor(pull.transpose(0, 3, 1, 2).copy())
     (top, bottom), (left, right) = of.padding
-
-    def run() -> None:
-        x.grad = weights.grad = None
-        padded = torch.nn.functional.pad(x, (left, right, top, bottom))
-        even = top == bottom and left == right  # what PyTorch pads by itself
-        y = torch.nn.functional.conv2d(
-            x if even else padded, weights, stride=of.stride, padding=(top, left) if even else 0
-        )
-        y.backward(pull)
-
-    return run
+    even = top == bottom and left == right  # what PyTorch pads by itself
+    if not even:
+        x = np.pad(x, ((0, 0), *of.padding, (0, 0)))
+    options = {"stride": of.stride, "padding": (top, left) if even else 0}
+    x = torch.tensor(x.transpose(0, 3, 1, 2).copy())
+    weights = torch.tensor(weights.transpose(3, 2, 0, 1).copy())
+    pull = torch.tensor(pull.transpose(0, 3, 1, 2).copy())
+    runs = (
+        lambda: torch.nn.functional.conv2d(x, weights, **options),
+        lambda: gradients.conv2d_input(x.shape, weights, pull, **options),
+        lambda: gradients.conv2d_weight(x, weights.shape, pull, **options),
+    )
+    return dict(zip(PARTS, runs, strict=True))
 
 
 def arrays(of: Convolution) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -158,20 +169,22 @@ def main() -> None:
     experiment = Experiment.from_config(config)
     has_torch = importlib.util.find_spec("torch") is not None
     ways = {"XLA": by_xla} | ({"PyTorch": by_torch} if has_torch else {})
-    sums = dict.fromkeys(ways, 0.0)
-    print(f"jax {jax.__version__}; | x | weights | stride | times | {' ms | '.join(ways)} ms |")
+    columns = [f"{way} {part}" for way in ways for part in PARTS]
+    sums = dict.fromkeys(columns, 0.0)
+    print(f"jax {jax.__version__}, ms\n\n| x | weights | stride | times | {' | '.join(columns)} |")
+    print("|---" * (4 + len(columns)) + "|")
     for of, number in convolutions(experiment).items():
-        runs = {name: way(of) for name, way in ways.items()}
+        runs = {f"{way} {part}": r for way, make in ways.items() for part, r in make(of).items()}
         for run in runs.values():
             run()
         rounds = [{n: seconds(run) for n, run in runs.items()} for _ in range(options.rounds)]
-        each = {name: statistics.median(found[name] for found in rounds) for name in ways}
-        for name in ways:
+        each = {name: statistics.median(found[name] for found in rounds) for name in columns}
+        for name in columns:
             sums[name] += number * each[name]
-        cells = " | ".join(f"{1e3 * each[name]:.2f}" for name in ways)
+        cells = " | ".join(f"{1e3 * each[name]:.2f}" for name in columns)
         print(f"| {of.x} | {of.weights} | {of.stride} | {number} | {cells} |", flush=True)
-    for name, total in sums.items():
-        print(f"all convolutions of a step, {name}: {total:.3f} s")
+    cells = " | ".join(f"{1e3 * total:.0f}" for total in sums.values())
+    print(f"| all of a step | | | | {cells} |")
     print(f"the whole step: {whole_step(experiment, options.rounds):.3f} s")
 
 

@@ -28,7 +28,7 @@ from models import MODELS
 from ode import Solver
 from operators import fold_in_each, value_hvp_and_directional
 from parameterization import HEADS, TIME_LABELS, HeadModel
-from real_heads import Mixture, Whitened
+from real_heads import WIDEST, Mixture, Whitened
 from sde_lib import SDES
 from tails import hazard, log_tail
 from time_sampling import Importance
@@ -318,6 +318,17 @@ def test_known_noise_is_the_mean_of_the_noise_given_the_cell(sde):
         x0 = jnp.asarray([[LOW + head.width * (k + 0.3)]])
         found = head.known_noise(x0, jnp.asarray([[x]]), t, sde)
         np.testing.assert_allclose(found, [[expected]], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("x", [-4.0, -40.0])
+def test_a_mixture_far_from_all_data_draws_back(x):
+    """In float32, whatever width the network says: exp(2 · 80) is infinite."""
+    sde, head = SDES["vpsde"](), Mixture(components=2)
+    t = jnp.asarray([0.02, 0.5, 0.99])
+    net = jnp.full((3, 1, 6), 80.0).at[..., :4].set(0.0)  # log π, μ; then log s
+    found = head.score(head.arrays((1,)), net, jnp.full((3, 1), x), t, sde)
+    variances = sde.alpha(t) ** 2 * WIDEST**2 + sde.sigma(t) ** 2
+    np.testing.assert_allclose(found[:, 0], -x / variances, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("x64")
