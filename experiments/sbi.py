@@ -2,7 +2,8 @@
 
     pip install --no-deps -r requirements/benchmarks.txt
     python -m experiments.sbi --workdir=runs/sbi [--tasks=two_moons,slcp] [--simulations=10000]
-        [--observations=10] [--samples=10000] [--set training.n_iters=4000 ...]
+        [--observations=10] [--samples=10000] [--members=1]
+        [--set training.n_iters=4000 ...]
 
 A task is a simulator of experiments/simulators.py. A `DensityModel` of p(θ | y) is fitted to pairs
 (θ, y), then compared with the truth:
@@ -12,9 +13,10 @@ A task is a simulator of experiments/simulators.py. A `DensityModel` of p(θ | y
             benchmark's observations
     KL      E log p(θ | y) − log q(θ | y) in nats over 1,000 fresh pairs, where p is closed
 
-Samples outside the support of a uniform prior are drawn again; log q is not renormalised, so that
-the KL counts them. A fit that was interrupted goes on; a figure of the same fit is not computed
-twice. WORKDIR gets sbi.txt.
+The box of a uniform prior is given to the model (`data.lower`, `data.upper`). With several
+--members the density is the mean of as many models (`experiments.members`), all fitted to the same
+pairs. A fit that was interrupted goes on; a figure of the same fit is not computed twice. WORKDIR
+gets sbi.txt.
 Reference: Lueckmann et al. 2021, https://arxiv.org/abs/2101.04653 (tasks, reference posteriors,
 C2ST); Lopez-Paz and Oquab 2017, https://arxiv.org/abs/1610.06545.
 """
@@ -34,15 +36,13 @@ from sklearn.neural_network import MLPClassifier
 import checkpoints
 import json_files
 from checks import one_of, require
-from density_model import DensityModel
 from experiments.compare import over_seeds
+from experiments.members import Members, log_mean
 from experiments.simulators import SIMULATORS, Parameters, Simulator
 from run_lib import folder
 
 logger = logging.getLogger("fokker")
 PAIRS = 1000  # of the KL
-ROUND = 1000  # samples are drawn in multiples of this
-LEAST = 0.01  # share of samples within the prior
 REFERENCES = 10_000  # samples of a reference posterior
 SNPE = {  # C2ST of the benchmark's SNPE after 1,000 and 10,000 simulations, mean of 10 observations
     "two_moons": (0.643, 0.554),
@@ -94,66 +94,51 @@ class Reference:
 
 
 def fitted(
-    simulator: Simulator, number: int, seed: int, workdir: Path, changes: dict[str, str]
-) -> DensityModel:
+    simulator: Simulator, number: int, workdir: Path, options: argparse.Namespace
+) -> Members:
     """q(θ | y) of so many simulations, within the prior's box."""
-    theta, y = simulator.joint(np.random.default_rng([seed, 0]), number)
+    changes = dict(setting.split("=", 1) for setting in options.set)
     if simulator.bound is not None:
         ends = {"data.lower": f"{-simulator.bound:g}", "data.upper": f"{simulator.bound:g}"}
         changes = ends | changes
-    model = DensityModel(changes=changes, workdir=workdir, random_state=seed)
-    return model.fit(theta.astype(np.float32), context=y.astype(np.float32))
+    theta, y = simulator.joint(np.random.default_rng([options.seed, 0]), number)
+    members = Members.of(options.members, workdir, random_state=options.seed, changes=changes)
+    return members.fit(theta, y)
 
 
-def posterior_samples(
-    model: DensityModel, simulator: Simulator, y: Float[np.ndarray, "1 m"], number: int
-) -> Parameters:
-    """Samples of q(θ | y) that the prior allows.
-
-    Raises:
-        ValueError: hardly any sample lies there.
-    """
-    kept: list[np.ndarray] = []
-    there = drawn = 0
-    while True:
-        size = ROUND * -(-(number - there) // ROUND)  # few sizes, each of which is compiled
-        context = np.repeat(y, size, axis=0).astype(np.float32)
-        found = model.sample(size, context, random_state=len(kept)).astype(np.float64)
-        kept.append(found[simulator.allows(found)])
-        there, drawn = there + len(kept[-1]), drawn + size
-        if there >= number:
-            return np.concatenate(kept)[:number]
-        allowed = f"more than {there} of {drawn} samples within the prior"
-        require(there >= LEAST * drawn, "samples", number, allowed)
+def posterior_samples(members: Members, y: Float[np.ndarray, "1 m"], number: int) -> Parameters:
+    """Samples of q(θ | y), as many of each member."""
+    each = -(-number // len(members.models))
+    drawn = members.sample(each, np.repeat(y, each, axis=0)).astype(np.float64)
+    return drawn.swapaxes(0, 1).reshape(-1, drawn.shape[2])[:number]
 
 
 def divergence(
-    model: DensityModel, simulator: Simulator, seed: int, number: int = PAIRS
+    members: Members, simulator: Simulator, seed: int, number: int = PAIRS
 ) -> tuple[float, float]:
     """E log p(θ | y) − log q(θ | y) over fresh pairs, and its standard error, in nats."""
     theta, y = simulator.joint(np.random.default_rng([seed, 1]), number)
-    log_q = model.score_samples(theta.astype(np.float32), y.astype(np.float32))
-    gaps = simulator.log_posterior(theta, y) - log_q
+    gaps = simulator.log_posterior(theta, y) - log_mean(members.log_densities(theta, y))
     return float(gaps.mean()), float(gaps.std(ddof=1) / np.sqrt(number))
 
 
 def evaluated(name: str, simulations: int, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one task and budget: read where the fit has them, else computed."""
-    simulator, changes = SIMULATORS[name], dict(s.split("=", 1) for s in options.set)
-    workdir = options.workdir / name / str(simulations)
-    model = fitted(simulator, simulations, options.seed, workdir, changes)
-    path = workdir / "sbi.json"
-    protocol = [checkpoints.digest(model.params_), options.samples, changes]
+    simulator, workdir = SIMULATORS[name], options.workdir / name / str(simulations)
+    members = fitted(simulator, simulations, workdir, options)
+    path = workdir / f"sbi_{options.members}.json"
+    parameters = [checkpoints.digest(model.params_) for model in members.models]
+    protocol = [parameters, options.samples, options.set]
     found = json_files.read(path) if path.exists() else {}
     if found.get("protocol") != protocol:
         found = {"protocol": protocol, "c2st": {}}
     if simulator.log_posterior is not None and "kl" not in found:
-        found["kl"] = list(divergence(model, simulator, options.seed))
+        found["kl"] = list(divergence(members, simulator, options.seed))
     reference = Reference()
     for number in range(1, options.observations + 1):
         if str(number) not in found["c2st"]:
             y = reference.observation(name, number)
-            drawn = posterior_samples(model, simulator, y, options.samples)
+            drawn = posterior_samples(members, y, options.samples)
             truth = reference.posterior(name, number)[: options.samples]
             found["c2st"][str(number)] = value = c2st(drawn, truth)
             logger.info("%s, %d simulations, %d: C2ST %.4f", name, simulations, number, value)
@@ -183,6 +168,7 @@ def main() -> None:
     parser.add_argument("--simulations", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--observations", type=int, default=10)
     parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--members", type=int, default=1, help="fits whose densities are averaged")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     options = parser.parse_args()
@@ -193,6 +179,7 @@ def main() -> None:
         for name in options.tasks.split(","):
             one_of("--tasks", name, SIMULATORS)
         require(1 <= options.observations <= 10, "--observations", options.observations, "1 to 10")
+        require(options.members >= 1, "--members", options.members, "at least 1")
         allowed = f"100 to {REFERENCES}, as many as a reference has"
         require(100 <= options.samples <= REFERENCES, "--samples", options.samples, allowed)
         for number in options.simulations.split(","):

@@ -53,10 +53,6 @@ class Simulator:
         theta = self.prior(rng, number)
         return theta, self.simulate(rng, theta)
 
-    def allows(self, theta: Parameters) -> np.ndarray:
-        """Say which parameters the prior allows, bool [n]."""
-        return np.full(len(theta), True) if self.bound is None else _inside(theta, self.bound)
-
 
 def _inside(theta: Parameters, bound: float) -> np.ndarray:
     return (np.abs(theta) <= bound).all(axis=1)

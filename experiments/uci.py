@@ -53,8 +53,8 @@ import checkpoints
 import json_files
 import npz_files
 from checks import one_of, require
-from density_model import DensityModel
 from experiments.compare import over_seeds
+from experiments.members import Members, log_mean
 from run_lib import folder
 
 logger = logging.getLogger("fokker")
@@ -181,51 +181,40 @@ def within(samples: Float[np.ndarray, "n k"], y: Column, share: float) -> float:
     return float(np.mean((low <= y) & (y <= high)))
 
 
-def log_densities(
-    members: Sequence[DensityModel], X: Rows, context: Rows | None = None
-) -> Float[np.ndarray, "m n"]:
-    """log p of every row by every model."""
-    return np.stack([model.score_samples(X, context) for model in members])
-
-
 def means(each: Float[np.ndarray, "m n"]) -> dict[str, float]:
     """The means over rows of log p: of the mean of the members' densities, and of the first's."""
-    together = logsumexp(each, axis=0) - np.log(len(each))
-    return {"model": float(together.mean()), "one fit": float(each[0].mean())}
+    return {"model": float(log_mean(each).mean()), "one fit": float(each[0].mean())}
 
 
-def conditional(members: Sequence[DensityModel], split: Split) -> Callable[[], dict[str, float]]:
+def conditional(members: Members, split: Split) -> Callable[[], dict[str, float]]:
     """Fit p(y | x), and return what computes its figures."""
-    x, x_test = split.x.astype(np.float32), split.x_test.astype(np.float32)
-    y, y_test = (part.astype(np.float32)[:, None] for part in (split.y, split.y_test))
-    for model in members:
-        model.fit(y, context=x)
+    y, y_test = split.y[:, None], split.y_test[:, None]
+    members.fit(y, split.x)
 
     def figures() -> dict[str, float]:
-        contexts = np.repeat(x_test, SAMPLES, axis=0)
-        drawn = [model.sample(len(contexts), contexts) for model in members]
-        samples = np.concatenate([part.reshape(len(x_test), SAMPLES) for part in drawn], axis=1)
+        contexts = np.repeat(split.x_test, SAMPLES, axis=0)
+        drawn = members.sample(len(contexts), contexts)
+        samples = np.concatenate([part.reshape(len(y_test), SAMPLES) for part in drawn], axis=1)
+        rounded = y_test[:, 0].astype(np.float32)
         return {
-            **means(log_densities(members, y_test, x_test)),
+            **means(members.log_densities(y_test, split.x_test)),
             "process": float(log_p_process(split).mean()),
             "mixture": float(log_p_mixture(split).mean()),
-            "within 50 %": within(samples, y_test[:, 0], 0.5),
-            "within 90 %": within(samples, y_test[:, 0], 0.9),
+            "within 50 %": within(samples, rounded, 0.5),
+            "within 90 %": within(samples, rounded, 0.9),
         }
 
     return figures
 
 
-def joint(members: Sequence[DensityModel], split: Split) -> Callable[[], dict[str, float]]:
+def joint(members: Members, split: Split, seed: int) -> Callable[[], dict[str, float]]:
     """Fit p(x, y), and return what computes its figures."""
-    rows, tested = filled(*joined(split), members[0].random_state)
-    for model in members:
-        model.fit(rows.astype(np.float32))
+    rows, tested = filled(*joined(split), seed)
+    members.fit(rows)
 
     def figures() -> dict[str, float]:
         mixture, kernels = log_p_joint(rows, tested)
-        each = log_densities(members, tested.astype(np.float32))
-        return means(each) | {"mixture": mixture, "kernels": kernels}
+        return means(members.log_densities(tested)) | {"mixture": mixture, "kernels": kernels}
 
     return figures
 
@@ -236,24 +225,17 @@ def evaluated(name: str, number: int, options: argparse.Namespace) -> dict[str, 
     cells = {} if options.joint else {"data.cell_width": f"({ROUNDED[name]},)"}
     changes = cells | dict(setting.split("=", 1) for setting in options.set)
     workdir = options.workdir / name / f"{'joint' * options.joint}{number}"
-    members = [
-        DensityModel(
-            changes=changes,
-            workdir=workdir.with_name(f"{workdir.name}_{member}") if member else workdir,
-            random_state=number + 1000 * member,
-        )
-        for member in range(options.members)
-    ]
-    figures = (joint if options.joint else conditional)(members, split)
-    path, tested = workdir / f"uci_{len(members)}.json", {"x": split.x_test, "y": split.y_test}
+    members = Members.of(options.members, workdir, random_state=number, changes=changes)
+    figures = joint(members, split, number) if options.joint else conditional(members, split)
+    path, tested = workdir / f"uci_{options.members}.json", {"x": split.x_test, "y": split.y_test}
     identity = {
-        "parameters": [checkpoints.digest(model.params_) for model in members],
+        "parameters": [checkpoints.digest(model.params_) for model in members.models],
         "tested": checkpoints.digest(tested),
         "settings": changes,
     }
     found = json_files.read(path) if path.exists() else {}
     if found.get("identity") != identity:
-        steps = [model.step_ for model in members]
+        steps = [model.step_ for model in members.models]
         found = {"identity": identity, "steps": steps, "n": len(split.y_test)} | figures()
         folder.write_json(path, found)
     told = found["model"], found["steps"]

@@ -8,7 +8,8 @@ from numpy.testing import assert_allclose
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 
-from experiments import sbi, simulators
+from experiments import members, sbi, simulators
+from experiments.members import Members
 from experiments.simulators import SIMULATORS
 
 SIDE = 800
@@ -120,9 +121,11 @@ def test_a_fit_is_compared_with_the_truth(tmp_path, monkeypatch: pytest.MonkeyPa
             return Exact().sample(150, y, random_state=number)
 
     monkeypatch.setattr(sbi, "Reference", Reference)
-    monkeypatch.setattr(sbi, "fitted", lambda *_: Exact())
+    monkeypatch.setattr(sbi, "fitted", lambda *_: Members([Exact()]))
     monkeypatch.setattr(sbi, "MLPClassifier", lambda *_, **__: LogisticRegression())  # in no time
-    options = argparse.Namespace(workdir=tmp_path, seed=1, samples=150, observations=1, set=[])
+    options = argparse.Namespace(
+        workdir=tmp_path, seed=1, samples=150, observations=1, members=1, set=[]
+    )
     found = sbi.evaluated("gaussian_linear", 1000, options)
     kl, error = found["kl"]
     assert_allclose(kl, 1.0, atol=4 * error)
@@ -136,11 +139,29 @@ def test_a_fit_is_compared_with_the_truth(tmp_path, monkeypatch: pytest.MonkeyPa
             sbi.evaluated("gaussian_linear", 1000, changed)
 
 
-def test_samples_outside_the_prior_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    simulator = SIMULATORS["gaussian_linear_uniform"]
-    y = np.full((1, 10), 0.7)
-    found = sbi.posterior_samples(Exact(), simulator, 2 * y, 200)  # most lie outside
-    assert simulator.allows(found).all()
-    assert len(np.unique(found, axis=0)) == 200
-    with pytest.raises(ValueError, match="of 1000 samples within the prior"):
-        sbi.posterior_samples(Exact(), simulator, 40 * y, 200)
+def test_a_fit_knows_the_box_of_the_prior_and_samples_come_from_all_members(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict] = []
+
+    class Member:
+        def __init__(self, **options) -> None:
+            made.append(options)
+            self.number = len(made)
+
+        def fit(self, theta: np.ndarray, *, context: np.ndarray) -> None:
+            assert theta.shape == context.shape == (50, 10)
+
+        def sample(self, number: int, y: np.ndarray, *, random_state: int) -> np.ndarray:
+            return np.full((len(y), 10), self.number)
+
+    monkeypatch.setattr(members, "DensityModel", Member)
+    options = argparse.Namespace(seed=1, members=3, set=["training.n_iters=9"])
+    found = sbi.fitted(SIMULATORS["gaussian_linear_uniform"], 50, tmp_path / "50", options)
+    ends = {"data.lower": "-1", "data.upper": "1", "training.n_iters": "9"}
+    assert [m["changes"] for m in made] == [ends] * 3
+    assert [m["workdir"].name for m in made] == ["50", "50_1", "50_2"]
+    assert len({m["random_state"] for m in made}) == 3
+    drawn = sbi.posterior_samples(found, np.zeros((1, 10)), 200)
+    assert drawn.shape == (200, 10)
+    assert [int((drawn[:, 0] == k).sum()) for k in (1, 2, 3)] == [67, 67, 66]

@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy.stats import norm
 
-from experiments import uci
+from experiments import members, uci
 
 
 def linear(rows: int) -> uci.Split:
@@ -84,10 +84,9 @@ class Exact:
         assert len(y) == 50  # the tested rows
         return norm.logpdf(y[:, 0], self._mean(context), 0.5)
 
-    def sample(self, number: int, context: np.ndarray) -> np.ndarray:
-        return self._mean(context)[:, None] + 0.5 * np.random.default_rng(3).normal(
-            size=(number, 1)
-        )
+    def sample(self, number: int, context: np.ndarray, *, random_state: int) -> np.ndarray:
+        noise = np.random.default_rng(random_state).normal(size=(number, 1))
+        return self._mean(context)[:, None] + 0.5 * noise
 
     def _mean(self, x: np.ndarray) -> np.ndarray:
         return 3.0 * x[:, 0] - x[:, 1] + 2.0
@@ -102,7 +101,7 @@ def test_figures_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert_allclose(uci.split_of(tmp_path / "tables.npz", "boston", 0).y, y[50:])
     with pytest.raises(ValueError, match=r"--splits=3: need at most 2 for boston"):
         uci.split_of(tmp_path / "tables.npz", "boston", 2)
-    monkeypatch.setattr(uci, "DensityModel", Exact)
+    monkeypatch.setattr(members, "DensityModel", Exact)
     options = argparse.Namespace(
         file=tmp_path / "tables.npz", workdir=tmp_path, set=[], joint=False, members=1
     )
@@ -120,7 +119,7 @@ def test_figures_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             uci.evaluated("boston", 1, options)
     seeds = []
     monkeypatch.setattr(
-        uci, "DensityModel", lambda **o: seeds.append(o["random_state"]) or Exact(**o)
+        members, "DensityModel", lambda **o: seeds.append(o["random_state"]) or Exact(**o)
     )
     monkeypatch.setattr(uci, "log_p_process", lambda split: np.zeros(50))
     options.members = 3
@@ -140,12 +139,12 @@ def test_members_make_a_mixture() -> None:
 class Unit:
     """A model of p(x, y) that gives every row the density e."""
 
-    params_, step_, random_state = {"w": np.zeros(1)}, 3, 0
+    params_, step_ = {"w": np.zeros(1)}, 3
 
     def __init__(self, **options) -> None:
         assert (options["changes"], options["workdir"].name) == ({}, "joint0")
 
-    def fit(self, rows: np.ndarray) -> None:
+    def fit(self, rows: np.ndarray, *, context: None) -> None:
         assert rows.shape == (150, 3)
 
     def score_samples(self, rows: np.ndarray, context: None) -> np.ndarray:
@@ -156,7 +155,7 @@ def test_figures_of_a_joint_density(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     split, test = linear(200), np.arange(150, 200)[None]
     x, y = np.concatenate([split.x, split.x_test]), np.concatenate([split.y, split.y_test])
     np.savez(tmp_path / "tables.npz", boston_x=x, boston_y=y, boston_test=test)
-    monkeypatch.setattr(uci, "DensityModel", Unit)
+    monkeypatch.setattr(members, "DensityModel", Unit)
     options = argparse.Namespace(
         file=tmp_path / "tables.npz", workdir=tmp_path, set=[], joint=True, members=1
     )
