@@ -70,9 +70,10 @@ def _data() -> ConfigDict:
             # values are known to within cells of this width, as 1 for integers: one number, or one
             # for each column, 0 where it is continuous; noise in the cells is drawn afresh
             "cell_width": (),
-            # values lie above this end, and below the next: one number, or one for each column,
-            # None where it has no such end; the network sees a logit, a logarithm, or x itself
+            # values lie above this end: one number, or one for each column, None where it has no
+            # such end; with both ends the network sees a logit of the column, with one a logarithm
             "lower": (),
+            # values lie below this end, likewise
             "upper": (),
         }
     )
