@@ -21,7 +21,8 @@ from models.conditioning import number_of_regressors, regressors
 from operators import PerExample, fold_in_each
 from run_lib.comparison import REGRESSION
 from run_lib.estimators import Details, Estimator, draw_keys
-from run_lib.experiment import ENDLESS, Experiment
+from run_lib.experiment import Experiment
+from run_lib.training_data import ENDLESS
 
 logger = logging.getLogger("fokker")
 
@@ -119,7 +120,7 @@ def _gaussian_reals(experiment: Experiment, full: bool) -> Estimator:
     encoding = experiment.evaluation_encoding
 
     def fit() -> baselines.Gaussian:
-        found = marginals.moments(experiment.encoded_examples(), full=full)
+        found = marginals.moments((x for x, _ in experiment.encoded_pairs()), full=full)
         return baselines.fit_reals(found, experiment.dataset.shape)
 
     def log_p(fitted: baselines.Gaussian, key: jax.Array, batch: dict) -> PerExample:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +14,6 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
-import real_arrays
-import standardization
 from checks import choose, in_section, require
 from dequantization import Encoding, FlowDequantizer, Pixels, Reals
 from fokker_planck import FokkerPlanck
@@ -24,11 +21,10 @@ from heads import Levels
 from high_order import HighOrder
 from likelihood import Divergence
 from models import MODELS
-from models.conditioning import number_of_regressors, regressors
 from ode import Solver
-from operators import fold_in_each
 from parameterization import PARAMETERIZATIONS, TIME_LABELS, HeadModel, ScoreModel
 from point_samplers import SAMPLERS
+from run_lib import training_data
 from run_lib.devices import AXIS_NAME
 from run_lib.sections import SamplingConfig, TrainingConfig
 from run_lib.settings import Settings
@@ -38,8 +34,6 @@ from terms import Terms
 from time_sampling import Importance
 from train_state import TrainState, create
 
-PRIOR_BATCH = 500
-ENDLESS = 20_000  # examples that stand for an endless training split
 KEYS = ("init", "train", "held_out", "snapshot", "eval", "eval_loss", "samples", "diagnose",
         "trajectories", "forward", "dequantizer")  # fmt: skip
 logger = logging.getLogger("fokker")
@@ -190,34 +184,11 @@ class Experiment:
 
     def training_examples(self) -> Iterator[np.ndarray]:
         """Batches [b, *d] of the training split, unaugmented; of an endless one the start."""
-        for image, _ in self._training_pairs():
-            yield image
-
-    def encoded_examples(self) -> Iterator[np.ndarray]:
-        """The same in model space, with noise in their cells."""
-        for x, _ in self.encoded_pairs():
-            yield x
+        return training_data.examples(self.dataset)
 
     def encoded_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The same, each with the numbers of its contexts [b, n] that regressions are on."""
-        encoded, kind = _encoder(self.encoding), self.context
-        for image, context in self._training_pairs():
-            x, known = encoded(image), np.empty((len(image), 0))
-            if number_of_regressors(kind):
-                known = np.asarray(regressors(kind, jnp.asarray(context), jnp.asarray(x)))
-            yield x, known
-
-    def _training_pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """The examples as they are, and their contexts."""
-        if self.dataset.size("train") is None:
-            batches = self.dataset.train_batches(batch_size=PRIOR_BATCH, seed=0, first_step=0)
-            batches = itertools.islice(batches, ENDLESS // PRIOR_BATCH)
-        else:
-            batches = self.dataset.eval_batches("train", batch_size=PRIOR_BATCH)
-        for batch in batches:
-            there = batch["mask"]
-            context = batch["context"][there] if "context" in batch else None
-            yield batch["image"][there], context
+        """The same in model space, with noise in their cells, and the numbers of their contexts."""
+        return training_data.encoded_pairs(self.dataset, self.encoding, self.context)
 
     def statistics(self) -> dict[str, np.ndarray]:
         """Return what standardises data and context, by name; it is empty where nothing does.
@@ -252,22 +223,13 @@ class Experiment:
         """Pixels for quantised data; Reals otherwise, standardised by the training split."""
         data = self.settings.data
         if self.levels is None:
-            return self._encoding_of_reals()
+            return training_data.encoding_of_reals(data, self.dataset)
         return Pixels(
             self.levels,
             centered=data.centered,
             logit=data.logit,
             dequantize_uniformly=data.uniform_dequantization,
         )
-
-    def _encoding_of_reals(self) -> Reals:
-        data, shape = self.settings.data, self.dataset.shape
-        widths, ends = real_arrays.cell_widths(data, shape), real_arrays.ends(data, shape)
-        found, examples = Reals(None, widths, ends), self.training_examples()
-        if ends is not None:  # with noise in their cells, which v changes
-            examples, widths = map(_encoder(found), examples), None
-        affine = standardization.fitted(data.standardize, examples, shape, widths)
-        return dataclasses.replace(found, affine=affine)
 
     @functools.cached_property
     def evaluation_encoding(self) -> Encoding:
@@ -408,19 +370,6 @@ class Experiment:
                 f"which is 0 at t = 0 for training.sde={sde!r}; need 'drift' or 'score', or "
                 "eval.bound"
             )
-
-
-def _encoder(encoding: Encoding) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what encodes one batch after another; the noise is that of an example's number."""
-    encode, first = jax.jit(encoding.encode), 0
-
-    def encoded(image: np.ndarray) -> np.ndarray:
-        nonlocal first
-        keys = fold_in_each(jax.random.key(0), first + jnp.arange(len(image)))
-        first += len(image)
-        return np.asarray(encode(image, keys))
-
-    return encoded
 
 
 def _high_order(training: TrainingConfig) -> HighOrder | None:

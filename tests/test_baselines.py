@@ -21,7 +21,8 @@ from records import Records
 from run_lib import baseline_estimators as wiring
 from run_lib import report
 from run_lib.estimators import draw_keys
-from run_lib.experiment import PRIOR_BATCH, Experiment
+from run_lib.experiment import Experiment
+from run_lib.training_data import BATCH
 from streams import Finite
 from tests import tiny
 
@@ -231,7 +232,7 @@ def test_rows_stand_beside_the_model_and_are_not_computed_twice(trained, monkeyp
 
     monkeypatch.setattr(Finite, "ordered_batches", counted)
     run_lib.evaluate(experiment, trained, "a")
-    passes = math.ceil(1438 / PRIOR_BATCH)
+    passes = math.ceil(1438 / BATCH)
     assert reads.count(1438) == 2 * passes  # histogram, Gaussian; once for both checkpoints
     rows = Records(trained / "a").rows
     names = ["ODE", "bound", "uniform", "histogram", "Gaussian"]
