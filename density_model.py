@@ -37,6 +37,8 @@ from operators import fold_in_each
 from real_arrays import check_finite
 from run_lib import config_files, loading
 from run_lib.best_checkpoint import best_step
+from run_lib.calibration import Calibration
+from run_lib.conditional_estimators import with_contexts
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
 from run_lib.folder import trained_otherwise, write_json
@@ -202,6 +204,46 @@ class DensityModel(DensityMixin, BaseEstimator):
             check_samples(np.asarray(x), ids)
             found.append(np.asarray(decoded))
         return np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
+
+    def calibration(
+        self, X: np.ndarray, context: np.ndarray | None = None, n_samples: int = 100
+    ) -> Calibration:
+        """Place every example among samples of the model that have the same context.
+
+        The level is the share of samples where the density is higher than at the example, and the
+        rank of a coordinate the share that is smaller. Both are uniform in [0, 1] if the model is
+        right; `figures()` of what is returned tests this. Each sample costs two ODEs.
+
+        Args:
+            X: real values [n, *d] that were not in `fit`.
+            context: one for each example, as in `fit`.
+            n_samples: of each example.
+
+        Raises:
+            ValueError: X are images, or X or context is not as in `fit`.
+            FloatingPointError: a sample or a density is not finite.
+        """
+        check_is_fitted(self)
+        experiment, params = self.experiment_, Parameters(self.params_)
+        require(experiment.levels is None, "X", "images", "real values: levels are of a density")
+        require(n_samples >= 1, "n_samples", n_samples, "at least 1")
+        settings = experiment.settings
+        asked = dataclasses.replace(settings.eval, calibrate=True, calibration_samples=n_samples)
+        settings = dataclasses.replace(settings, eval=asked)
+        experiment = Experiment(settings, experiment.dataset)
+        estimator = with_contexts(experiment, estimators(experiment))[-1]
+        function, key = jax.jit(estimator.function), experiment.keys[estimator.key]
+        levels, ranks = [], []
+        for batch in self._batches(X, context, self._size()):
+            mask = batch.pop("mask")
+            found = function(params, jax.random.fold_in(key, 0), batch)
+            if not np.all(found["converged"]):
+                raise FloatingPointError(
+                    "a sample or a density is not finite: raise eval.num_steps"
+                )
+            levels.append(np.asarray(found["value"])[mask])
+            ranks.append(np.asarray(found["ranks"]).reshape(len(mask), -1)[mask])
+        return Calibration(np.concatenate(levels), np.concatenate(ranks))
 
     def save(self, folder: str | Path) -> None:
         """Copy the run folder, with the chosen checkpoint and the data of `fit`.

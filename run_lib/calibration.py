@@ -10,9 +10,10 @@ Reference: Talts et al. 2018, https://arxiv.org/abs/1804.06788 (ranks).
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 import json_files
 import plotting
@@ -50,6 +51,37 @@ def read(eval_folder: Path) -> list[dict[str, Any]]:
     return json_files.read(path) if path.exists() else []
 
 
+class Calibration(NamedTuple):
+    """The places of n examples among samples of the model (`conditional_estimators`).
+
+    Attributes:
+        levels: of the densities, [n], in [0, 1].
+        ranks: of the coordinates, [n, d], in [0, 1].
+    """
+
+    levels: Float[np.ndarray, " n"]
+    ranks: Float[np.ndarray, "n d"]
+
+    def figures(self, examples: np.ndarray | None = None) -> dict[str, Any]:
+        """The p-values and coverages, by name.
+
+        Args:
+            examples: the number of the example of each place, [n]; None: no example has two.
+        """
+        examples = np.arange(len(self.levels)) if examples is None else examples
+        each = [_p_value(column) for column in self.ranks.T]
+        within = [summarize_values(examples, self.levels <= share) for share in COVERAGES]
+        return {
+            "level_p_value": _p_value(self.levels),
+            "coverages": list(COVERAGES),
+            "covered": [found.mean for found in within],
+            "covered_standard_error": [found.standard_error for found in within],
+            "ranks_p_value": min(1.0, min(each) * len(each)),
+            "ranks_p_values": each,
+            "n": len(self.levels),
+        }
+
+
 def places(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(examples [n], levels [n], ranks [n, d]) of the first repeat, levels and ranks in [0, 1]."""
     once = values(rows, "repeat") == 0
@@ -60,17 +92,8 @@ def places(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """All figures of the rows of one estimator, by name."""
     examples, levels, ranks = places(rows)
-    each = [_p_value(column) for column in ranks.T]
-    within = [summarize_values(examples, levels <= share) for share in COVERAGES]
-    return {name: rows[0][name] for name in GROUP} | {
-        "level_p_value": _p_value(levels),
-        "coverages": list(COVERAGES),
-        "covered": [found.mean for found in within],
-        "covered_standard_error": [found.standard_error for found in within],
-        "ranks_p_value": min(1.0, min(each) * len(each)),
-        "ranks_p_values": each,
-        "n": len(levels),
-    }
+    figures = Calibration(levels, ranks).figures(examples)
+    return {name: rows[0][name] for name in GROUP} | figures
 
 
 def _p_value(values: np.ndarray) -> float:

@@ -28,7 +28,8 @@ LEVELS = {
     "posterior_sampling": 7, "twisted": 7.5, "measurements": 1,
 }  # fmt: skip
 RUN_LIB = {
-    "sections": 0, "settings": 1, "training_data": 1, "config_files": 2, "devices": 1, "folder": 2, "comparison": 2,
+    "sections": 0, "settings": 1, "training_data": 1, "config_files": 2, "devices": 1,
+    "folder": 2, "comparison": 2,
     "choices": 3, "describe": 3, "calibration": 4, "guide": 5,
     "experiment": 2, "interruption": 3, "identities": 3, "metrics": 3, "estimators": 3,
     "baseline_estimators": 4, "conditional_estimators": 4, "classification": 4,

@@ -60,6 +60,21 @@ def test_samples_follow_the_data(fitted):
     assert fitted._draw._cache_size() == 2  # compiled once for each number of samples
 
 
+def test_calibration_tells_fresh_examples_from_shifted_ones(fitted):
+    x = correlated(150, seed=2)
+    found = fitted.calibration(x, n_samples=19)
+    assert (found.levels.shape, found.ranks.shape) == ((150,), (150, 2))
+    figures = found.figures()
+    assert figures["level_p_value"] > 0.01
+    assert figures["ranks_p_value"] > 0.01
+    assert abs(figures["covered"][1] - 0.9) < 4 * figures["covered_standard_error"][1]
+    shifted = fitted.calibration(x[:60] + np.array([0.0, 2.0]), n_samples=19).figures()
+    assert shifted["ranks_p_value"] < 1e-4
+    assert shifted["ranks_p_values"][0] > 1e-4 > shifted["ranks_p_values"][1]
+    with pytest.raises(ValueError, match="n_samples=0: need at least 1"):
+        fitted.calibration(x, n_samples=0)
+
+
 def test_a_saved_model_is_the_same_and_the_command_line_evaluates_it(fitted, tmp_path):
     fitted.save(tmp_path / "copy")
     again, x = DensityModel.load(tmp_path / "copy"), correlated(7, seed=2)
