@@ -72,7 +72,7 @@ class _Source:
             raise failures[0]
 
     def _batch(self, given: "Tensor", flipped: "Tensor") -> "Tensor":
-        """The images of a batch; their number is that of threads at most at a time."""
+        """Decode the images of a batch, several at a time."""
         tf = tensorflow()
 
         def one(pair: tuple["Tensor", "Tensor"]) -> "Tensor":

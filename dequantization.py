@@ -240,7 +240,8 @@ class Reals:
         """x + w (u − ½), in the units of the user: x itself where all values are continuous."""
         if self.widths is None:
             return x
-        return x + jnp.asarray(self.widths, x.dtype)[None] * (uniform(keys, x) - 0.5)
+        x = x + jnp.asarray(self.widths, x.dtype)[None] * (uniform(keys, x) - 0.5)
+        return x if self.range is None else self.range.clip(x)
 
     def draw(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Draw:
         """The same y, with −log|det dy/dx| for log q: log p(y) − log q is then a density of x."""

@@ -28,6 +28,7 @@ LOOKED_AT = 10_000  # training examples that repeated values are looked for in
 MOST_COORDINATES = 100  # ... and coordinates
 RESOLUTION = 1e-3  # standard deviations; what float32 cannot tell apart must be closer
 NAMED = 8  # coordinates in a message
+LARGEST = 1e37  # end of a range
 CHUNK = 1000  # examples
 KINDS = {  # of `data.standardize`, in words
     "none": "as they are",
@@ -195,6 +196,8 @@ def ends(config: DataConfig, shape: Shape) -> Range | None:
         given = getattr(config, field) or (None,)
         allowed = f"one number, or {shape[-1]} of them or None, one for each column"
         require(len(given) in (1, shape[-1]), f"data.{field}", given, allowed)
+        fits = all(end is None or abs(end) <= LARGEST for end in given)
+        require(fits, f"data.{field}", given, f"at most {LARGEST:g} in float32")
         numbers = np.array([missing if end is None else end for end in given], np.float64)
         found.append(np.broadcast_to(numbers, shape))
     lower, upper = found
@@ -249,8 +252,25 @@ def _check_coordinates(config: DataConfig, data: Dataset) -> None:
         )
     _check_repeats(data, words, widths)
     if known := ends(config, data.shape):
+        _check_distances(words, known, low, high, spread)
         for name in data.splits:
             _check_range(data.finite(name), name, words, known, widths.reshape(data.shape))
+
+
+def _check_distances(
+    words: _Coordinates, known: Range, low: np.ndarray, high: np.ndarray, spread: np.ndarray
+) -> None:
+    """Refuse ends so far from the data that float32 cannot tell the distances apart."""
+    distances = high - np.ravel(known.lower), np.ravel(known.upper) - low
+    nearest = np.minimum(*distances)
+    nearest = np.where(np.isfinite(nearest), nearest, 0.0)
+    far = np.flatnonzero(np.finfo(np.float32).eps * nearest > RESOLUTION * spread)
+    if far.size:
+        raise ValueError(
+            f"{words.names(far)}: data.lower or data.upper is {nearest[far[0]]:g} away from values "
+            f"with a standard deviation of {spread[far[0]]:.3g}, too far for float32; leave out an "
+            "end that is never reached"
+        )
 
 
 def _check_range(
@@ -260,15 +280,17 @@ def _check_range(
     first = 0
     for chunk in _chunks(split):
         x = chunk.reshape(-1, *words.shape).astype(np.float64)
-        fits = known.holds(x - 0.5 * widths) & known.holds(x + 0.5 * widths)
+        inside = known.touches(x - 0.5 * widths) & known.touches(x + 0.5 * widths)
+        fits = known.holds(x) & inside
         if not fits.all():
             row, number = np.argwhere(~fits.reshape(len(x), -1))[0]
             low, high = np.ravel(known.lower)[number], np.ravel(known.upper)[number]
-            cell = " with its cell" if np.ravel(widths)[number] else ""
+            cell = " and their cells" if np.ravel(widths)[number] else ""
+            limits = [f"above data.lower, {low:g}"] if np.isfinite(low) else []
+            limits += [f"below data.upper, {high:g}"] if np.isfinite(high) else []
             raise ValueError(
                 f"{words.names(np.array([number]))} is {chunk[row, number]:g} in example "
-                f"{first + row} of the {name} split: need values{cell} between data.lower and "
-                f"data.upper, here more than {low:g} and less than {high:g}"
+                f"{first + row} of the {name} split: need values{cell} {' and '.join(limits)}"
             )
         first += len(x)
 

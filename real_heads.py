@@ -32,7 +32,7 @@ from heads import Arrays, Outputs, Shape, mixed, total
 from operators import Batched, PerExample, expand, scale
 from sde_lib import SDE
 
-WIDEST = 10.0  # s_m at most, in standard deviations of the coordinate
+WIDEST = 10.0  # s_m that is learned at most, in standard deviations of the coordinate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Mixture:
 
     The network gives (Δ log π_m, Δμ_m, Δ log s_m): π and μ start at the mixture that fits the
     coordinate, and s_m² = floor² + s_m,0² exp(2 Δ log s_m). Components that become narrower than
-    the noise at t_min would make the ODE stiff. None becomes wider than `WIDEST`: far from all
-    data, where a network says anything, a density without width has no score, so that samples from
-    there would move away without end.
+    the noise at t_min would make the ODE stiff. None becomes wider than `WIDEST`, or than it starts
+    if this is more: far from all data, where a network says anything, a density without width has
+    no score, so that samples from there would move away without end.
 
     Attributes:
         components: number M.
@@ -125,7 +125,8 @@ class Mixture:
         prior = jax.tree.map(lambda leaf: leaf[None], arrays["prior"])
         change = jnp.split(net, 3, axis=-1)
         means = prior["means"] + change[1]
-        log_deviations = jnp.minimum(prior["log_deviations"] + change[2], math.log(WIDEST))
+        widest = jnp.maximum(prior["log_deviations"], math.log(WIDEST))
+        log_deviations = jnp.minimum(prior["log_deviations"] + change[2], widest)
         variances = self.floor**2 + jnp.exp(2.0 * log_deviations)
         unit, origin = prior["scale"][..., None], prior["location"][..., None]
         return prior["log_weights"] + change[0], origin + unit * means, unit**2 * variances

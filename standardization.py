@@ -33,6 +33,7 @@ class Range:
     """The open range (a, b) of every coordinate, mapped to the whole line: x ↔ v.
 
     A density that stops at a sharp end becomes a smooth one: the uniform law becomes the logistic.
+    The ends are those in float32, which data and samples have.
     Reference: Stan Reference Manual, section 10 (constrained parameters and their Jacobians).
 
     Attributes:
@@ -42,6 +43,11 @@ class Range:
 
     lower: np.ndarray
     upper: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in ("lower", "upper"):
+            ends = getattr(self, name).astype(np.float32).astype(np.float64)
+            object.__setattr__(self, name, ends)
 
     def apply(self, x: Batched) -> Batched:
         """Return v; infinite at an end, NaN beyond."""
@@ -56,17 +62,32 @@ class Range:
         return jnp.sum(slope.reshape(len(x), -1), axis=1)
 
     def invert(self, v: Batched) -> Batched:
-        """Return x, at least the next number of its dtype away from an end."""
-        low, high = (jnp.asarray(end, v.dtype)[None] for end in (self.lower, self.upper))
-        start, stop = (jnp.where(jnp.isfinite(end), end, 0.0) for end in (low, high))
-        between = start + (stop - start) * jax.nn.sigmoid(v)
-        outside = jnp.where(jnp.isfinite(low), start + jnp.exp(v), stop - jnp.exp(-v))
+        """Return x, between the ends."""
+        lower, upper = (np.where(np.isfinite(e), e, 0.0) for e in (self.lower, self.upper))
+        start, stop = jnp.asarray(lower, v.dtype)[None], jnp.asarray(upper, v.dtype)[None]
+        # From the nearer end, so that small distances keep their digits.
+        part = (stop - start) * jax.nn.sigmoid(-jnp.abs(v))
+        between = jnp.where(v > 0.0, stop - part, start + part)
+        outside = jnp.where(np.isfinite(self.lower)[None], start + jnp.exp(v), stop - jnp.exp(-v))
         x = jnp.where(self._has_both[None], between, jnp.where(self._has_ends[None], outside, v))
-        return jnp.clip(x, jnp.nextafter(low, high), jnp.nextafter(high, low))
+        return self.clip(x)
+
+    def clip(self, x: Batched) -> Batched:
+        """The nearest numbers within the range, a step of the dtype away from its ends."""
+        low, high = (
+            self.lower + _steps(self.lower, x.dtype),
+            self.upper - _steps(self.upper, x.dtype),
+        )
+        return jnp.clip(x, jnp.asarray(low, x.dtype)[None], jnp.asarray(high, x.dtype)[None])
 
     def holds(self, x: np.ndarray) -> np.ndarray:
         """Say which numbers [b, *d] lie between the ends, bool."""
         return (self.lower[None] < x) & (x < self.upper[None])
+
+    def touches(self, x: np.ndarray) -> np.ndarray:
+        """Say the same, if an end itself is allowed; a step of float32 does not count."""
+        low = self.lower - _steps(self.lower, np.float32)
+        return (low[None] <= x) & (x <= (self.upper + _steps(self.upper, np.float32))[None])
 
     @property
     def _has_both(self) -> np.ndarray:
@@ -85,6 +106,12 @@ class Range:
             return jnp.log(jnp.where(there[None], gap, 1.0))
 
         return log_of(self.lower, 1.0), log_of(self.upper, -1.0)
+
+
+def _steps(ends: np.ndarray, dtype: np.typing.DTypeLike) -> np.ndarray:
+    """The distance from an end to the next number that is not subnormal; 0 where it is missing."""
+    kind, size = np.finfo(dtype), np.abs(np.where(np.isfinite(ends), ends, 0.0))
+    return np.where(np.isfinite(ends), np.maximum(size * float(kind.eps), float(kind.tiny)), 0.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

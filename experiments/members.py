@@ -52,10 +52,11 @@ class Members:
     def sample(
         self, number: int, context: Rows | None = None, *, random_state: int = 0
     ) -> Float[np.ndarray, "m n d"]:
-        """So many samples of every member, [n, d] of each."""
+        """So many samples of every member, [n, d] of each, all of other noise."""
         given = _float32(context)
         return np.stack([
-            model.sample(number, given, random_state=random_state) for model in self.models
+            model.sample(number, given, random_state=random_state + 1000 * member)
+            for member, model in enumerate(self.models)
         ])  # fmt: skip
 
 

@@ -59,7 +59,9 @@ def _inside(theta: Parameters, bound: float) -> np.ndarray:
 
 
 def _uniform(bound: float, dim: int) -> Callable[[np.random.Generator, int], Parameters]:
-    return lambda rng, n: rng.uniform(-bound, bound, (n, dim))
+    """Draws of U[−bound, bound]^dim that do not become an end in float32."""
+    most = bound * (1.0 - 2.0 * float(np.finfo(np.float32).eps))
+    return lambda rng, n: np.clip(rng.uniform(-bound, bound, (n, dim)), -most, most)
 
 
 # two_moons

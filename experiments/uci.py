@@ -234,7 +234,8 @@ def evaluated(name: str, number: int, options: argparse.Namespace) -> dict[str, 
         "settings": changes,
     }
     found = json_files.read(path) if path.exists() else {}
-    if found.get("identity") != identity:
+    known = found.keys() >= set(JOINT if options.joint else CONDITIONAL)
+    if not known or found.get("identity") != identity:
         steps = [model.step_ for model in members.models]
         found = {"identity": identity, "steps": steps, "n": len(split.y_test)} | figures()
         folder.write_json(path, found)

@@ -116,7 +116,7 @@ def _gaussian_pixels(experiment: Experiment, encoding: Pixels, full: bool) -> Es
 
 
 def _gaussian_reals(experiment: Experiment, full: bool) -> Estimator:
-    """Fitted in model space, where a Gaussian is one of the data, too."""
+    """Fitted in model space: a Gaussian of the data, or of their logits and logarithms."""
     encoding = experiment.evaluation_encoding
 
     def fit() -> baselines.Gaussian:

@@ -109,7 +109,8 @@ def dequantization(experiment: Experiment, kind: str, trained: str = "") -> Dequ
     if isinstance(encoding, Reals):
         allowed = f"'uniform' for data.dataset={name!r}, which has real values"
         require(kind == "uniform", "eval.dequantization", kind, allowed)
-        kind = "real-valued, uniform noise in cells" if encoding.is_noisy else "real-valued"
+        kind = "real-valued" + ", within ends" * (encoding.range is not None)
+        kind += ", uniform noise in cells" * encoding.is_noisy
         return Dequantization({"data": kind}, lambda _, x, keys: encoding.draw(x, keys))
     found = experiment.evaluation_encoding
     if kind == "uniform":

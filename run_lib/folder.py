@@ -24,6 +24,7 @@ from typing import Any
 import json_files
 from checkpoints import whole_steps
 from checks import writing
+from configs import base
 from run_lib import devices
 from version import VERSION
 
@@ -104,10 +105,13 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
     if not path.exists() or not whole_steps(workdir):
         return
     before = json_files.read(path)
+    # A field of the data that the folder lacks had the default.
+    before["data"] = base.get_config().data.to_dict() | before["data"]
+    before = json.loads(json.dumps(before))
     changed = differences(before, json.loads(json.dumps(config)))
     changed = {k: v for k, v in changed.items() if not {k, k.split(".")[0]} & set(ignore)}
     lines = [f"{name}: {old!r} in {path}, now {new!r}" for name, (old, new) in changed.items()]
-    # A field that the folder lacks is newer than it; another network or SDE shows in its name.
+    # Of the model a field that the folder lacks is newer than it; another one shows in its name.
     known = dict(flatten(before))
     levels = () if config["training"]["continuous"] else ("model.num_scales",)
     refused = [

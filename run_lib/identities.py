@@ -20,6 +20,7 @@ import jax
 
 import checkpoints
 import json_files
+import real_arrays
 from checkpoints import whole_steps
 from records import Row, Table, is_intact, with_checksum
 from run_lib import devices, folder
@@ -94,7 +95,6 @@ def settings_digest(experiment: Experiment) -> str:
     if training.continuous and settings.model.time_label not in ("level", "reverse_index"):
         skipped.add("num_scales")  # then it is the number of steps of a sampler, no more
     real = {"standardize": data.standardize, "cell_width": data.cell_width}
-    ends = {name: getattr(data, name) for name in ("lower", "upper")}
     return _digest(
         # Without defaults, so that a field that a later version adds changes no identity.
         {k: v for k, v in model.items() if k not in skipped and v != defaults.get(k)},
@@ -102,7 +102,17 @@ def settings_digest(experiment: Experiment) -> str:
         (data.levels, data.centered, data.logit, *((data.context,) if data.context else ())),
         settings.seed,
         *([real] if real != {"standardize": "none", "cell_width": ()} else []),
-        *([ends] if any(ends.values()) else []),
+        *_ends(experiment),
+    )
+
+
+def _ends(experiment: Experiment) -> list[Any]:
+    """The ends of real values, however they are written; nothing where there are none."""
+    if experiment.levels is not None:
+        return []
+    found = real_arrays.ends(experiment.settings.data, experiment.dataset.shape)
+    return (
+        [] if found is None else [{"ends": [str(found.lower.tolist()), str(found.upper.tolist())]}]
     )
 
 

@@ -60,9 +60,10 @@ def measured(experiment: Experiment) -> Measured:
     logit = isinstance(experiment.encoding, Pixels) and experiment.encoding.logit
     allowed = "False with sampling.task: means of logits are no grey levels"
     require(not logit, "data.logit", logit, allowed)
-    ends = experiment.settings.data.lower + experiment.settings.data.upper
-    allowed = "() with sampling.task: of a logit or a logarithm the measurement is not linear"
-    require(not any(end is not None for end in ends), "data.lower, data.upper", ends, allowed)
+    for field in ("lower", "upper"):
+        ends = getattr(experiment.settings.data, field)
+        allowed = "() with sampling.task: of a logit or a logarithm no measurement is linear"
+        require(all(end is None for end in ends), f"data.{field}", ends, allowed)
     if sampling.measurements:
         return Measured(a, _of_file(experiment, a), None)
     number, size = sampling.num_measured, experiment.dataset.size("test")

@@ -329,6 +329,11 @@ def test_a_mixture_far_from_all_data_draws_back(x):
     found = head.score(head.arrays((1,)), net, jnp.full((3, 1), x), t, sde)
     variances = sde.alpha(t) ** 2 * WIDEST**2 + sde.sigma(t) ** 2
     np.testing.assert_allclose(found[:, 0], -x / variances, rtol=1e-4)
+    arrays = head.arrays((1,))  # of a column with outliers, as it starts
+    arrays["prior"]["log_deviations"] += math.log(30.0)
+    found = head.score(arrays, 0.0 * net, jnp.full((3, 1), x), t, sde)
+    variances = sde.alpha(t) ** 2 * 30.0**2 + sde.sigma(t) ** 2
+    np.testing.assert_allclose(found[:, 0], -x / variances, rtol=1e-3)
 
 
 @pytest.mark.usefixtures("x64")

@@ -136,17 +136,21 @@ HOLE = np.where(np.arange(240).reshape(40, 2, 3) == 101, np.nan, X)
         (X, {"cell_width": (1.0, 1.0)}, r"need one number, or 3 of them"),
         (X, {"lower": (0.0, None)}, r"data\.lower=.*: need one number, or 3 of them or None"),
         (X, {"lower": (9.0,), "upper": (9.0,)}, r"data\.upper=.*: need more than data\.lower="),
-        (
-            X,
-            {"lower": (0.0,)},
-            r"coordinate \(0, \d\) is -.* split: need values b.* than 0 ",
-        ),
-        (np.arange(9.0)[:, None], {"upper": (8.0,)}, "is 8 in example .* and less than 8$"),
+        (X, {"lower": (1e38,)}, r"data\.lower=.*: need at most 1e\+37"),
+        (X, {"lower": (0.0,)}, r"coordinate \(0, \d\) is -.* need values above data\.lower, 0$"),
+        (X, {"lower": (-1e6,)}, r"data\.lower or data\.upper is 1e\+06 away from values with"),
+        (np.arange(9.0)[:, None], {"upper": (8.0,)}, "is 8 in example .* below data.upper, 8$"),
         (
             np.arange(9.0)[:, None],
-            {"lower": (-0.4,), "cell_width": (1.0,)},
-            "is 0 in example .* need values with its cell between .* here more than -0.4 ",
+            {"lower": (-0.4,), "upper": (9.0,), "cell_width": (1.0,)},
+            "is 0 in example .* and their cells above data.lower, -0.4 and below data.upper, 9$",
         ),
+        (
+            np.arange(9.0)[:, None],
+            {"upper": (8.4,), "cell_width": (1.0,)},
+            "is 8 in example .* and their cells below data.upper, 8.4$",
+        ),
+        (0.1 * np.arange(1, 10)[:, None], {"lower": (0.1,)}, "is 0.1 in example"),
         (X, {"image_size": 3}, r"data\.image_size=3: need 0 for real values: x of .* is float64"),
         (X, {"random_flip": True}, r"need False for examples of shape \(2, 3\)"),
     ],
@@ -155,6 +159,15 @@ def test_arrays_without_a_density_are_refused_by_name(tmp_path, x, changes, mess
     with pytest.raises(ValueError, match=message) as error:
         load(tmp_path, changes, x=x)
     assert "\n" not in str(error.value)
+
+
+def test_ends_hold_for_all_splits_and_may_be_those_of_cells(tmp_path: Path) -> None:
+    x = np.arange(40.0)[:, None]
+    with pytest.raises(ValueError, match="is 38 in example 3 of the test split"):
+        load(tmp_path, {"upper": (38.0,)}, x_train=x[:30], x_test=x[35:])
+    for unit in (1.0, 0.1):  # the ends that the guide gives
+        changes = {"lower": (-0.5 * unit,), "upper": (39.5 * unit,), "cell_width": (unit,)}
+        load(tmp_path, changes, x=unit * x)
 
 
 def test_splits_of_different_shapes_are_refused(tmp_path: Path) -> None:

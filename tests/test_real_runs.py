@@ -1,5 +1,6 @@
 """Whole runs on tables and arrays of real values, at tiny size: figures in the user's units."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,15 @@ from ml_collections import ConfigDict
 import npz_files
 import run_lib
 from records import Records
-from run_lib import calibration, config_files, estimators, figures, sampling_loop
+from run_lib import (
+    calibration,
+    config_files,
+    estimators,
+    figures,
+    identities,
+    measured,
+    sampling_loop,
+)
 from run_lib.experiment import Experiment
 from tests import tiny
 
@@ -140,6 +149,46 @@ def test_cells_are_told_in_the_protocol(tmp_path: Path) -> None:
     c.data.cell_width = ()
     with pytest.raises(ValueError, match=r"data\.cell_width: \[0\.5, 1\] in .*, now \[\]"):
         run_lib.evaluate(Experiment.from_config(c), run, "eval")
+
+
+def test_columns_with_ends(tmp_path: Path, tables) -> None:
+    """Logits are standardised; the ends are part of the identity, not how they are written."""
+    c = config(tables[0], data__standardize="coordinate", data__lower="-8", data__upper="19,None")
+    c.training.n_iters = 1
+    c.eval.update(enable_sampling=False, baselines=True)
+    experiment, run = evaluated(c, tmp_path / "run"), tmp_path / "run"
+    v = np.concatenate([v for v, _ in experiment.encoded_pairs()])
+    np.testing.assert_allclose(v.mean(axis=0), 0.0, atol=1e-4)
+    np.testing.assert_allclose(v.std(axis=0), 1.0, atol=1e-4)
+    x = np.concatenate(list(experiment.training_examples()))
+    for column, logit in ((0, np.log(x + 8.0) - np.log(19.0 - x)), (1, np.log(x + 8.0))):
+        expected = logit[:, column]
+        expected = (expected - expected.mean()) / expected.std()
+        np.testing.assert_allclose(v[:, column], expected, atol=1e-3)
+    found = npz_files.read(run / "standardization.npz", ("lower", "upper"))
+    np.testing.assert_array_equal(found["lower"], [-8.0, -8.0])
+    np.testing.assert_array_equal(found["upper"], [19.0, np.inf])
+    rows = Records(run / "eval").rows.values()
+    assert all("within ends" in r["protocol"] for r in rows if r["estimator"] in ("ODE", "bound"))
+
+    def digest(lower: tuple, upper: tuple) -> str:
+        c.data.update(lower=lower, upper=upper)
+        return identities.settings_digest(Experiment.from_config(c))
+
+    assert digest((-8.0, -8.0), (19.0, None)) == identities.settings_digest(experiment)
+    assert digest((-8.0,), (19.5, None)) != identities.settings_digest(experiment)
+    assert digest((None,), (None, None)) == digest((), ())
+    c.data.update(lower=(-9.0,), upper=())
+    with pytest.raises(ValueError, match=r"data\.lower: \[-8\] in .*, now \[-9"):
+        run_lib.evaluate(Experiment.from_config(c), run, "eval")
+    older = json.loads((run / "config.json").read_text())  # of a version without these fields
+    del older["data"]["lower"], older["data"]["upper"]
+    (run / "config.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"data\.lower: \[\] in .*, now \[-9"):
+        run_lib.evaluate(Experiment.from_config(c), run, "eval")
+    c.sampling.task = "denoise"
+    with pytest.raises(ValueError, match=r"data\.lower=.*no measurement is linear"):
+        measured.measured(Experiment.from_config(c))
 
 
 @pytest.mark.parametrize(("shape", "head"), [((5, 2), "mixture"), ((4, 4, 3), "whitened")])

@@ -143,6 +143,7 @@ def test_a_fit_knows_the_box_of_the_prior_and_samples_come_from_all_members(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[dict] = []
+    seeds: list[int] = []
 
     class Member:
         def __init__(self, **options) -> None:
@@ -153,6 +154,7 @@ def test_a_fit_knows_the_box_of_the_prior_and_samples_come_from_all_members(
             assert theta.shape == context.shape == (50, 10)
 
         def sample(self, number: int, y: np.ndarray, *, random_state: int) -> np.ndarray:
+            seeds.append(random_state)
             return np.full((len(y), 10), self.number)
 
     monkeypatch.setattr(members, "DensityModel", Member)
@@ -164,4 +166,5 @@ def test_a_fit_knows_the_box_of_the_prior_and_samples_come_from_all_members(
     assert len({m["random_state"] for m in made}) == 3
     drawn = sbi.posterior_samples(found, np.zeros((1, 10)), 200)
     assert drawn.shape == (200, 10)
+    assert len(set(seeds)) == 3
     assert [int((drawn[:, 0] == k).sum()) for k in (1, 2, 3)] == [67, 67, 66]

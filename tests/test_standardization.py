@@ -77,14 +77,15 @@ def test_noise_in_cells_is_part_of_the_variance(kind) -> None:
 
 
 ENDS = standardization.Range(
-    np.array([-1.0, 0.5, -np.inf, -np.inf]), np.array([3.0, np.inf, 2.0, np.inf])
+    np.array([-1.0, 0.5, -np.inf, -np.inf, 0.0, -1.0, -np.inf]),
+    np.array([3.0, np.inf, 2.0, np.inf, np.inf, 0.0, 0.0]),
 )
 
 
 @pytest.mark.usefixtures("x64")
 def test_ranges_are_mapped_to_the_whole_line_and_back() -> None:
     """Both ends, one of them, none: increasing, with the log-determinant of the Jacobian."""
-    v = 3.0 * np.random.default_rng(0).standard_normal((50, 4))
+    v = 3.0 * np.random.default_rng(0).standard_normal((50, 7))
     x = ENDS.invert(jnp.asarray(v))
     assert ENDS.holds(np.asarray(x)).all()
     np.testing.assert_allclose(ENDS.apply(x), v, rtol=1e-9, atol=1e-9)
@@ -92,18 +93,40 @@ def test_ranges_are_mapped_to_the_whole_line_and_back() -> None:
     jacobians = jax.vmap(jax.jacfwd(lambda row: ENDS.apply(row[None])[0]))(x)
     assert (np.diagonal(jacobians, axis1=1, axis2=2) > 0.0).all()
     np.testing.assert_allclose(ENDS.log_det(x), np.linalg.slogdet(jacobians)[1], atol=1e-9)
-    one_column = standardization.Range(ENDS.lower.reshape(4, 1), ENDS.upper.reshape(4, 1))
+    one_column = standardization.Range(ENDS.lower.reshape(7, 1), ENDS.upper.reshape(7, 1))
     np.testing.assert_allclose(one_column.log_det(x[..., None]), ENDS.log_det(x), rtol=1e-12)
 
 
-def test_no_sample_lies_at_an_end_in_float32() -> None:
+@pytest.mark.parametrize("size", [20.0, 80.0])
+def test_no_sample_lies_at_an_end_in_float32(size: float) -> None:
     """So it can be mapped back; at the end itself the logit is infinite."""
-    v = jnp.asarray([[-80.0, -200.0, -80.0, 0.0], [80.0, 80.0, 200.0, 0.0]], jnp.float32)
+    v = size * jnp.asarray([[-1.0] * 7, [1.0] * 7], jnp.float32)
     x = ENDS.invert(v)
     assert x.dtype == jnp.float32
     assert ENDS.holds(np.asarray(x)).all()
     assert np.isfinite(ENDS.apply(x)).all()
     assert np.isfinite(ENDS.log_det(x)).all()
+    assert not ENDS.holds(np.asarray(ENDS.lower, np.float32)[None])[0, [0, 1, 4, 5]].any()
+    close = ENDS.apply(x)[:, 4:]  # near an end at 0 small numbers keep their digits
+    near = np.array([[True, False, False], [False, True, True]])
+    np.testing.assert_allclose(close[near], v[:, 4:][near], rtol=1e-3)
+
+
+@pytest.mark.usefixtures("x64")
+def test_noise_in_cells_stays_within_the_ends() -> None:
+    """A lognormal x in a cell that touches 0: E_u p is P(cell)/w, at 5 s.e."""
+    n, width = 40_000, 0.5
+    code = Reals(
+        widths=np.array([width]), range=standardization.Range(np.zeros(1), np.full(1, np.inf))
+    )
+    x = jnp.full((n, 1), 0.5 * width)
+    draw = code.draw(x, jax.random.split(jax.random.key(0), n))
+    p = np.exp(scipy.stats.norm.logpdf(draw.x[:, 0]) - np.asarray(draw.log_q))
+    expected = scipy.stats.lognorm(1.0).cdf(width) / width
+    assert abs(p.mean() - expected) < 5.0 * p.std() / n**0.5
+    np.testing.assert_array_less(
+        0.0, code.in_cells(x - 0.5 * width, jax.random.split(jax.random.key(1), n))
+    )
 
 
 @pytest.mark.usefixtures("x64")
