@@ -87,7 +87,12 @@ class DensityModel(DensityMixin, BaseEstimator):
         self.verbose = verbose
 
     def fit(
-        self, X: np.ndarray, y: None = None, *, context: np.ndarray | None = None
+        self,
+        X: np.ndarray,
+        y: None = None,
+        *,
+        context: np.ndarray | None = None,
+        held_out: np.ndarray | None = None,
     ) -> "DensityModel":
         """Train on examples X [n, *d].
 
@@ -95,6 +100,8 @@ class DensityModel(DensityMixin, BaseEstimator):
             X: real values of any shape, or uint8 images [n, H, W] or [n, H, W, C].
             y: not used, with a warning; scikit-learn may pass it.
             context: what the density is conditioned on: classes, int [n], or numbers [n, *c].
+            held_out: the numbers of the examples that are kept out of training to choose the
+                checkpoint by; None: a tenth, drawn at random.
 
         Raises:
             ValueError: X or context holds what has no density, as NaN or a constant coordinate, a
@@ -114,7 +121,9 @@ class DensityModel(DensityMixin, BaseEstimator):
         workdir.mkdir(parents=True, exist_ok=True)
         if whole_steps(workdir) == [0]:  # of a fit that was refused or made no step
             shutil.rmtree(workdir / "checkpoints")
-        _keep(workdir / "data.npz", _split(X, context, self.random_state))
+        if held_out is None:
+            held_out = held_out_parts(len(X), 1, self.random_state)[0]
+        _keep(workdir / "data.npz", _split(X, context, np.asarray(held_out)))
         config = self._config(X, workdir, conditional=context is not None)
         experiment = Experiment.from_config(config)
         settings, kind = experiment.settings, experiment.settings.model.parameterization
@@ -283,6 +292,15 @@ class DensityModel(DensityMixin, BaseEstimator):
         model = cls(config=config, workdir=folder, random_state=seed)
         return model._of(experiment, folder, best_step(folder, experiment))
 
+    def at_step(self, step: int) -> "DensityModel":
+        """Itself, with the parameters of another checkpoint of its folder.
+
+        Raises:
+            ValueError: there is no such checkpoint.
+        """
+        check_is_fitted(self)
+        return self._of(self.experiment_, self.workdir_, step)
+
     def _of(self, experiment: Experiment, workdir: Path, step: int) -> "DensityModel":
         """Itself, with what is fitted."""
         self.experiment_, self.workdir_, self.step_ = experiment, workdir, step
@@ -418,11 +436,20 @@ def _told() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _split(X: np.ndarray, context: np.ndarray | None, seed: int) -> npz_files.Arrays:
-    """The arrays of data.npz: for training, and, drawn at random, to choose the checkpoint by."""
-    number = min(max(round(HELD_OUT * len(X)), 1), MOST_HELD_OUT)
-    drawn = np.random.default_rng([seed, 0, 0, 4]).permutation(len(X))
-    parts = {"train": np.sort(drawn[number:]), "test": np.sort(drawn[:number])}
+def held_out_parts(number: int, parts: int, seed: int) -> list[np.ndarray]:
+    """Numbers of examples, drawn at random: disjoint parts, each a tenth, or less of many."""
+    each = min(max(round(HELD_OUT * number), 1), MOST_HELD_OUT)
+    drawn = np.random.default_rng([seed, 0, 0, 4]).permutation(number)
+    return [np.sort(drawn[k * each : (k + 1) * each]) for k in range(parts)]
+
+
+def _split(X: np.ndarray, context: np.ndarray | None, held_out: np.ndarray) -> npz_files.Arrays:
+    """The arrays of data.npz: for training, and to choose the checkpoint by."""
+    allowed = f"numbers of some, not all, of the {len(X)} examples, each once"
+    fits = held_out.ndim == 1 and held_out.dtype.kind in "iu" and 0 < len(held_out) < len(X)
+    fits = fits and held_out.min() >= 0 and held_out.max() < len(X)
+    require(fits and len(set(held_out.tolist())) == len(held_out), "held_out", held_out, allowed)
+    parts = {"train": np.setdiff1d(np.arange(len(X)), held_out), "test": np.sort(held_out)}
     arrays = {"x": X} | ({} if context is None else {"context": np.asarray(context)})
     for name, array in arrays.items():
         require(len(array) == len(X), name, array.shape, f"one for each of {len(X)} examples")

@@ -23,20 +23,20 @@ OWN = {path.stem for path in ROOT.glob("*.py")} - {"setup"} | set(ROOTS)
 GENERATED = {
     "__init__.py": '''"""Maximum-likelihood training and evaluation of diffusion models."""
 
+import importlib
 from typing import Any
 
 from fokker.version import VERSION as __version__
 
-__all__ = ["DensityModel", "__version__"]
+MODELS = {"DensityModel": "density_model", "DensityEnsemble": "density_ensemble"}
+__all__ = ["DensityEnsemble", "DensityModel", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the model when it is asked for: JAX takes seconds."""
-    if name != "DensityModel":
+    """Import a model when it is asked for: JAX takes seconds."""
+    if name not in MODELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fokker.density_model import DensityModel
-
-    return DensityModel
+    return getattr(importlib.import_module(f"fokker.{MODELS[name]}"), name)
 ''',
     "__main__.py": '''"""The program: `python -m fokker`, and the command `fokker`."""
 

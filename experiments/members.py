@@ -1,69 +1,30 @@
-"""Several fits of a density, whose mean density is taken: a mixture of models.
+"""One model, or an ensemble of several, behind the same methods."""
 
-The members differ in their start and in the tenth of the examples that each keeps to choose its
-checkpoint by. Where few examples let a network overfit, their mean is better than each of them.
-Reference: Lakshminarayanan et al. 2017, https://arxiv.org/abs/1612.01474.
-"""
-
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
-from scipy.special import logsumexp
 
+import checkpoints
+from density_ensemble import DensityEnsemble
 from density_model import DensityModel
 
-Rows = Float[np.ndarray, "n d"]
+Model = DensityModel | DensityEnsemble
 
 
-@dataclasses.dataclass(frozen=True)
-class Members:
-    """Models of p(x) or p(x | context), each with a folder and a seed of its own."""
-
-    models: list[DensityModel]
-
-    @classmethod
-    def of(
-        cls, number: int, workdir: Path, *, random_state: int, changes: Mapping[str, str]
-    ) -> "Members":
-        """So many models: the first in `workdir`, the others beside it."""
-        return cls([
-            DensityModel(
-                changes=changes,
-                workdir=workdir.with_name(f"{workdir.name}_{member}") if member else workdir,
-                random_state=random_state + 1000 * member,
-            )
-            for member in range(number)
-        ])  # fmt: skip
-
-    def fit(self, X: Rows, context: Rows | None = None) -> "Members":
-        """Fit each to float32 rows."""
-        for model in self.models:
-            model.fit(X.astype(np.float32), context=_float32(context))
-        return self
-
-    def log_densities(self, X: Rows, context: Rows | None = None) -> Float[np.ndarray, "m n"]:
-        """log p of every row by every member."""
-        x, given = X.astype(np.float32), _float32(context)
-        return np.stack([model.score_samples(x, given) for model in self.models])
-
-    def sample(
-        self, number: int, context: Rows | None = None, *, random_state: int = 0
-    ) -> Float[np.ndarray, "m n d"]:
-        """So many samples of every member, [n, d] of each, all of other noise."""
-        given = _float32(context)
-        return np.stack([
-            model.sample(number, given, random_state=random_state + 1000 * member)
-            for member, model in enumerate(self.models)
-        ])  # fmt: skip
+def model_of(members: int, workdir: Path, *, random_state: int, changes: dict[str, str]) -> Model:
+    """A model with its run folder, or so many; the folder of several ends in their number."""
+    if members == 1:
+        return DensityModel(workdir=workdir, random_state=random_state, changes=changes)
+    workdir = workdir.with_name(f"{workdir.name}_{members}")
+    return DensityEnsemble(members, workdir=workdir, random_state=random_state, changes=changes)
 
 
-def log_mean(each: Float[np.ndarray, "m n"]) -> Float[np.ndarray, " n"]:
-    """The logarithm of the mean of the densities."""
-    return logsumexp(each, axis=0) - np.log(len(each))
+def fit(model: Model, X: np.ndarray, context: np.ndarray | None = None) -> Model:
+    """Fit it to float32 rows."""
+    given = None if context is None else context.astype(np.float32)
+    return model.fit(X.astype(np.float32), context=given)
 
 
-def _float32(rows: Rows | None) -> Rows | None:
-    return None if rows is None else rows.astype(np.float32)
+def digests(model: Model) -> list[str]:
+    """What the parameters of a fitted model, or of all members, are known by."""
+    return [checkpoints.digest(part.params_) for part in getattr(model, "models_", [model])]

@@ -14,9 +14,8 @@ A task is a simulator of experiments/simulators.py. A `DensityModel` of p(θ | y
     KL      E log p(θ | y) − log q(θ | y) in nats over 1,000 fresh pairs, where p is closed
 
 The box of a uniform prior is given to the model (`data.lower`, `data.upper`). With several
---members the density is the mean of as many models (`experiments.members`), all fitted to the same
-pairs. A fit that was interrupted goes on; a figure of the same fit is not computed twice. WORKDIR
-gets sbi.txt.
+--members it is an ensemble of as many models. A fit that was interrupted goes on; a figure of the
+same fit is not computed twice. WORKDIR gets sbi.txt.
 Reference: Lueckmann et al. 2021, https://arxiv.org/abs/2101.04653 (tasks, reference posteriors,
 C2ST); Lopez-Paz and Oquab 2017, https://arxiv.org/abs/1610.06545.
 """
@@ -33,12 +32,11 @@ from jaxtyping import Float
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
 
-import checkpoints
 import json_files
 from checks import one_of, require
 from experiments.compare import over_seeds
-from experiments.members import Members, log_mean
-from experiments.simulators import SIMULATORS, Parameters, Simulator
+from experiments.members import Model, digests, fit, model_of
+from experiments.simulators import SIMULATORS, Simulator
 from run_lib import folder
 
 logger = logging.getLogger("fokker")
@@ -93,52 +91,43 @@ class Reference:
         return np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
 
 
-def fitted(
-    simulator: Simulator, number: int, workdir: Path, options: argparse.Namespace
-) -> Members:
+def fitted(simulator: Simulator, number: int, workdir: Path, options: argparse.Namespace) -> Model:
     """q(θ | y) of so many simulations, within the prior's box."""
     changes = dict(setting.split("=", 1) for setting in options.set)
     if simulator.bound is not None:
         ends = {"data.lower": f"{-simulator.bound:g}", "data.upper": f"{simulator.bound:g}"}
         changes = ends | changes
     theta, y = simulator.joint(np.random.default_rng([options.seed, 0]), number)
-    members = Members.of(options.members, workdir, random_state=options.seed, changes=changes)
-    return members.fit(theta, y)
-
-
-def posterior_samples(members: Members, y: Float[np.ndarray, "1 m"], number: int) -> Parameters:
-    """Samples of q(θ | y), as many of each member."""
-    each = -(-number // len(members.models))
-    drawn = members.sample(each, np.repeat(y, each, axis=0)).astype(np.float64)
-    return drawn.swapaxes(0, 1).reshape(-1, drawn.shape[2])[:number]
+    model = model_of(options.members, workdir, random_state=options.seed, changes=changes)
+    return fit(model, theta, y)
 
 
 def divergence(
-    members: Members, simulator: Simulator, seed: int, number: int = PAIRS
+    model: Model, simulator: Simulator, seed: int, number: int = PAIRS
 ) -> tuple[float, float]:
     """E log p(θ | y) − log q(θ | y) over fresh pairs, and its standard error, in nats."""
     theta, y = simulator.joint(np.random.default_rng([seed, 1]), number)
-    gaps = simulator.log_posterior(theta, y) - log_mean(members.log_densities(theta, y))
+    log_q = model.score_samples(theta.astype(np.float32), y.astype(np.float32))
+    gaps = simulator.log_posterior(theta, y) - log_q
     return float(gaps.mean()), float(gaps.std(ddof=1) / np.sqrt(number))
 
 
 def evaluated(name: str, simulations: int, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one task and budget: read where the fit has them, else computed."""
     simulator, workdir = SIMULATORS[name], options.workdir / name / str(simulations)
-    members = fitted(simulator, simulations, workdir, options)
-    path = workdir / f"sbi_{options.members}.json"
-    parameters = [checkpoints.digest(model.params_) for model in members.models]
-    protocol = [parameters, options.samples, options.set]
+    model = fitted(simulator, simulations, workdir, options)
+    path, protocol = model.workdir_ / "sbi.json", [digests(model), options.samples, options.set]
     found = json_files.read(path) if path.exists() else {}
     if found.get("protocol") != protocol:
         found = {"protocol": protocol, "c2st": {}}
     if simulator.log_posterior is not None and "kl" not in found:
-        found["kl"] = list(divergence(members, simulator, options.seed))
+        found["kl"] = list(divergence(model, simulator, options.seed))
     reference = Reference()
     for number in range(1, options.observations + 1):
         if str(number) not in found["c2st"]:
             y = reference.observation(name, number)
-            drawn = posterior_samples(members, y, options.samples)
+            contexts = np.repeat(y, options.samples, axis=0).astype(np.float32)
+            drawn = model.sample(options.samples, contexts).astype(np.float64)
             truth = reference.posterior(name, number)[: options.samples]
             found["c2st"][str(number)] = value = c2st(drawn, truth)
             logger.info("%s, %d simulations, %d: C2ST %.4f", name, simulations, number, value)
@@ -168,7 +157,7 @@ def main() -> None:
     parser.add_argument("--simulations", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--observations", type=int, default=10)
     parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--members", type=int, default=1, help="fits whose densities are averaged")
+    parser.add_argument("--members", type=int, default=1, help="of an ensemble, or 1")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     options = parser.parse_args()

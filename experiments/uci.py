@@ -5,15 +5,13 @@
 
 The file holds, for every table, `<name>_x` [n, d], `<name>_y` [n] and `<name>_test` [20, m], the
 rows that are tested in each split. Of the other rows a `DensityModel` keeps a tenth, by which it
-chooses its checkpoint. With several --members the density is the mean of those of as many models,
-each with a start and a tenth of its own. All figures are means over splits ± standard error:
+chooses its checkpoint. With several --members it is a `DensityEnsemble` of as many. All figures are
+means over splits ± standard error:
 
     model, process, mixture    the mean of log p(y | x) over the tested rows, in nats of the units
                                of y: of the model, of a Gaussian process, and of a Gaussian mixture
                                of (x, y) given x, its number of components chosen by BIC
-    one fit                    the same of the first member alone
-    within 50 %, 90 %          the share of the tested y between the quantiles of 99 samples of
-                               each member
+    within 50 %, 90 %          the share of the tested y between the quantiles of 99 samples
 
 The values of y are rounded; each then stands for a cell as wide as the rounding, and p is the
 probability of the cell over its width (`data.cell_width`). Without this a density could be raised
@@ -54,7 +52,7 @@ import json_files
 import npz_files
 from checks import one_of, require
 from experiments.compare import over_seeds
-from experiments.members import Members, log_mean
+from experiments.members import Model, digests, fit, model_of
 from run_lib import folder
 
 logger = logging.getLogger("fokker")
@@ -70,8 +68,8 @@ PROCESS_ROWS = 1000  # of training, at most, for a Gaussian process
 COMPONENTS = (1, 2, 3, 5, 8)
 WIDTHS = np.geomspace(0.03, 1.0, 8)  # of a kernel, in standard deviations
 SAMPLES = 99
-CONDITIONAL = ("model", "one fit", "process", "mixture", "within 50 %", "within 90 %")
-JOINT = ("model", "one fit", "mixture", "kernels")
+CONDITIONAL = ("model", "process", "mixture", "within 50 %", "within 90 %")
+JOINT = ("model", "mixture", "kernels")
 
 Rows = Float[np.ndarray, "n d"]
 Column = Float[np.ndarray, " n"]
@@ -181,40 +179,34 @@ def within(samples: Float[np.ndarray, "n k"], y: Column, share: float) -> float:
     return float(np.mean((low <= y) & (y <= high)))
 
 
-def means(each: Float[np.ndarray, "m n"]) -> dict[str, float]:
-    """The means over rows of log p: of the mean of the members' densities, and of the first's."""
-    return {"model": float(log_mean(each).mean()), "one fit": float(each[0].mean())}
-
-
-def conditional(members: Members, split: Split) -> Callable[[], dict[str, float]]:
+def conditional(model: Model, split: Split) -> Callable[[], dict[str, float]]:
     """Fit p(y | x), and return what computes its figures."""
-    y, y_test = split.y[:, None], split.y_test[:, None]
-    members.fit(y, split.x)
+    x_test, y_test = split.x_test.astype(np.float32), split.y_test.astype(np.float32)[:, None]
+    fit(model, split.y[:, None], split.x)
 
     def figures() -> dict[str, float]:
-        contexts = np.repeat(split.x_test, SAMPLES, axis=0)
-        drawn = members.sample(len(contexts), contexts)
-        samples = np.concatenate([part.reshape(len(y_test), SAMPLES) for part in drawn], axis=1)
-        rounded = y_test[:, 0].astype(np.float32)
+        contexts = np.repeat(x_test, SAMPLES, axis=0)
+        samples = model.sample(len(contexts), contexts).reshape(len(x_test), SAMPLES)
         return {
-            **means(members.log_densities(y_test, split.x_test)),
+            "model": float(model.score_samples(y_test, x_test).mean()),
             "process": float(log_p_process(split).mean()),
             "mixture": float(log_p_mixture(split).mean()),
-            "within 50 %": within(samples, rounded, 0.5),
-            "within 90 %": within(samples, rounded, 0.9),
+            "within 50 %": within(samples, y_test[:, 0], 0.5),
+            "within 90 %": within(samples, y_test[:, 0], 0.9),
         }
 
     return figures
 
 
-def joint(members: Members, split: Split, seed: int) -> Callable[[], dict[str, float]]:
+def joint(model: Model, split: Split, seed: int) -> Callable[[], dict[str, float]]:
     """Fit p(x, y), and return what computes its figures."""
     rows, tested = filled(*joined(split), seed)
-    members.fit(rows)
+    fit(model, rows)
 
     def figures() -> dict[str, float]:
         mixture, kernels = log_p_joint(rows, tested)
-        return means(members.log_densities(tested)) | {"mixture": mixture, "kernels": kernels}
+        value = float(model.score_samples(tested.astype(np.float32)).mean())
+        return {"model": value, "mixture": mixture, "kernels": kernels}
 
     return figures
 
@@ -225,22 +217,19 @@ def evaluated(name: str, number: int, options: argparse.Namespace) -> dict[str, 
     cells = {} if options.joint else {"data.cell_width": f"({ROUNDED[name]},)"}
     changes = cells | dict(setting.split("=", 1) for setting in options.set)
     workdir = options.workdir / name / f"{'joint' * options.joint}{number}"
-    members = Members.of(options.members, workdir, random_state=number, changes=changes)
-    figures = joint(members, split, number) if options.joint else conditional(members, split)
-    path, tested = workdir / f"uci_{options.members}.json", {"x": split.x_test, "y": split.y_test}
+    model = model_of(options.members, workdir, random_state=number, changes=changes)
+    figures = joint(model, split, number) if options.joint else conditional(model, split)
+    path, tested = model.workdir_ / "uci.json", {"x": split.x_test, "y": split.y_test}
     identity = {
-        "parameters": [checkpoints.digest(model.params_) for model in members.models],
-        "tested": checkpoints.digest(tested),
-        "settings": changes,
-    }
+        "parameters": digests(model), "tested": checkpoints.digest(tested), "settings": changes,
+    }  # fmt: skip
     found = json_files.read(path) if path.exists() else {}
     known = found.keys() >= set(JOINT if options.joint else CONDITIONAL)
     if not known or found.get("identity") != identity:
-        steps = [model.step_ for model in members.models]
-        found = {"identity": identity, "steps": steps, "n": len(split.y_test)} | figures()
+        found = {"identity": identity, "step": model.step_, "n": len(split.y_test)} | figures()
         folder.write_json(path, found)
-    told = found["model"], found["steps"]
-    logger.info("%s, split %d: log p %.4f, best checkpoints %s", name, number, *told)
+    told = found["model"], found["step"]
+    logger.info("%s, split %d: log p %.4f, checkpoint %d", name, number, *told)
     return found
 
 
@@ -271,7 +260,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--tables", default=",".join(PUBLISHED))
     parser.add_argument("--splits", type=int, default=20)
-    parser.add_argument("--members", type=int, default=1, help="fits whose densities are averaged")
+    parser.add_argument("--members", type=int, default=1, help="of an ensemble, or 1")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--joint", action="store_true", help="log p(x, y) instead of log p(y | x)")
     options = parser.parse_args()

@@ -30,7 +30,12 @@ TOLERATED = 0.5  # standard errors
 
 
 def best_step(workdir: Path, experiment: Experiment) -> int:
-    """Return the step of the chosen checkpoint.
+    """Return the step of the chosen checkpoint."""
+    return chosen(held_out_values(workdir, experiment))
+
+
+def held_out_values(workdir: Path, experiment: Experiment) -> dict[int, Float[np.ndarray, " n"]]:
+    """Return the bounds of the held-out examples by the step of each checkpoint.
 
     The loss would not do: it has one draw of time and noise for each example, and few examples are
     held out of few. What was measured before is read from held_out.json.
@@ -45,7 +50,7 @@ def best_step(workdir: Path, experiment: Experiment) -> int:
             values[str(step)] = bound(loading.load_parameters(experiment, workdir, step)).tolist()
         bounds = {step: float(np.mean(found)) for step, found in values.items()}
         write_json(path, {"run": run, "bounds": bounds, "values": values})
-    return chosen({step: np.asarray(values[str(step)]) for step in steps})
+    return {step: np.asarray(values[str(step)]) for step in steps}
 
 
 def chosen(values: dict[int, Float[np.ndarray, " n"]]) -> int:

@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from scipy.stats import multivariate_normal, norm
 from sklearn.base import clone
 
+import npz_files
 import run_lib
 from checkpoints import whole_steps
 from density_model import DensityModel
@@ -275,3 +276,15 @@ def test_a_misspelt_field_and_another_shape_are_refused(fitted):
     with pytest.raises(ValueError, match="the model was fitted without"):
         fitted.sample(2, context=np.ones(2))
     assert clone(fitted).get_params() == fitted.get_params()
+
+
+def test_chosen_examples_are_held_out(tmp_path):
+    x, changes = correlated(60, seed=3), FEW | {"training.n_iters": 4}
+    model = DensityModel(changes=changes, workdir=tmp_path / "a").fit(x, held_out=[7, 3, 50])
+    found = npz_files.read(tmp_path / "a" / "data.npz", ())
+    assert_allclose(found["x_test"], x[[3, 7, 50]])
+    assert_allclose(found["x_train"], np.delete(x, [3, 7, 50], axis=0))
+    assert model.at_step(0).step_ == 0
+    for wrong in ([60], [-1], [3, 3], [], list(range(60)), [0.5]):
+        with pytest.raises(ValueError, match=r"held_out=.*: need numbers of some, not all, of"):
+            DensityModel(workdir=tmp_path / "b").fit(x, held_out=wrong)

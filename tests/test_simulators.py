@@ -9,7 +9,6 @@ from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 
 from experiments import members, sbi, simulators
-from experiments.members import Members
 from experiments.simulators import SIMULATORS
 
 SIDE = 800
@@ -100,10 +99,13 @@ class Exact:
 
     params_ = {"w": np.zeros(1)}  # noqa: RUF012
 
+    def __init__(self, workdir=None) -> None:
+        self.workdir_ = workdir
+
     def score_samples(self, theta: np.ndarray, y: np.ndarray) -> np.ndarray:
         return norm.logpdf(theta, y / 2.0 + 0.1, np.sqrt(0.05)).sum(axis=1)  # shifted by 0.1
 
-    def sample(self, number: int, y: np.ndarray, *, random_state: int) -> np.ndarray:
+    def sample(self, number: int, y: np.ndarray, *, random_state: int = 0) -> np.ndarray:
         return y / 2.0 + np.sqrt(0.05) * np.random.default_rng(random_state).normal(size=y.shape)
 
 
@@ -121,7 +123,7 @@ def test_a_fit_is_compared_with_the_truth(tmp_path, monkeypatch: pytest.MonkeyPa
             return Exact().sample(150, y, random_state=number)
 
     monkeypatch.setattr(sbi, "Reference", Reference)
-    monkeypatch.setattr(sbi, "fitted", lambda *_: Members([Exact()]))
+    monkeypatch.setattr(sbi, "fitted", lambda *_: Exact(tmp_path))
     monkeypatch.setattr(sbi, "MLPClassifier", lambda *_, **__: LogisticRegression())  # in no time
     options = argparse.Namespace(
         workdir=tmp_path, seed=1, samples=150, observations=1, members=1, set=[]
@@ -139,32 +141,22 @@ def test_a_fit_is_compared_with_the_truth(tmp_path, monkeypatch: pytest.MonkeyPa
             sbi.evaluated("gaussian_linear", 1000, changed)
 
 
-def test_a_fit_knows_the_box_of_the_prior_and_samples_come_from_all_members(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[dict] = []
-    seeds: list[int] = []
+def test_a_fit_knows_the_box_of_the_prior(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple] = []
 
-    class Member:
-        def __init__(self, **options) -> None:
-            made.append(options)
-            self.number = len(made)
+    class Ensemble:
+        def __init__(self, number: int, **options) -> None:
+            made.append((number, options))
 
-        def fit(self, theta: np.ndarray, *, context: np.ndarray) -> None:
+        def fit(self, theta: np.ndarray, *, context: np.ndarray) -> "Ensemble":
             assert theta.shape == context.shape == (50, 10)
+            assert theta.dtype == context.dtype == np.float32
+            return self
 
-        def sample(self, number: int, y: np.ndarray, *, random_state: int) -> np.ndarray:
-            seeds.append(random_state)
-            return np.full((len(y), 10), self.number)
-
-    monkeypatch.setattr(members, "DensityModel", Member)
+    monkeypatch.setattr(members, "DensityEnsemble", Ensemble)
     options = argparse.Namespace(seed=1, members=3, set=["training.n_iters=9"])
-    found = sbi.fitted(SIMULATORS["gaussian_linear_uniform"], 50, tmp_path / "50", options)
+    simulator = SIMULATORS["gaussian_linear_uniform"]
+    assert isinstance(sbi.fitted(simulator, 50, tmp_path / "50", options), Ensemble)
     ends = {"data.lower": "-1", "data.upper": "1", "training.n_iters": "9"}
-    assert [m["changes"] for m in made] == [ends] * 3
-    assert [m["workdir"].name for m in made] == ["50", "50_1", "50_2"]
-    assert len({m["random_state"] for m in made}) == 3
-    drawn = sbi.posterior_samples(found, np.zeros((1, 10)), 200)
-    assert drawn.shape == (200, 10)
-    assert len(set(seeds)) == 3
-    assert [int((drawn[:, 0] == k).sum()) for k in (1, 2, 3)] == [67, 67, 66]
+    folder = tmp_path / "50_3"
+    assert made == [(3, {"workdir": folder, "random_state": 1, "changes": ends})]
