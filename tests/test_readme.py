@@ -64,7 +64,11 @@ def test_the_example_of_the_reference_fits_a_gaussian() -> None:
     few = page.replace('"training.n_iters": 500', f'"training.n_iters": 100, {QUICK}')
     few = few.replace("x[1000:])", "x[1000:1040])").replace(", 50, axis", ", 5, axis")
     assert few.count("1040") == 1
-    (shown,) = examples(few)
+    few = few.replace('"training.n_iters": 200', f'"training.n_iters": 100, {QUICK}')
+    shown, second = examples(few)
+    score = second["ensemble"].score(second["y"][200:])
+    assert score == pytest.approx(-1.58, abs=0.25)  # the entropy of the gamma law
+    assert (second["ensemble"].sample(50) > 0.0).all()
     entropy = jnp.log(2.0 * jnp.pi) + 1.0 + jnp.log(0.6)
     assert abs(shown["log_p"].mean() + entropy) < 1.0
     assert shown["drawn"].shape == (5, 2)
