@@ -2,13 +2,15 @@
 
     p(x | c) = (1/M) Σ_m p_m(x | c)
 
-Every member keeps another tenth of the examples out of training. All have the checkpoint of one
-step, chosen by the bounds of all these parts together, so that it is known better than by a tenth.
+Every member keeps another tenth of the examples out of training. All members use the checkpoint of
+the same step. It is chosen by all these parts together, because one tenth alone is too few examples
+to tell checkpoints apart.
 Reference: Lakshminarayanan et al. 2017, https://arxiv.org/abs/1612.01474 (means of networks).
 """
 
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +24,14 @@ from sklearn.utils.validation import check_is_fitted
 
 import json_files
 from checks import require
-from density_model import FOLDER, HELD_OUT, DensityModel, held_out_parts
+from density_model import FOLDER, DensityModel
+from held_out import HELD_OUT, parts
 from run_lib.best_checkpoint import chosen, held_out_values
 from run_lib.folder import write_json
 
 FILE = "ensemble.json"
 SEEDS = 1000  # between the seeds of two members
+LARGEST_SEED = 2**32 - 1
 
 
 class DensityEnsemble(DensityMixin, BaseEstimator):
@@ -64,17 +68,21 @@ class DensityEnsemble(DensityMixin, BaseEstimator):
         self, X: np.ndarray, y: None = None, *, context: np.ndarray | None = None
     ) -> "DensityEnsemble":
         """Train every member on examples X [n, *d]; arguments and errors as of `DensityModel`."""
+        if y is not None:
+            warnings.warn("y is not used: fit p(y | x) by fit(y, context=x)", stacklevel=2)
         most = round(1.0 / HELD_OUT)
         require(2 <= self.members <= most, "members", self.members, f"2 to {most}")
+        largest = LARGEST_SEED - SEEDS * (self.members - 1)
+        fits = 0 <= self.random_state <= largest
+        require(fits, "random_state", self.random_state, f"0 to {largest}")
         X = np.asarray(X)
         allowed = f"at least {2 * self.members} examples, [n, *d], for {self.members} members"
         require(X.ndim > 1 and len(X) >= 2 * self.members, "X", X.shape, allowed)
         workdir = Path(self.workdir or tempfile.mkdtemp(prefix=FOLDER)).absolute()
         if self.workdir is None:
             weakref.finalize(self, shutil.rmtree, workdir, ignore_errors=True)
-        parts = held_out_parts(len(X), self.members, self.random_state)
         models = []
-        for number, part in enumerate(parts):
+        for number, part in enumerate(parts(len(X), self.members, self.random_state)):
             model = DensityModel(
                 self.config,
                 changes=self.changes,
@@ -82,9 +90,10 @@ class DensityEnsemble(DensityMixin, BaseEstimator):
                 random_state=self.random_state + SEEDS * number,
                 verbose=self.verbose,
             )
-            models.append(model.fit(X, y, context=context, held_out=part))
+            models.append(model.fit(X, context=context, held_out=part))
         values = [held_out_values(m.workdir_, m.experiment_) for m in models]
-        step = chosen({s: np.concatenate([found[s] for found in values]) for s in values[0]})
+        common = set.intersection(*map(set, values))
+        step = chosen({s: np.concatenate([found[s] for found in values]) for s in common})
         write_json(workdir / FILE, {"members": self.members, "step": step})
         return self._of(workdir, [model.at_step(step) for model in models], step)
 
@@ -121,6 +130,7 @@ class DensityEnsemble(DensityMixin, BaseEstimator):
         """
         check_is_fitted(self)
         require(n_samples >= 1, "n_samples", n_samples, "at least 1")
+        self.models_[0].check_context(context, n_samples)
         models = self.models_[:n_samples]
         found = [
             model.sample(
@@ -158,11 +168,16 @@ class DensityEnsemble(DensityMixin, BaseEstimator):
         folder = Path(folder).absolute()
         require((folder / FILE).is_file(), "folder", str(folder), f"one that holds {FILE}")
         found = json_files.read(folder / FILE)
+        known = isinstance(found, dict) and found.keys() >= {"members", "step"}
+        require(known, "folder", str(folder), f"one whose {FILE} names members and step")
         models = [
             DensityModel.load(folder / f"member_{number}").at_step(found["step"])
             for number in range(found["members"])
         ]
-        ensemble = cls(found["members"], workdir=folder, random_state=models[0].random_state)
+        first = models[0]
+        ensemble = cls(
+            len(models), config=first.config, workdir=folder, random_state=first.random_state
+        )
         return ensemble._of(folder, models, found["step"])
 
     def _of(self, workdir: Path, models: list[DensityModel], step: int) -> "DensityEnsemble":

@@ -33,6 +33,7 @@ from checkpoints import whole_steps
 from checks import require
 from default_configs import of_images, of_reals
 from dequantization import Pixels, Reals
+from held_out import divided, keep, parts
 from operators import fold_in_each
 from real_arrays import check_finite
 from run_lib import config_files, loading
@@ -45,8 +46,6 @@ from run_lib.folder import trained_otherwise, write_json
 from run_lib.sampling_loop import check_finite as check_samples
 from run_lib.training import given_checkpoint, write_import
 
-HELD_OUT = 0.1  # share of the examples by which the best of the checkpoints is chosen
-MOST_HELD_OUT = 2000  # examples
 CHECKPOINTS = 16
 COMPILED = ("_likelihood", "_draw")
 OWN = ("seed", "data.dataset", "data.path", "data.context")  # fields that `fit` sets
@@ -122,8 +121,8 @@ class DensityModel(DensityMixin, BaseEstimator):
         if whole_steps(workdir) == [0]:  # of a fit that was refused or made no step
             shutil.rmtree(workdir / "checkpoints")
         if held_out is None:
-            held_out = held_out_parts(len(X), 1, self.random_state)[0]
-        _keep(workdir / "data.npz", _split(X, context, np.asarray(held_out)))
+            held_out = parts(len(X), 1, self.random_state)[0]
+        keep(workdir / "data.npz", divided(X, context, np.asarray(held_out)))
         config = self._config(X, workdir, conditional=context is not None)
         experiment = Experiment.from_config(config)
         settings, kind = experiment.settings, experiment.settings.model.parameterization
@@ -204,13 +203,14 @@ class DensityModel(DensityMixin, BaseEstimator):
         check_is_fitted(self)
         require(n_samples >= 1, "n_samples", n_samples, "at least 1")
         key, size = jax.random.key(random_state), min(self._size(), n_samples)
-        context = self._context(context, n_samples)
+        context = self.check_context(context, n_samples)
         found = []
         for first in range(0, n_samples, size):
             ids = np.minimum(np.arange(first, first + size), n_samples - 1)
             given = None if context is None else context[ids]
             x, decoded = self._draw(self.params_, key, ids, given)
             check_samples(np.asarray(x), ids)
+            check_samples(np.asarray(decoded, np.float32), ids)
             found.append(np.asarray(decoded))
         return np.concatenate(found)[:n_samples].reshape(n_samples, *self.shape_)
 
@@ -229,14 +229,19 @@ class DensityModel(DensityMixin, BaseEstimator):
             n_samples: of each example.
 
         Raises:
-            ValueError: X are images, or X or context is not as in `fit`.
+            ValueError: X are images, or a row lies outside the ends, or is not as in `fit`.
             FloatingPointError: a sample or a density is not finite.
         """
         check_is_fitted(self)
         experiment, params = self.experiment_, Parameters(self.params_)
         require(experiment.levels is None, "X", "images", "real values: levels are of a density")
         require(n_samples >= 1, "n_samples", n_samples, "at least 1")
-        settings = experiment.settings
+        encoding, settings = experiment.encoding, experiment.settings
+        if isinstance(encoding, Reals) and encoding.range is not None:
+            x = np.asarray(X, np.float32).reshape(len(X), *experiment.dataset.shape)
+            outside = np.flatnonzero(~encoding.range.holds(x).reshape(len(x), -1).all(axis=1))
+            allowed = "rows between data.lower and data.upper"
+            require(outside.size == 0, "X", f"rows {outside[:10].tolist()} outside", allowed)
         asked = dataclasses.replace(settings.eval, calibrate=True, calibration_samples=n_samples)
         settings = dataclasses.replace(settings, eval=asked)
         experiment = Experiment(settings, experiment.dataset)
@@ -303,8 +308,9 @@ class DensityModel(DensityMixin, BaseEstimator):
 
     def _of(self, experiment: Experiment, workdir: Path, step: int) -> "DensityModel":
         """Itself, with what is fitted."""
+        params = loading.load_parameters(experiment, workdir, step)
         self.experiment_, self.workdir_, self.step_ = experiment, workdir, step
-        self.params_ = loading.load_parameters(experiment, workdir, step)
+        self.params_ = params
         for name in COMPILED:  # of an earlier fit
             self.__dict__.pop(name, None)
         stored = npz_files.read(workdir / "data.npz", ("x_train",))["x_train"]
@@ -374,7 +380,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         check_finite("X", X)
         x = X.reshape(len(X), *self.experiment_.dataset.shape)
         x = x if levels else x.astype(np.float32)
-        context, size = self._context(context, len(X)), min(size, len(X))
+        context, size = self.check_context(context, len(X)), min(size, len(X))
         found = []
         for first in range(0, len(x), size):
             ids = np.arange(first, first + size)
@@ -388,18 +394,24 @@ class DensityModel(DensityMixin, BaseEstimator):
         estimator, function = self._likelihood
         key = jax.random.fold_in(self.experiment_.keys[estimator.key], 0)  # of the first repeat
         mask = batch.pop("mask")
-        result = function(Parameters(self.params_), key, batch)
-        encoding = self.experiment_.encoding
+        encoding, image = self.experiment_.encoding, batch["image"]
+        if isinstance(encoding, Reals) and encoding.range is not None:
+            batch["image"] = np.asarray(encoding.range.clip(jnp.asarray(image)))
         unit = batch["image"][0].size * np.log(2.0) if isinstance(encoding, Pixels) else 1.0
+        result = function(Parameters(self.params_), key, batch)
         value = jnp.where(result["converged"], -unit * result["value"], jnp.nan)
         error = unit * result.get("error", jnp.full_like(value, jnp.nan))
         if isinstance(encoding, Reals) and encoding.range is not None:
-            inside = encoding.range.holds(batch["image"]).reshape(len(mask), -1).all(axis=1)
+            inside = encoding.range.holds(image).reshape(len(mask), -1).all(axis=1)
             value, error = jnp.where(inside, value, -jnp.inf), jnp.where(inside, error, 0.0)
         return np.asarray(value)[mask], np.asarray(error)[mask]
 
-    def _context(self, context: np.ndarray | None, number: int) -> np.ndarray | None:
-        """The context of so many examples, as a batch holds it."""
+    def check_context(self, context: np.ndarray | None, number: int) -> np.ndarray | None:
+        """The context of so many examples, as a batch holds it.
+
+        Raises:
+            ValueError: it is not as in `fit`, or not one for each example.
+        """
         known = self.experiment_.context
         kind = "" if known is None else dataclasses.replace(known, mean=None).describe()
         allowed = kind or "None: the model was fitted without"
@@ -434,35 +446,3 @@ def _told() -> Iterator[None]:
         logger.setLevel(level)
         logger.propagate = propagate
         logger.removeHandler(handler)
-
-
-def held_out_parts(number: int, parts: int, seed: int) -> list[np.ndarray]:
-    """Numbers of examples, drawn at random: disjoint parts, each a tenth, or less of many."""
-    each = min(max(round(HELD_OUT * number), 1), MOST_HELD_OUT)
-    drawn = np.random.default_rng([seed, 0, 0, 4]).permutation(number)
-    return [np.sort(drawn[k * each : (k + 1) * each]) for k in range(parts)]
-
-
-def _split(X: np.ndarray, context: np.ndarray | None, held_out: np.ndarray) -> npz_files.Arrays:
-    """The arrays of data.npz: for training, and to choose the checkpoint by."""
-    allowed = f"numbers of some, not all, of the {len(X)} examples, each once"
-    fits = held_out.ndim == 1 and held_out.dtype.kind in "iu" and 0 < len(held_out) < len(X)
-    fits = fits and held_out.min() >= 0 and held_out.max() < len(X)
-    require(fits and len(set(held_out.tolist())) == len(held_out), "held_out", held_out, allowed)
-    parts = {"train": np.setdiff1d(np.arange(len(X)), held_out), "test": np.sort(held_out)}
-    arrays = {"x": X} | ({} if context is None else {"context": np.asarray(context)})
-    for name, array in arrays.items():
-        require(len(array) == len(X), name, array.shape, f"one for each of {len(X)} examples")
-    return {f"{name}_{part}": a[ids] for name, a in arrays.items() for part, ids in parts.items()}
-
-
-def _keep(path: Path, arrays: npz_files.Arrays) -> None:
-    """Write data.npz, or see that it holds the same: those of another model are not lost."""
-    if path.exists() and whole_steps(path.parent):
-        stored = npz_files.read(path, ())
-        same = stored.keys() == arrays.keys() and all(
-            np.array_equal(stored[name], array) for name, array in arrays.items()
-        )
-        allowed = "a new folder, as this one holds a model of other data or of another random_state"
-        require(same, "workdir", str(path.parent), allowed)
-    npz_files.write(path, arrays)

@@ -280,17 +280,19 @@ def _check_range(
     first = 0
     for chunk in _chunks(split):
         x = chunk.reshape(-1, *words.shape).astype(np.float64)
-        inside = known.touches(x - 0.5 * widths) & known.touches(x + 0.5 * widths)
+        rounding = np.finfo(np.float32).eps * np.abs(x)
+        cell = 0.5 * widths - rounding
+        inside = known.touches(x - cell) & known.touches(x + cell)
         fits = known.holds(x) & inside
         if not fits.all():
             row, number = np.argwhere(~fits.reshape(len(x), -1))[0]
             low, high = np.ravel(known.lower)[number], np.ravel(known.upper)[number]
-            cell = " and their cells" if np.ravel(widths)[number] else ""
+            cells = " and their cells" if np.ravel(widths)[number] else ""
             limits = [f"above data.lower, {low:g}"] if np.isfinite(low) else []
             limits += [f"below data.upper, {high:g}"] if np.isfinite(high) else []
             raise ValueError(
                 f"{words.names(np.array([number]))} is {chunk[row, number]:g} in example "
-                f"{first + row} of the {name} split: need values{cell} {' and '.join(limits)}"
+                f"{first + row} of the {name} split: need values{cells} {' and '.join(limits)}"
             )
         first += len(x)
 

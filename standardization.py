@@ -85,9 +85,11 @@ class Range:
         return (self.lower[None] < x) & (x < self.upper[None])
 
     def touches(self, x: np.ndarray) -> np.ndarray:
-        """Say the same, if an end itself is allowed; a step of float32 does not count."""
+        """Say the same, if an end itself is allowed; the rounding of float32 does not count."""
+        rounding = np.finfo(np.float32).eps * np.abs(x)
         low = self.lower - _steps(self.lower, np.float32)
-        return (low[None] <= x) & (x <= (self.upper + _steps(self.upper, np.float32))[None])
+        high = self.upper + _steps(self.upper, np.float32)
+        return (low[None] <= x + rounding) & (x - rounding <= high[None])
 
     @property
     def _has_both(self) -> np.ndarray:

@@ -105,7 +105,7 @@ def reconcile(workdir: Path, config: dict[str, Any], *, ignore: tuple[str, ...] 
     if not path.exists() or not whole_steps(workdir):
         return
     before = json_files.read(path)
-    # A field of the data that the folder lacks had the default.
+    # A field of the data that the folder lacks is newer, and its default is what was done before.
     before["data"] = base.get_config().data.to_dict() | before["data"]
     before = json.loads(json.dumps(before))
     changed = differences(before, json.loads(json.dumps(config)))

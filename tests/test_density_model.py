@@ -12,7 +12,7 @@ from sklearn.base import clone
 
 import npz_files
 import run_lib
-from checkpoints import whole_steps
+from checkpoints import digest, whole_steps
 from density_model import DensityModel
 from records import Records
 from run_lib import best_checkpoint, config_files
@@ -159,6 +159,8 @@ def test_a_density_ends_where_its_range_does(tmp_path):
     values, errors = again.log_prob(np.array([x[0], [6.0, 1.0], [3.0, -1.0], x[1]]))
     assert_allclose(values[[0, 3]], model.score_samples(x[:2]), rtol=1e-4)
     assert np.isneginf(values[1:3]).all()
+    with pytest.raises(ValueError, match=r"X='rows \[1\] outside': need rows between data.lower"):
+        again.calibration(np.array([x[0], [6.5, 1.0]]), n_samples=2)
     assert np.isfinite(errors).all()
 
 
@@ -284,7 +286,13 @@ def test_chosen_examples_are_held_out(tmp_path):
     found = npz_files.read(tmp_path / "a" / "data.npz", ())
     assert_allclose(found["x_test"], x[[3, 7, 50]])
     assert_allclose(found["x_train"], np.delete(x, [3, 7, 50], axis=0))
+    last = model.params_
     assert model.at_step(0).step_ == 0
+    assert digest(model.params_) != digest(last)
+    with pytest.raises(ValueError, match="no checkpoint of step 3"):
+        model.at_step(3)
+    assert model.step_ == 0
+    assert digest(model.at_step(4).params_) == digest(last)
     for wrong in ([60], [-1], [3, 3], [], list(range(60)), [0.5]):
         with pytest.raises(ValueError, match=r"held_out=.*: need numbers of some, not all, of"):
             DensityModel(workdir=tmp_path / "b").fit(x, held_out=wrong)

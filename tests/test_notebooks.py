@@ -18,6 +18,7 @@ SET_STEPS = '"training.n_iters": STEPS'
 FEW_STEPS = f'{SET_STEPS}, "eval.num_steps": 6, "training.n_jitted_steps": 10, "model.hidden": 32'
 HERE = {  # the modules of the package are at the top level of the repository
     "from fokker import DensityModel": "from density_model import DensityModel",
+    "from fokker import DensityEnsemble": "from density_ensemble import DensityEnsemble",
     "from fokker import run_lib": "import run_lib",
     "from fokker.": "from ",
 }
@@ -51,7 +52,7 @@ def test_the_density_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_conditional_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = executed("conditional_density", tmp_path, monkeypatch, STEPS=50, K=9)
+    names = executed("conditional_density", tmp_path, monkeypatch, MEMBERS=2, STEPS=50, K=9)
     assert names["ranks"].shape == (100,)
     assert -6.5 < names["log_p"].mean() < -5.0
     assert 0.5 < names["inside"][1] <= 1.0

@@ -160,7 +160,8 @@ def test_the_library_example_runs_in_an_empty_folder(
     example = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     assert example.count(": 1000}") == 1
     code = setup.renamed(example.replace(": 1000}", ": 50}"))
-    check = "\nimport fokker; fokker.DensityEnsemble; print('is', fokker.__version__, log_p.mean(), fokker.__file__)"
+    check = "\nimport fokker; fokker.DensityEnsemble; "
+    check += "print('is', fokker.__version__, log_p.mean(), fokker.__file__)"
     said = run(["-c", code + check], tmp_path, installed, blocked)
     version, mean, file = re.search(r"(?m)^is (\S+) (\S+) (\S+)$", said).groups()
     assert "is chosen by the held-out examples" in said  # the progress of a fit

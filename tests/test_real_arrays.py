@@ -168,6 +168,8 @@ def test_ends_hold_for_all_splits_and_may_be_those_of_cells(tmp_path: Path) -> N
     for unit in (1.0, 0.1):  # the ends that the guide gives
         changes = {"lower": (-0.5 * unit,), "upper": (39.5 * unit,), "cell_width": (unit,)}
         load(tmp_path, changes, x=unit * x)
+    for width in (0.01, 0.7):  # centres of cells that begin at the end, rounded to float32
+        load(tmp_path, {"lower": (0.0,), "cell_width": (width,)}, x=width * (x + 0.5))
 
 
 def test_splits_of_different_shapes_are_refused(tmp_path: Path) -> None:
