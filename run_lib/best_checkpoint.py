@@ -5,8 +5,8 @@ error of the difference, the earliest is taken. The examples are the same, so th
 the mean of n differences. If few examples are held out, the least of many means is by chance often
 that of an overfitted network. Over three tables of 300 rows, log p of fresh rows was 0.11 nats
 below the truth by this choice, and 0.23 by the least mean. On a few fits of `concrete` and `energy`
-the choice costs about 0.01, and on 10 splits of `boston`, with three fits each, 0.05. In an ensemble
-more examples are held out, and the choice matters less (`density_ensemble`).
+the choice costs about 0.01, and on 10 splits of `boston`, with three fits each, 0.05. In an
+ensemble more examples are held out, and the choice matters less (`density_ensemble`).
 Reference: Breiman et al. 1984, Classification and regression trees, section 3.4.3 (the rule, with
 one standard error).
 """
