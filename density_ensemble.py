@@ -8,10 +8,7 @@ to tell checkpoints apart.
 Reference: Lakshminarayanan et al. 2017, https://arxiv.org/abs/1612.01474 (means of networks).
 """
 
-import shutil
-import tempfile
 import warnings
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 
 import json_files
 from checks import require
-from density_model import FOLDER, DensityModel
+from density_model import DensityModel, folder_of
 from held_out import HELD_OUT, parts
 from run_lib.best_checkpoint import chosen, held_out_values
 from run_lib.folder import write_json
@@ -78,9 +75,7 @@ class DensityEnsemble(DensityMixin, BaseEstimator):
         X = np.asarray(X)
         allowed = f"at least {2 * self.members} examples, [n, *d], for {self.members} members"
         require(X.ndim > 1 and len(X) >= 2 * self.members, "X", X.shape, allowed)
-        workdir = Path(self.workdir or tempfile.mkdtemp(prefix=FOLDER)).absolute()
-        if self.workdir is None:
-            weakref.finalize(self, shutil.rmtree, workdir, ignore_errors=True)
+        workdir = folder_of(self, self.workdir)
         models = []
         for number, part in enumerate(parts(len(X), self.members, self.random_state)):
             model = DensityModel(

@@ -114,9 +114,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         for name, array in (("X", X), ("context", np.asarray(context))):
             if array.dtype.kind == "f":
                 check_finite(name, array)
-        workdir = Path(self.workdir or tempfile.mkdtemp(prefix=FOLDER)).absolute()
-        if self.workdir is None:
-            weakref.finalize(self, shutil.rmtree, workdir, ignore_errors=True)
+        workdir = folder_of(self, self.workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if whole_steps(workdir) == [0]:  # of a fit that was refused or made no step
             shutil.rmtree(workdir / "checkpoints")
@@ -236,19 +234,18 @@ class DensityModel(DensityMixin, BaseEstimator):
         experiment, params = self.experiment_, Parameters(self.params_)
         require(experiment.levels is None, "X", "images", "real values: levels are of a density")
         require(n_samples >= 1, "n_samples", n_samples, "at least 1")
-        encoding, settings = experiment.encoding, experiment.settings
-        if isinstance(encoding, Reals) and encoding.range is not None:
-            x = np.asarray(X, np.float32).reshape(len(X), *experiment.dataset.shape)
-            outside = np.flatnonzero(~encoding.range.holds(x).reshape(len(x), -1).all(axis=1))
-            allowed = "rows between data.lower and data.upper"
-            require(outside.size == 0, "X", f"rows {outside[:10].tolist()} outside", allowed)
+        batches = self._batches(X, context, self._size())
+        outside = np.flatnonzero(~self._inside(np.asarray(X, np.float32)))
+        allowed = "rows between data.lower and data.upper"
+        require(outside.size == 0, "X", f"rows {outside[:10].tolist()} outside", allowed)
+        settings = experiment.settings
         asked = dataclasses.replace(settings.eval, calibrate=True, calibration_samples=n_samples)
         settings = dataclasses.replace(settings, eval=asked)
         experiment = Experiment(settings, experiment.dataset)
         estimator = with_contexts(experiment, estimators(experiment))[-1]
         function, key = jax.jit(estimator.function), experiment.keys[estimator.key]
         levels, ranks = [], []
-        for batch in self._batches(X, context, self._size()):
+        for batch in batches:
             mask = batch.pop("mask")
             found = function(params, jax.random.fold_in(key, 0), batch)
             if not np.all(found["converged"]):
@@ -394,17 +391,23 @@ class DensityModel(DensityMixin, BaseEstimator):
         estimator, function = self._likelihood
         key = jax.random.fold_in(self.experiment_.keys[estimator.key], 0)  # of the first repeat
         mask = batch.pop("mask")
-        encoding, image = self.experiment_.encoding, batch["image"]
+        encoding, inside = self.experiment_.encoding, self._inside(batch["image"])
         if isinstance(encoding, Reals) and encoding.range is not None:
-            batch["image"] = np.asarray(encoding.range.clip(jnp.asarray(image)))
+            batch["image"] = encoding.range.clip(jnp.asarray(batch["image"]))
         unit = batch["image"][0].size * np.log(2.0) if isinstance(encoding, Pixels) else 1.0
         result = function(Parameters(self.params_), key, batch)
         value = jnp.where(result["converged"], -unit * result["value"], jnp.nan)
         error = unit * result.get("error", jnp.full_like(value, jnp.nan))
-        if isinstance(encoding, Reals) and encoding.range is not None:
-            inside = encoding.range.holds(image).reshape(len(mask), -1).all(axis=1)
-            value, error = jnp.where(inside, value, -jnp.inf), jnp.where(inside, error, 0.0)
+        value, error = jnp.where(inside, value, -jnp.inf), jnp.where(inside, error, 0.0)
         return np.asarray(value)[mask], np.asarray(error)[mask]
+
+    def _inside(self, X: np.ndarray) -> np.ndarray:
+        """Say which examples lie between data.lower and data.upper, bool [n]."""
+        encoding = self.experiment_.encoding
+        if not isinstance(encoding, Reals) or encoding.range is None:
+            return np.full(len(X), True)
+        found = encoding.range.holds(X.reshape(len(X), *self.experiment_.dataset.shape))
+        return np.asarray(found.reshape(len(X), -1).all(axis=1))
 
     def check_context(self, context: np.ndarray | None, number: int) -> np.ndarray | None:
         """The context of so many examples, as a batch holds it.
@@ -430,6 +433,14 @@ class DensityModel(DensityMixin, BaseEstimator):
         require(given.dtype.kind in "iuf", "context", given.dtype, "numbers, as in fit")
         check_finite("context", given)
         return self.experiment_.dataset.context.standardized(given).astype(np.float32)
+
+
+def folder_of(owner: Any, workdir: str | Path | None) -> Path:
+    """Return the folder of a model: the one it was given, else one that ends with the model."""
+    folder = Path(workdir or tempfile.mkdtemp(prefix=FOLDER)).absolute()
+    if workdir is None:
+        weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextlib.contextmanager

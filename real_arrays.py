@@ -280,10 +280,8 @@ def _check_range(
     first = 0
     for chunk in _chunks(split):
         x = chunk.reshape(-1, *words.shape).astype(np.float64)
-        rounding = np.finfo(np.float32).eps * np.abs(x)
-        cell = 0.5 * widths - rounding
-        inside = known.touches(x - cell) & known.touches(x + cell)
-        fits = known.holds(x) & inside
+        reach = 0.5 * widths - np.finfo(np.float32).eps * np.abs(x)  # x is rounded to float32
+        fits = known.holds(x) & known.touches(x - reach) & known.touches(x + reach)
         if not fits.all():
             row, number = np.argwhere(~fits.reshape(len(x), -1))[0]
             low, high = np.ravel(known.lower)[number], np.ravel(known.upper)[number]

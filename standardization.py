@@ -85,11 +85,9 @@ class Range:
         return (self.lower[None] < x) & (x < self.upper[None])
 
     def touches(self, x: np.ndarray) -> np.ndarray:
-        """Say the same, if an end itself is allowed; the rounding of float32 does not count."""
-        rounding = np.finfo(np.float32).eps * np.abs(x)
+        """Say the same, if an end itself is allowed; the rounding of an end does not count."""
         low = self.lower - _steps(self.lower, np.float32)
-        high = self.upper + _steps(self.upper, np.float32)
-        return (low[None] <= x + rounding) & (x - rounding <= high[None])
+        return (low[None] <= x) & (x <= (self.upper + _steps(self.upper, np.float32))[None])
 
     @property
     def _has_both(self) -> np.ndarray:

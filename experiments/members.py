@@ -12,7 +12,7 @@ Model = DensityModel | DensityEnsemble
 
 
 def model_of(members: int, workdir: Path, *, random_state: int, changes: dict[str, str]) -> Model:
-    """A model with its run folder, or so many; the folder of several ends in their number."""
+    """Return a model for `members=1`, otherwise an ensemble, whose folder ends in their number."""
     if members == 1:
         return DensityModel(workdir=workdir, random_state=random_state, changes=changes)
     workdir = workdir.with_name(f"{workdir.name}_{members}")
@@ -26,5 +26,5 @@ def fit(model: Model, X: np.ndarray, context: np.ndarray | None = None) -> Model
 
 
 def digests(model: Model) -> list[str]:
-    """What the parameters of a fitted model, or of all members, are known by."""
+    """Digest the parameters of a fitted model, or of every member of an ensemble."""
     return [checkpoints.digest(part.params_) for part in getattr(model, "models_", [model])]
