@@ -6,14 +6,10 @@ run has left beside these is deleted when training starts. A checkpoint that can
 `checkpoints-damaged/` when training goes on from the one before it.
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +20,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
+import checksums
 import json_files
 from train_state import TrainState, equal_moments
 
 logger = logging.getLogger("fokker")
 MARGIN = 1_000_000  # bytes beside a checkpoint: metrics, log
-CHECKSUMS = "crc32"
 KEPT_EVERY = "kept_every"
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is not wholly written
 NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)  # of devices, or of another process
@@ -124,7 +120,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
-            self.directory, options=self._options, item_handlers=ocp.PyTreeCheckpointHandler()
+            self.directory, options=self._options, item_handlers=checksums.Handler()
         )
 
     def steps(self) -> list[int]:
@@ -147,8 +143,8 @@ class Checkpoints:
         with self._writing():
             self._manager.save(
                 step,
-                args=ocp.args.PyTreeSave(state),
-                custom_metadata={CHECKSUMS: _checksums(state), KEPT_EVERY: self._keep_every},
+                args=checksums.Save(state),
+                custom_metadata={checksums.KEY: checksums.FILE, KEPT_EVERY: self._keep_every},
             )
 
     def _check_space(self, state: TrainState) -> None:
@@ -192,8 +188,8 @@ class Checkpoints:
 
         Of a checkpoint of older code, which has no checksums, it is taken to be true.
         """
-        saved = self._metadata(int(state.step)).get(CHECKSUMS)
-        return saved is None or saved == _checksums(state)
+        saved = self._checksums(int(state.step))
+        return not saved or saved == checksums.of(state)
 
     def restore(
         self, step: int, like: TrainState, only: Collection[str] | None = None
@@ -234,15 +230,14 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
             {name: part for name, part in like.items() if name in saved},
         )
-        how = ocp.args.PyTreeRestore(
+        how = checksums.Restore(
             abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
         return self._manager.restore(step, args=how)
 
     def _compare(self, step: int, fields: dict[str, Any]) -> None:
         """Values that are not those that were saved: nothing else tells of a flipped bit."""
-        beside = json_files.read(self._metadata_path(step)).get("custom_metadata") or {}
-        saved, found = beside.get(CHECKSUMS, {}), _checksums(fields)  # none saved by older code
+        saved, found = self._checksums(step), checksums.of(fields)
         wrong = [
             leaf
             for leaf in sorted(found.keys() & saved.keys())
@@ -250,6 +245,14 @@ class Checkpoints:
         ]
         if wrong:
             raise ValueError(f"the values of {', '.join(wrong[:8])} are not those that were saved")
+
+    def _checksums(self, step: int) -> dict[str, str]:
+        """Of the leaves when they were saved; {} of older code. ValueError: they are damaged."""
+        metadata = json_files.read(self._metadata_path(step)).get("custom_metadata") or {}
+        return checksums.read(self._item(step), metadata)
+
+    def _item(self, step: int) -> Path:
+        return self.directory / str(step) / "default"
 
     def _written_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """From Orbax's own file: of the part that one device wrote, so that of one is the whole.
@@ -277,8 +280,7 @@ class Checkpoints:
 
     def _written_leaves(self, step: int) -> list[dict[str, Any]]:
         """Read Orbax's own description of every leaf and of every empty node."""
-        path = self.directory / str(step) / "default" / "_METADATA"
-        return list(json_files.read(path)["tree_metadata"].values())
+        return list(json_files.read(self._item(step) / "_METADATA")["tree_metadata"].values())
 
     def _check_shapes(self, step: int, like: TrainState) -> None:
         """Before the restore, which tells a misfit by hundreds of lines of cancelled reads."""
@@ -368,27 +370,6 @@ def _with_law_as_wanted(state: TrainState, wanted: TrainState) -> TrainState:
     return state
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    """Every leaf by its path, as params.Dense_0.kernel."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf."""
-    return {path: tuple(leaf.shape) for path, leaf in _by_path(tree).items()}
-
-
-def _checksums(tree: Any) -> dict[str, str]:
-    """Dtype and CRC-32 of every leaf: read back as another dtype, it is not to be compared."""
-    arrays = {path: np.ascontiguousarray(leaf) for path, leaf in _by_path(tree).items()}
-    with ThreadPoolExecutor() as threads:  # zlib leaves Python's lock
-        sums = threads.map(lambda array: zlib.crc32(array.view(np.uint8).data), arrays.values())
-        named = zip(arrays.items(), sums, strict=True)
-        return {path: f"{array.dtype} {crc:08x}" for (path, array), crc in named}
-
-
-def digest(tree: Any) -> str:
-    """Sixteen hexadecimal digits of the checksums of all leaves: equal for equal numbers."""
-    text = json.dumps(_checksums(tree), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {path: tuple(leaf.shape) for path, leaf in checksums.by_path(tree).items()}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoints
+import checksums
 from density_ensemble import DensityEnsemble
 from density_model import DensityModel
 
@@ -27,4 +27,4 @@ def fit(model: Model, X: np.ndarray, context: np.ndarray | None = None) -> Model
 
 def digests(model: Model) -> list[str]:
     """Digest the parameters of a fitted model, or of every member of an ensemble."""
-    return [checkpoints.digest(part.params_) for part in getattr(model, "models_", [model])]
+    return [checksums.digest(part.params_) for part in getattr(model, "models_", [model])]

@@ -47,7 +47,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.neighbors import KernelDensity
 
-import checkpoints
+import checksums
 import json_files
 import npz_files
 from checks import one_of, require
@@ -221,7 +221,7 @@ def evaluated(name: str, number: int, options: argparse.Namespace) -> dict[str, 
     figures = joint(model, split, number) if options.joint else conditional(model, split)
     path, tested = model.workdir_ / "uci.json", {"x": split.x_test, "y": split.y_test}
     identity = {
-        "parameters": digests(model), "tested": checkpoints.digest(tested), "settings": changes,
+        "parameters": digests(model), "tested": checksums.digest(tested), "settings": changes,
     }  # fmt: skip
     found = json_files.read(path) if path.exists() else {}
     known = found.keys() >= set(JOINT if options.joint else CONDITIONAL)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import checkpoints
+import checksums
 import flow_importer
 import json_files
 import train_state
@@ -44,7 +44,7 @@ def train_dequantizer(
     check(experiment, workdir, deq_folder)
     score_step = _score_step(workdir, target)
     score_params = loading.load_parameters(experiment, workdir, score_step)
-    score = {"score_step": score_step, "score_parameters": checkpoints.digest(score_params)}
+    score = {"score_step": score_step, "score_parameters": checksums.digest(score_params)}
     _check_same_score(target, score)
     identities.claim(experiment, workdir)
     with folder.alone(target):
@@ -243,4 +243,4 @@ def load_dequantizer(experiment: Experiment, workdir: Path, deq_folder: str) -> 
     with contextlib.closing(Checkpoints(target)) as kept:
         state = kept.read_latest(_state_like(experiment))
     found = state.ema_params
-    return found, f"{deq_folder} step {int(state.step)} {checkpoints.digest(found)[:6]}"
+    return found, f"{deq_folder} step {int(state.step)} {checksums.digest(found)[:6]}"

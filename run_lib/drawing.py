@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import checkpoints
+import checksums
 import npz_files
 import plotting
 from checks import require
@@ -289,7 +289,7 @@ def _checked(found: np.ndarray, kind: Context, text: str) -> np.ndarray:
 def _place(drawer: Drawer, params: Any, step: int, workdir: Path) -> tuple[Path, str]:
     """(the folder of these samples, a digest of all that they depend on)."""
     sampling = drawer.experiment.settings.sampling
-    network = checkpoints.digest(params), identities.settings_digest(drawer.experiment)
+    network = checksums.digest(params), identities.settings_digest(drawer.experiment)
     text = json.dumps([network, step, drawer.protocol], sort_keys=True)
     identity = hashlib.sha256(text.encode()).hexdigest()[:16]
     words = [sampling.task, sampling.task_method] if sampling.task else ["drawn"]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-import checkpoints
+import checksums
 import losses
 import train_state
 from checkpoints import Checkpoints
@@ -186,4 +186,4 @@ def load(experiment: Experiment, workdir: Path) -> Guide:
     with contextlib.closing(Checkpoints(target)) as kept:
         params = kept.read_latest(_state_like(experiment)).ema_params
     context = experiment.dataset.context
-    return Guide(params, log_prob(experiment, context.classes), context, checkpoints.digest(params))
+    return Guide(params, log_prob(experiment, context.classes), context, checksums.digest(params))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-import checkpoints
+import checksums
 import json_files
 import real_arrays
 from checkpoints import whole_steps
@@ -68,7 +68,7 @@ def of_model(experiment: Experiment, params: Any, step: int) -> Figure:
     """The identity of likelihoods of `eval.dataset` under these parameters."""
     split = experiment.settings.eval.dataset
     data = experiment.dataset.digests[split]
-    parameters, settings = checkpoints.digest(params), settings_digest(experiment)
+    parameters, settings = checksums.digest(params), settings_digest(experiment)
     return Figure("model", step, split, parameters, data, settings)
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back, what is kept, what is refused."""
 
+import json
 import shutil
+import threading
 from typing import Any
 
 import flax.struct
@@ -11,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import checkpoints
+import checksums
 import train_state
 from checkpoints import Checkpoints, DamagedError, MisfitError, whole_steps
 from train_state import OptimizerConfig, TrainState
@@ -77,10 +80,8 @@ def test_restores_into_shapes_alone(saved):
 def test_of_a_state_only_some_fields_may_be_read(saved, monkeypatch):
     """Values that were not asked for are neither read nor compared; those that were, are."""
     shapes, compared, read = jax.eval_shape(lambda: state_of()), [], []
-    checksums, restore = checkpoints._checksums, saved._manager.restore
-    monkeypatch.setattr(
-        checkpoints, "_checksums", lambda tree: compared.append(tree) or checksums(tree)
-    )
+    of, restore = checksums.of, saved._manager.restore
+    monkeypatch.setattr(checksums, "of", lambda tree: compared.append(tree) or of(tree))
     monkeypatch.setattr(
         saved._manager,
         "restore",
@@ -91,7 +92,7 @@ def test_of_a_state_only_some_fields_may_be_read(saved, monkeypatch):
     assert_same(found.ema_params, state_of(5, seed=5).ema_params)
     assert int(found.step) == 5
     assert [set(tree) for tree in (*compared, *read)] == [{"step", "ema_params"}] * 2
-    monkeypatch.setattr(checkpoints, "_checksums", lambda tree: {"ema_params.half": "bfloat16 0"})
+    monkeypatch.setattr(checksums, "of", lambda tree: {"ema_params.half": "bfloat16 0"})
     with pytest.raises(DamagedError, match=r"the values of ema_params\.half are not those"):
         saved.restore(5, shapes, ("step", "ema_params"))
 
@@ -256,13 +257,60 @@ def test_shapes_that_orbax_has_not_written_down_are_asked_for(saved, monkeypatch
     assert asked == [5]
 
 
-@pytest.mark.parametrize("part", ["default/_METADATA", "default/d", "default/manifest.ocdbt"])
+@pytest.mark.parametrize("part", [
+    "default/_METADATA", "default/d", "default/manifest.ocdbt", "default/crc32.json",
+])  # fmt: skip
 def test_damage_of_any_part_is_damage(saved, part):
     path = saved.directory / "5" / part
     for file in [path] if path.is_file() else path.iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DamagedError, match="5 cannot be read: "):
         saved.restore(5, state_of())
+
+
+def test_lost_checksums_are_damage(saved):
+    (saved.directory / "5" / "default" / "crc32.json").unlink()
+    with pytest.raises(DamagedError, match=r"5 cannot be read: .*crc32\.json"):
+        saved.restore(5, state_of())
+
+
+def test_checksums_of_older_code_are_compared(saved):
+    """It kept them in the metadata of the checkpoint."""
+    state, metadata = state_of(5, seed=5), saved.directory / "5" / "_CHECKPOINT_METADATA"
+    (saved.directory / "5" / "default" / "crc32.json").unlink()
+    sums = checksums.of(state)
+    metadata.write_text(json.dumps({"custom_metadata": {"crc32": sums}}))
+    assert_same(saved.restore(5, state_of()), state)
+    assert saved.holds(state)
+    sums["params.half"] = "bfloat16 00000000"
+    metadata.write_text(json.dumps({"custom_metadata": {"crc32": sums}}))
+    assert not saved.holds(state)
+    with pytest.raises(DamagedError, match=r"the values of params\.half are not those"):
+        saved.restore(5, state_of())
+
+
+def test_training_goes_on_while_checksums_are_computed(tmp_path, monkeypatch):
+    """They are of the state that was saved, whose memory the next step uses again."""
+    of, going_on, threads = checksums.of, threading.Event(), []
+
+    def late(tree):
+        threads.append(threading.current_thread())
+        assert going_on.wait(60)
+        return of(tree)
+
+    monkeypatch.setattr(checksums, "of", late)
+    run, state = Checkpoints(tmp_path), state_of(5, seed=5)
+    run.save(state)
+    step = jax.jit(lambda leaves: jax.tree.map(lambda a: a + 1, leaves), donate_argnums=0)
+    jax.block_until_ready(step(state))
+    going_on.set()
+    run.close()
+    assert threads
+    assert threading.main_thread() not in threads
+    monkeypatch.setattr(checksums, "of", of)
+    again = Checkpoints(tmp_path)
+    assert_same(again.restore(5, state_of()), state_of(5, seed=5))
+    again.close()
 
 
 def test_a_flipped_bit_is_damage(tmp_path):

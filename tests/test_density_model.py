@@ -12,7 +12,8 @@ from sklearn.base import clone
 
 import npz_files
 import run_lib
-from checkpoints import digest, whole_steps
+from checkpoints import whole_steps
+from checksums import digest
 from density_model import DensityModel
 from records import Records
 from run_lib import best_checkpoint, config_files
