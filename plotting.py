@@ -380,7 +380,7 @@ def save_score_on_a_line(
     _save(figure, path)
 
 
-def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray) -> None:
+def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray, title: str) -> None:
     """A PNG of distribution functions of numbers in [0, 1], less that of the uniform law.
 
     Left the levels [n], right the ranks [n, d], a line for each coordinate. In the grey band lie
@@ -400,6 +400,7 @@ def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray) ->
         axes.set(xlabel="u", ylabel="share below u, less u", title=f"{title}, n = {n}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
+    figure.suptitle(title)
     _save(figure, path)
 
 

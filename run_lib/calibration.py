@@ -21,6 +21,7 @@ from records import Row, stored, summarize_values, values
 from run_lib import folder, identities
 
 FILE = "calibration.json"
+PICTURE = "calibration_{step}_{split}.png"
 HEADER = ("step", "split", "estimator", "level p-value", "within 50 %", "within 90 %",
           "ranks p-value", "n", "protocol")  # fmt: skip
 GROUP = ("step", "split", "estimator", "protocol", "identity")
@@ -37,8 +38,10 @@ def write(eval_folder: Path) -> list[dict[str, Any]]:
         if not (table.knows("ranks") and table.has_repeat(0)):
             continue
         _, levels, ranks = places(table)
-        path = eval_folder / f"calibration_{table['step']}.png"
-        plotting.save_calibration(path, levels, ranks[:, :SHOWN])
+        step, split = table["step"], table["split"]
+        path = eval_folder / PICTURE.format(step=step, split=split)
+        title = f"{split} examples, step {step}"
+        plotting.save_calibration(path, levels, ranks[:, :SHOWN], title)
         found.append(summary(table))
     if found or (eval_folder / FILE).exists():
         folder.write_json(eval_folder / FILE, found)

@@ -211,7 +211,7 @@ def _write_protocols(target: Path, table: list[Estimator]) -> None:
 
 
 def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator) -> None:
-    """extremes_<step>.png: the examples that are likeliest and least likely per dimension."""
+    """Draw the examples that are likeliest and least likely per dimension."""
     dataset, split = experiment.dataset, experiment.settings.eval.dataset
     wanted = checkpoint.key_of(estimator)
     means = {}
@@ -224,8 +224,8 @@ def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Es
     chosen = [*order[:EXTREMES], *order[-EXTREMES:]]
     images = dataset.examples(split, np.asarray(chosen))
     names = [f"{means[index]:.2f}" for index in chosen]
-    title = f"{estimator.name}, {estimator.unit}, likeliest and least likely examples"
-    path = checkpoint.target / f"extremes_{checkpoint.step}.png"
+    title = f"{estimator.name}, {estimator.unit}, likeliest and least likely {split} examples"
+    path = checkpoint.target / report.EXTREMES.format(step=checkpoint.step, split=split)
     plotting.save_named_images(path, images, dataset.levels, names, title)
 
 

@@ -150,7 +150,7 @@ def _evaluation(eval_folder: Path, *, several: bool) -> Iterator[str]:
     )
     yield f"<details><summary>What the names mean</summary><dl>{names}</dl></details>"
     seen = "the likeliest and the least likely examples, with their values"
-    yield from (picture(path, seen) for path in _pictures(eval_folder, "extremes").values())
+    yield from (picture(path, seen) for path in _pictures(eval_folder, report.EXTREMES))
     yield from _bits(eval_folder)
     yield from _classes(eval_folder)
     yield from _calibration(eval_folder)
@@ -207,11 +207,11 @@ def _pictures_beside(workdir: Path) -> list[str]:
 
 def _bits(eval_folder: Path) -> list[str]:
     """The figure of the latest step that says where the bits of a bound are spent."""
-    images = _pictures(eval_folder, "bits")
+    images = _pictures(eval_folder, "bits_{step}.png")
     if not images:
         return []
     seen = "the cost of each noise level, and their sum"
-    return ["<h3>Where the bits are spent</h3>", _text(BITS), picture(images[max(images)], seen)]
+    return ["<h3>Where the bits are spent</h3>", _text(BITS), picture(images[-1], seen)]
 
 
 def _classes(eval_folder: Path) -> list[str]:
@@ -231,16 +231,16 @@ def _calibration(eval_folder: Path) -> list[str]:
         return []
     parts = ["<h3>Calibration</h3>", as_html(calibration.HEADER, map(calibration.cells, found))]
     seen = "distribution functions of levels and ranks, less that of the uniform law"
-    images = _pictures(eval_folder, "calibration").values()
+    images = _pictures(eval_folder, calibration.PICTURE)
     return [*parts, _text(PLACES), *(picture(path, seen) for path in images)]
 
 
-def _pictures(eval_folder: Path, kind: str) -> dict[int, Path]:
-    """The pictures <kind>_<step>.png of those steps whose figures are reported, in order."""
-    known = identities.current(eval_folder)
-    found = {int(path.stem.split("_")[1]): path for path in eval_folder.glob(f"{kind}_*.png")}
-    steps = found.keys() if known is None else {figure.step for figure in known.values()}
-    return {step: found[step] for step in sorted(found.keys() & steps)}
+def _pictures(eval_folder: Path, name: str) -> list[Path]:
+    """The pictures of the steps and splits whose figures are reported, which stand in the name."""
+    figures = (identities.current(eval_folder) or {}).values()
+    places = sorted({(figure.step, figure.split) for figure in figures})
+    names = dict.fromkeys(name.format(step=step, split=split) for step, split in places)
+    return [path for path in map(eval_folder.joinpath, names) if path.exists()]
 
 
 def _identities(eval_folder: Path) -> list[str]:

@@ -74,6 +74,7 @@ class Result(NamedTuple):
 HEADER = ("step", "split", "estimator", "mean ± s.e.", "n", "repeats", "evaluations",
           "s/example", "protocol")  # fmt: skip
 PROTOCOLS = "protocols.json"
+EXTREMES = "extremes_{step}_{split}.png"
 GROUP = ("step", "split", "estimator", "protocol", "identity")  # of rows in one line
 HEAVY = 5.0  # examples that one draw is worth; 0.05 for VP and 64 times, 2 to 5 for one time
 

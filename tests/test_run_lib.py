@@ -684,7 +684,7 @@ def test_summaries_say_all_of_the_protocol(trained: Path) -> None:
     assert ode["standard_error"] > 0.0 < ode["seconds_per_example"]
     text = (trained / "p" / "table.md").read_text()
     assert f"{ode['mean']:.4f} ± {ode['standard_error']:.4f} bits/dim" in text
-    assert (trained / "p" / "extremes_20.png").stat().st_size > 0
+    assert (trained / "p" / "extremes_20_test.png").stat().st_size > 0
 
 
 def test_eval_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
