@@ -112,7 +112,8 @@ def _model() -> ConfigDict:
             "gain": placeholder(float),
             "components": placeholder(int),  # mixture: number of Gaussians for each coordinate
             # mixture: the smallest width of a Gaussian, in standard deviations of the coordinate;
-            # with a context, of what its regression leaves, or of a tenth of the coordinate
+            # with a context, in those of what the regression on it leaves, or in tenths of the
+            # standard deviation of the coordinate where that is more
             "floor": placeholder(float),
             # whitened: the covariance of the training data that is used: full | diagonal; the
             # default is full up to 4000 dimensions
@@ -213,7 +214,9 @@ def _training() -> ConfigDict:
             # number of examples whose gradient is computed at a time, over all devices and hosts;
             # fewer need less memory; 0: the whole batch
             "microbatch": 0,
-            "n_jitted_steps": 1,  # number of steps that run without returning to Python
+            # number of steps that run without returning to Python; n_iters, log_freq, eval_freq
+            # and the snapshot frequencies are multiples of it
+            "n_jitted_steps": 1,
             # number of steps to trace into <workdir>/profile, after compilation
             "profile_steps": 0,
             # the loss of an example is the mean over its dimensions; False: half the sum
@@ -230,7 +233,8 @@ def _training() -> ConfigDict:
             "stratified": False,
             # law of the times by name, with likelihood_weighting: uniform | importance | debias |
             # velocity (log σ² is uniform) | adaptive (more times where the loss varies more). The
-            # names importance and debias do the same as the switches above; '': as switched
+            # names importance and debias do the same as the fields importance_weighting and debias;
+            # '': those fields decide
             "time_law": "",
             # probability that training hides the context of an example. The network then learns
             # p(x), too, and an evaluation gives p(x) and log p(x | c) - log p(x) beside p(x | c)
@@ -273,7 +277,7 @@ def _training() -> ConfigDict:
             "fp_probes": 1,
             # share of a batch for which the terms are computed: 1, 1/2, 1/3, ...
             "fp_fraction": 1.0,
-            # the terms are computed in every n-th step, with n times the weight; this is n
+            # 1: in each step; n: in every n-th step, where the terms then have n times the weight
             "fp_every": 1,
             # Of times and steps:
             # t_min: the smallest time of training, of the bound and of the likelihood by the ODE

@@ -25,7 +25,7 @@ def test_every_field_has_a_meaning_and_its_default() -> None:
 def test_meanings_stand_beside_above_and_under_headings() -> None:
     assert field("data.levels").meaning == "number of grey levels"
     assert field("training.time_law").meaning.startswith("law of the times by name")
-    assert field("training.time_law").meaning.endswith("'': as switched")
+    assert field("training.time_law").meaning.endswith("'': those fields decide")
     assert field("training.fp_every").heading.startswith("Of the Fokker-Planck regulariser")
     assert field("model.beta_min").heading == "Of the SDE:"
     assert field("model.name").heading == field("optim.lr").heading == ""

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
+from run_lib import config_files
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -28,13 +30,17 @@ def examples(page: str) -> list[dict]:
     return found
 
 
-def test_the_library_examples_learn_a_density_and_give_a_known_one() -> None:
-    """In some of the steps, for the time that they take."""
-    page = LIBRARY.replace('"training.n_iters": 1000', '"training.n_iters": 300')
+def test_the_library_examples_learn_a_density_and_give_a_known_one(tmp_path, monkeypatch) -> None:
+    """In some of the steps, or with a tiny network, for the time that they take."""
+    monkeypatch.setattr(config_files, "load", lambda name: tiny.config())
+    page = LIBRARY.replace("runs/in_a_program", str(tmp_path))
+    page = page.replace('"training.n_iters": 1000', '"training.n_iters": 300')
     page = page.replace("3000)", "1000)").replace(": 300}", f": 300, {QUICK}}}")
     assert page.count("300,") == 1
     assert page.count("1000)") == 4
-    fitted, trained, exact = examples(page)
+    fitted, ran, trained, exact = examples(page)
+    assert ran["result"].estimator == "bound"
+    assert (tmp_path / "report.html").exists()
     assert fitted["log_p"].min() > -0.5  # 1.38 if learned exactly
     assert jnp.abs(fitted["drawn"][:, 0] - jnp.sin(2.0 * fitted["given"])).max() < 1.0
     truth = trained["data"].log_prob(trained["x"], jnp.full(256, 1e-5), trained["sde"])
