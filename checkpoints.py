@@ -189,7 +189,7 @@ class Checkpoints:
         Of a checkpoint of older code, which has no checksums, it is taken to be true.
         """
         saved = self._checksums(int(state.step))
-        return not saved or saved == checksums.of(state)
+        return saved is None or saved == checksums.of(state)
 
     def restore(
         self, step: int, like: TrainState, only: Collection[str] | None = None
@@ -237,17 +237,19 @@ class Checkpoints:
 
     def _compare(self, step: int, fields: dict[str, Any]) -> None:
         """Values that are not those that were saved: nothing else tells of a flipped bit."""
-        saved, found = self._checksums(step), checksums.of(fields)
-        wrong = [
-            leaf
-            for leaf in sorted(found.keys() & saved.keys())
-            if found[leaf] != saved[leaf] and found[leaf].split()[0] == saved[leaf].split()[0]
-        ]
+        saved = self._checksums(step)
+        if saved is None:
+            return
+        wrong = []
+        for leaf, found in checksums.of(fields).items():
+            expected = saved.get(leaf, "")
+            if found != expected and expected.split()[:1] in ([], found.split()[:1]):
+                wrong.append(leaf)
         if wrong:
             raise ValueError(f"the values of {', '.join(wrong[:8])} are not those that were saved")
 
-    def _checksums(self, step: int) -> dict[str, str]:
-        """Of the leaves when they were saved; {} of older code. ValueError: they are damaged."""
+    def _checksums(self, step: int) -> dict[str, str] | None:
+        """Of the leaves when they were saved; None of older code. ValueError: they are damaged."""
         metadata = json_files.read(self._metadata_path(step)).get("custom_metadata") or {}
         return checksums.read(self._item(step), metadata)
 

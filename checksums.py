@@ -69,8 +69,8 @@ class Restore(ocp.args.PyTreeRestore):
     """How a `Handler` restores."""
 
 
-def read(folder: Path, metadata: dict[str, Any]) -> dict[str, str]:
-    """The checksums of a checkpoint: {} where older code has written none.
+def read(folder: Path, metadata: dict[str, Any]) -> dict[str, str] | None:
+    """The checksums of all leaves of a checkpoint; None where older code has written none.
 
     Args:
         folder: of Orbax's item.
@@ -80,5 +80,5 @@ def read(folder: Path, metadata: dict[str, Any]) -> dict[str, str]:
         ValueError: their file is damaged.
         OSError: it is lost, or cannot be opened.
     """
-    found = metadata.get(KEY, {})
+    found = metadata.get(KEY)
     return json_files.read(folder / FILE) if found == FILE else found

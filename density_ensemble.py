@@ -21,14 +21,14 @@ from sklearn.utils.validation import check_is_fitted
 
 import json_files
 from checks import require
-from density_model import DensityModel, folder_of
+from density_model import LARGEST_SEED, DensityModel, check_seed, folder_of
 from held_out import HELD_OUT, parts
 from run_lib.best_checkpoint import chosen, held_out_values
 from run_lib.folder import write_json
 
 FILE = "ensemble.json"
 SEEDS = 1000  # between the seeds of two members
-LARGEST_SEED = 2**32 - 1
+MEMBERS = 7  # the stream of numbers that says which member a sample is of
 
 
 class DensityEnsemble(DensityMixin, BaseEstimator):
@@ -69,9 +69,7 @@ class DensityEnsemble(DensityMixin, BaseEstimator):
             warnings.warn("y is not used: fit p(y | x) by fit(y, context=x)", stacklevel=2)
         most = round(1.0 / HELD_OUT)
         require(2 <= self.members <= most, "members", self.members, f"2 to {most}")
-        largest = LARGEST_SEED - SEEDS * (self.members - 1)
-        fits = 0 <= self.random_state <= largest
-        require(fits, "random_state", self.random_state, f"0 to {largest}")
+        check_seed(self.random_state, LARGEST_SEED - SEEDS * (self.members - 1))
         X = np.asarray(X)
         allowed = f"at least {2 * self.members} examples, [n, *d], for {self.members} members"
         require(X.ndim > 1 and len(X) >= 2 * self.members, "X", X.shape, allowed)
@@ -119,26 +117,23 @@ class DensityEnsemble(DensityMixin, BaseEstimator):
     def sample(
         self, n_samples: int = 1, context: np.ndarray | None = None, *, random_state: int = 0
     ) -> np.ndarray:
-        """Draw samples [n_samples, *d]: sample i is of member i modulo M.
+        """Draw samples [n_samples, *d], each of a member that is drawn at random.
 
         Arguments and errors as of `DensityModel.sample`.
         """
         check_is_fitted(self)
         require(n_samples >= 1, "n_samples", n_samples, "at least 1")
         self.models_[0].check_context(context, n_samples)
-        models = self.models_[:n_samples]
-        found = [
-            model.sample(
-                len(range(number, n_samples, len(models))),
-                None if context is None else np.asarray(context)[number :: len(models)],
-                random_state=random_state + SEEDS * number,
-            )
-            for number, model in enumerate(models)
-        ]
-        samples = np.empty((n_samples, *found[0].shape[1:]), found[0].dtype)
-        for number, part in enumerate(found):
-            samples[number :: len(models)] = part
-        return samples
+        drawn = np.random.default_rng([random_state, MEMBERS]).random(n_samples)
+        members = np.floor(len(self.models_) * drawn).astype(int)
+        samples: dict[int, np.ndarray] = {}
+        for number in np.unique(members):
+            ids = np.flatnonzero(members == number)
+            given = None if context is None else np.asarray(context)[ids]
+            seed = random_state + SEEDS * int(number)
+            found = self.models_[number].sample(len(ids), given, random_state=seed)
+            samples |= dict(zip(ids, found, strict=True))
+        return np.stack([samples[i] for i in range(n_samples)])
 
     def save(self, folder: str | Path) -> None:
         """Copy the members, each with the chosen checkpoint, as `DensityModel.save`.

@@ -37,18 +37,20 @@ from held_out import divided, keep, parts
 from operators import fold_in_each
 from real_arrays import check_finite
 from run_lib import config_files, loading
+from run_lib.best_checkpoint import FILE as HELD_OUT_BOUNDS
 from run_lib.best_checkpoint import best_step
 from run_lib.calibration import Calibration
 from run_lib.conditional_estimators import with_contexts
 from run_lib.estimators import Estimator, Parameters, estimators
 from run_lib.experiment import Experiment
-from run_lib.folder import trained_otherwise, write_json
+from run_lib.folder import alone, trained_otherwise, write_json
 from run_lib.sampling_loop import check_finite as check_samples
 from run_lib.training import given_checkpoint, write_import
 
 CHECKPOINTS = 16
 COMPILED = ("_likelihood", "_draw")
 OWN = ("seed", "data.dataset", "data.path", "data.context")  # fields that `fit` sets
+LARGEST_SEED = 2**32 - 1
 FOLDER = "fokker-"  # of a model without a folder of its own: the start of its name
 logger = logging.getLogger("fokker")
 
@@ -114,14 +116,24 @@ class DensityModel(DensityMixin, BaseEstimator):
         for name, array in (("X", X), ("context", np.asarray(context))):
             if array.dtype.kind == "f":
                 check_finite(name, array)
-        workdir = folder_of(self, self.workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        if whole_steps(workdir) == [0]:  # of a fit that was refused or made no step
-            shutil.rmtree(workdir / "checkpoints")
+        check_seed(self.random_state, LARGEST_SEED)
         if held_out is None:
             held_out = parts(len(X), 1, self.random_state)[0]
-        keep(workdir / "data.npz", divided(X, context, np.asarray(held_out)))
-        config = self._config(X, workdir, conditional=context is not None)
+        arrays = divided(X, context, np.asarray(held_out))
+        workdir = folder_of(self, self.workdir)
+        with alone(workdir):  # another fit at the same time would take its data for this one's
+            return self._fit(X, arrays, workdir, conditional=context is not None)
+
+    def _fit(
+        self, X: np.ndarray, arrays: npz_files.Arrays, workdir: Path, *, conditional: bool
+    ) -> "DensityModel":
+        """Train in a folder on arrays that were divided."""
+        path = workdir / "data.npz"
+        unfinished = path.exists() and not (workdir / HELD_OUT_BOUNDS).exists()
+        if unfinished and whole_steps(workdir) == [0]:  # it was refused, or made no step
+            shutil.rmtree(workdir / "checkpoints")
+        keep(path, arrays)
+        config = self._config(X, workdir, conditional=conditional)
         experiment = Experiment.from_config(config)
         settings, kind = experiment.settings, experiment.settings.model.parameterization
         require(kind != "atoms", "model.parameterization", kind, "cells: atoms have no density")
@@ -129,7 +141,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         for name in ("bound", "offset"):
             here = getattr(settings.eval, name)
             require(here, f"eval.{name}", here, "True: the bound chooses the checkpoint")
-        others = trained_otherwise(workdir, settings.resolved())
+        others = trained_otherwise(workdir, settings.resolved(), with_seed=True)
         allowed = "the settings that the model in workdir was trained with, or a new folder"
         require(not others, "changes", "; ".join(others), allowed)
         if not whole_steps(workdir) and given_checkpoint(settings, workdir) is None:
@@ -284,10 +296,12 @@ class DensityModel(DensityMixin, BaseEstimator):
         """The model of a folder that `save` or `fit` has written.
 
         Raises:
-            ValueError: there is no such model, or it is damaged.
+            ValueError: there is no such model, it is damaged, or its `fit` did not end.
         """
         folder = Path(folder).absolute()
         config = config_files.load(str(folder / "config.json"))
+        allowed = "the folder of a fit that has ended: give the same fit again, and it goes on"
+        require((folder / HELD_OUT_BOUNDS).exists(), "folder", str(folder), allowed)
         config.data.path = str(folder / "data.npz")
         experiment = Experiment.from_config(config)
         seed = experiment.settings.seed
@@ -322,14 +336,14 @@ class DensityModel(DensityMixin, BaseEstimator):
         elif not isinstance(config, ConfigDict):
             config = config_files.load(str(config))
         config = config.copy_and_resolve_references()
-        config.seed = self.random_state
+        config.seed = int(self.random_state)
         config.data.update(dataset="npz", path=str(workdir / "data.npz"))
         config.data.context = "values" if conditional else ""
         config.training.snapshot_sampling = False
         changes, training = self.changes or {}, config.training
         for name, value in changes.items():
             require(name not in OWN, "changes", name, f"fields of a config, without {OWN}")
-            config_files.change(config, name, str(value))
+            config_files.change(config, name, str(_plain(value)))
         every = max(training.n_iters // CHECKPOINTS // training.n_jitted_steps, 1)
         for name in ("snapshot_freq", "eval_freq", "snapshot_freq_for_preemption"):
             if f"training.{name}" not in changes:
@@ -402,12 +416,23 @@ class DensityModel(DensityMixin, BaseEstimator):
         return np.asarray(value)[mask], np.asarray(error)[mask]
 
     def _inside(self, X: np.ndarray) -> np.ndarray:
-        """Say which examples lie between data.lower and data.upper, bool [n]."""
+        """Say which examples lie between data.lower and data.upper, bool [n].
+
+        Raises:
+            ValueError: the cell of one of them reaches an end.
+        """
         encoding = self.experiment_.encoding
         if not isinstance(encoding, Reals) or encoding.range is None:
             return np.full(len(X), True)
-        found = encoding.range.holds(X.reshape(len(X), *self.experiment_.dataset.shape))
-        return np.asarray(found.reshape(len(X), -1).all(axis=1))
+        x = X.reshape(len(X), *self.experiment_.dataset.shape)
+        inside, whole = (
+            np.asarray(found(x).reshape(len(x), -1).all(axis=1))
+            for found in (encoding.range.holds, encoding.holds_cells)
+        )
+        reaching = np.flatnonzero(inside & ~whole)
+        allowed = "values whose cells (data.cell_width) lie between data.lower and data.upper"
+        require(reaching.size == 0, "X", x[reaching[:3]].tolist(), allowed)
+        return inside
 
     def check_context(self, context: np.ndarray | None, number: int) -> np.ndarray | None:
         """The context of so many examples, as a batch holds it.
@@ -441,6 +466,19 @@ def folder_of(owner: Any, workdir: str | Path | None) -> Path:
     if workdir is None:
         weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def check_seed(seed: object, largest: int) -> None:
+    """Refuse a random_state that is no number for a seed."""
+    fits = isinstance(seed, int | np.integer) and 0 <= seed <= largest
+    require(bool(fits), "random_state", seed, f"a whole number, 0 to {largest}")
+
+
+def _plain(value: Any) -> Any:
+    """A value without the types of NumPy, whose texts are no values of fields."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager

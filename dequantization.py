@@ -228,6 +228,16 @@ class Reals:
         """Say whether `encode` adds noise within cells."""
         return self.widths is not None
 
+    def holds_cells(self, x: np.ndarray) -> np.ndarray:
+        """Say which numbers [b, *d] lie in their range together with their cells, bool."""
+        if self.range is None:
+            return np.full(x.shape, True)
+        x = x.astype(np.float64)
+        widths = np.zeros(x.shape[1:]) if self.widths is None else self.widths
+        reach = 0.5 * widths - np.finfo(np.float32).eps * np.abs(x)  # x is rounded to float32
+        near = self.range.touches(x - reach) & self.range.touches(x + reach)
+        return self.range.holds(x) & near
+
     def encode(self, image: Float[Array, "b *d"], keys: Key[Array, " b"]) -> Batched:
         """Model-space y of the data, with fresh noise in their cells from one key per example."""
         return self._to_model(self.in_cells(image, keys))

@@ -400,7 +400,7 @@ def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray, ti
         axes.set(xlabel="u", ylabel="share below u, less u", title=f"{title}, n = {n}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="small", wrap=True)
     _save(figure, path)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import marginals
 import npz_files
 from checks import FieldError, require
+from dequantization import Reals
 from image_arrays import as_classes
 from splits import DataConfig, Origin, Rows, assembled
 from standardization import Range
@@ -277,11 +278,10 @@ def _check_range(
     split: Finite, name: str, words: _Coordinates, known: Range, widths: np.ndarray
 ) -> None:
     """Refuse values whose cells reach an end of their range."""
-    first = 0
+    first, encoding = 0, Reals(None, widths, known)
     for chunk in _chunks(split):
-        x = chunk.reshape(-1, *words.shape).astype(np.float64)
-        reach = 0.5 * widths - np.finfo(np.float32).eps * np.abs(x)  # x is rounded to float32
-        fits = known.holds(x) & known.touches(x - reach) & known.touches(x + reach)
+        x = chunk.reshape(-1, *words.shape)
+        fits = encoding.holds_cells(x)
         if not fits.all():
             row, number = np.argwhere(~fits.reshape(len(x), -1))[0]
             low, high = np.ravel(known.lower)[number], np.ravel(known.upper)[number]
@@ -384,10 +384,17 @@ def _check_classes(data: Dataset) -> None:
 
 
 def with_scaled_context(data: Dataset) -> Dataset:
-    """The data set with the context at zero mean and unit variance in the training split."""
+    """The data set with the context at zero mean and unit variance in the training split.
+
+    A constant number keeps its scale: the deviation of equal values is not always 0, but rounding.
+    """
     given = data.finite("train").context.astype(np.float64)
-    mean, scale = given.mean(axis=0), given.std(axis=0)
-    context = dataclasses.replace(data.context, mean=mean, scale=np.where(scale > 0, scale, 1.0))
+    mean, constant = given.mean(axis=0), given.min(axis=0) == given.max(axis=0)
+    scale = np.where(constant, 1.0, given.std(axis=0))
+    if constant.any():
+        places = np.flatnonzero(constant)[:10].tolist()
+        logger.warning("the context says nothing in places %s: constant in training", places)
+    context = dataclasses.replace(data.context, mean=mean, scale=scale)
     finite = {name: data.finite(name) for name in data.splits}
     splits: dict[str, Any] = {
         name: dataclasses.replace(split, context=context.standardized(split.context))

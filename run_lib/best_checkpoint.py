@@ -25,6 +25,7 @@ from run_lib.estimators import Parameters, estimators
 from run_lib.experiment import Experiment
 from run_lib.folder import write_json
 
+FILE = "held_out.json"  # of a fit that has ended
 MOST_BOUNDS = 500  # held-out examples
 DRAWS, MOST_REPEATS = 1000, 16  # of the bound for a checkpoint; few examples have several each
 TOLERATED = 0.5  # standard errors
@@ -41,7 +42,7 @@ def held_out_values(workdir: Path, experiment: Experiment) -> dict[int, Float[np
     The loss would not do: it has one draw of time and noise for each example, and few examples are
     held out of few. What was measured before is read from held_out.json.
     """
-    path, run = workdir / "held_out.json", json_files.read(workdir / identities.RUN)["run"]
+    path, run = workdir / FILE, json_files.read(workdir / identities.RUN)["run"]
     stored = json_files.read(path) if path.exists() else {}
     values = stored.get("values", {}) if stored.get("run") == run else {}
     steps = loading.steps_in(workdir)
@@ -55,14 +56,24 @@ def held_out_values(workdir: Path, experiment: Experiment) -> dict[int, Float[np
 
 
 def chosen(values: dict[int, Float[np.ndarray, " n"]]) -> int:
-    """The earliest of the steps that cannot be told from the one of the least mean."""
-    least = min(values.values(), key=np.mean)
-    for step in sorted(values):
-        gap = values[step] - least
-        error = gap.std(ddof=1) / len(gap) ** 0.5 if len(gap) > 1 else 0.0
-        if gap.mean() <= TOLERATED * error:
-            return step
-    raise ValueError("no checkpoint has a bound")
+    """The earliest of the steps that cannot be told from the one of the least mean.
+
+    Raises:
+        FloatingPointError: none of them has finite bounds.
+    """
+    finite = {step: found for step, found in values.items() if np.isfinite(found).all()}
+    if not finite:
+        (first, *_) = values.values()
+        rows = np.flatnonzero(~np.isfinite(first))[:10].tolist()
+        raise FloatingPointError(f"no checkpoint has finite bounds; held-out examples {rows} of it")
+    least = min(finite.values(), key=np.mean)
+    return min(step for step, found in finite.items() if _is_near(found - least))
+
+
+def _is_near(gap: Float[np.ndarray, " n"]) -> bool:
+    """Say whether a mean difference is at most so many standard errors."""
+    error = gap.std(ddof=1) / len(gap) ** 0.5 if len(gap) > 1 else 0.0
+    return bool(gap.mean() <= TOLERATED * error)
 
 
 def held_out_bound(experiment: Experiment) -> Callable[[Any], Float[np.ndarray, " n"]]:

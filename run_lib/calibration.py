@@ -21,7 +21,6 @@ from records import Row, stored, summarize_values, values
 from run_lib import folder, identities
 
 FILE = "calibration.json"
-PICTURE = "calibration_{step}_{split}.png"
 HEADER = ("step", "split", "estimator", "level p-value", "within 50 %", "within 90 %",
           "ranks p-value", "n", "protocol")  # fmt: skip
 GROUP = ("step", "split", "estimator", "protocol", "identity")
@@ -30,19 +29,21 @@ SHOWN = 12  # coordinates in the figure
 
 
 def write(eval_folder: Path) -> list[dict[str, Any]]:
-    """calibration.json and its figures of a folder of rows, if they have ranks; the content."""
+    """calibration.json of a folder of rows, if they have ranks, and a picture of each line of it.
+
+    Returns the content.
+    """
     tables = identities.reported(eval_folder, stored(eval_folder))
     tables.sort(key=lambda table: [table[name] for name in GROUP])
-    found = []
+    found: list[dict[str, Any]] = []
     for table in tables:
         if not (table.knows("ranks") and table.has_repeat(0)):
             continue
         _, levels, ranks = places(table)
-        step, split = table["step"], table["split"]
-        path = eval_folder / PICTURE.format(step=step, split=split)
-        title = f"{split} examples, step {step}"
-        plotting.save_calibration(path, levels, ranks[:, :SHOWN], title)
-        found.append(summary(table))
+        name = f"calibration_{len(found) + 1}.png"
+        title = f"{table['split']} examples, step {table['step']}, {table['protocol']}"
+        plotting.save_calibration(eval_folder / name, levels, ranks[:, :SHOWN], title)
+        found.append(summary(table) | {"picture": name})
     if found or (eval_folder / FILE).exists():
         folder.write_json(eval_folder / FILE, found)
     return found

@@ -199,8 +199,8 @@ def evaluate_checkpoint(
     devices.wait_for_all(f"rows of {step}")
     if devices.is_first():
         figures.save_parts(target, step, table)
-    if devices.is_first() and experiment.dataset.levels is not None and table:
-        _save_extremes(experiment, checkpoint, table[0])
+    if devices.is_first() and experiment.dataset.levels is not None:
+        _save_extremes(experiment, checkpoint, table)
 
 
 def _write_protocols(target: Path, table: list[Estimator]) -> None:
@@ -210,14 +210,18 @@ def _write_protocols(target: Path, table: list[Estimator]) -> None:
     folder.write_json(path, known | {e.protocol: e.details for e in table})
 
 
-def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Estimator) -> None:
-    """Draw the examples that are likeliest and least likely per dimension."""
+def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, table: list[Estimator]) -> None:
+    """Draw the examples that are likeliest and least likely per dimension; else there is none."""
     dataset, split = experiment.dataset, experiment.settings.eval.dataset
+    path = checkpoint.target / report.EXTREMES.format(step=checkpoint.step, split=split)
+    path.unlink(missing_ok=True)  # of an earlier network
+    if not table:
+        return
+    estimator, means = table[0], {}
     wanted = checkpoint.key_of(estimator)
-    means = {}
-    for table in stored(checkpoint.target):
-        if table.shared == wanted:
-            means = example_means(table)
+    for rows in stored(checkpoint.target):
+        if rows.shared == wanted:
+            means = example_means(rows)
     order = sorted(means, key=means.get)
     if len(order) < 2 * EXTREMES:
         return
@@ -225,7 +229,6 @@ def _save_extremes(experiment: Experiment, checkpoint: Checkpoint, estimator: Es
     images = dataset.examples(split, np.asarray(chosen))
     names = [f"{means[index]:.2f}" for index in chosen]
     title = f"{estimator.name}, {estimator.unit}, likeliest and least likely {split} examples"
-    path = checkpoint.target / report.EXTREMES.format(step=checkpoint.step, split=split)
     plotting.save_named_images(path, images, dataset.levels, names, title)
 
 

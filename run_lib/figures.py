@@ -168,7 +168,9 @@ def _save_scores(experiment: Experiment, params: Any, x: np.ndarray, workdir: Pa
 
 
 def save_parts(target: Path, step: int, table: list[Estimator]) -> None:
-    """bits_<step>.json and bits_<step>.png of a folder of rows; none without rows of a bound.
+    """bits_<step>.json and bits_<step>.png of a folder of rows.
+
+    Without rows of a bound there are none, and those of an earlier network go.
 
     Edges are those of the estimators; of other protocols, those that the file already has.
     """
@@ -176,9 +178,13 @@ def save_parts(target: Path, step: int, table: list[Estimator]) -> None:
     before = {(parts["estimator"], parts["protocol"]): parts["edges"] for parts in _parts_in(path)}
     edges = before | {(e.name, e.protocol): list(e.edges) for e in table if e.edges}
     tables = [t for t in identities.reported(target, stored(target)) if t["step"] == step]
+    picture = path.with_suffix(".png")
     if found := all_parts(tables, edges):
         folder.write_json(path, found)
-        plotting.save_bits(path.with_suffix(".png"), list(map(_drawn, found)))
+        plotting.save_bits(picture, list(map(_drawn, found)))
+    else:
+        path.unlink(missing_ok=True)
+        picture.unlink(missing_ok=True)
 
 
 def _parts_in(path: Path) -> list[Parts]:

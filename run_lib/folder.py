@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def is_fixed(name: str) -> bool:
 
 
 def trained_otherwise(
-    workdir: Path, config: dict[str, Any], free: Collection[str] = ()
+    workdir: Path, config: dict[str, Any], free: Collection[str] = (), *, with_seed: bool = False
 ) -> list[str]:
     """Say which settings of its training a run folder had, where they are others now.
 
@@ -76,16 +77,18 @@ def trained_otherwise(
         workdir: the run folder; without a checkpoint there is nothing to say.
         config: the resolved config of this start.
         free: names of fields that may differ.
+        with_seed: the seed is one of the settings.
     """
     path = workdir / "config.json"
     if not path.exists() or not whole_steps(workdir):
         return []
     before, now = json_files.read(path), json.loads(json.dumps(config))
     known = dict(flatten(before))  # a field that the folder lacks is newer than it
+    compared = ("training", "optim", "model", *(["seed"] if with_seed else []))
     return [
         f"{name}: {old!r} in {path}, now {new!r}"
         for name, (old, new) in differences(before, now).items()
-        if name.split(".")[0] in ("training", "optim", "model") and name in known
+        if name.split(".")[0] in compared and name in known
         if name not in free
     ]
 
@@ -183,14 +186,20 @@ def results_folder(workdir: Path, name: str, deq_folder: str = "") -> Path:
     return path
 
 
+HELD: ContextVar[frozenset[Path]] = ContextVar("HELD", default=frozenset())  # by this thread
+
+
 @contextmanager
 def alone(where: Path) -> Iterator[None]:
     """A block that only one run executes at a time in a folder; the lock goes with its process.
 
+    Within the block the same thread may ask for it again.
+
     Raises:
         ValueError: another process is at it; names it.
     """
-    if not devices.is_first():
+    where = where.absolute()
+    if not devices.is_first() or where in HELD.get():
         yield
         return
     where.mkdir(parents=True, exist_ok=True)
@@ -210,7 +219,11 @@ def alone(where: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        token = HELD.set(HELD.get() | {where})
+        try:
+            yield
+        finally:
+            HELD.reset(token)
 
 
 def write_json(path: Path, content: Any) -> None:

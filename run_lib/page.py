@@ -180,8 +180,14 @@ def _headline(eval_folder: Path, results: list[report.Result]) -> Iterator[str]:
     yield f"<div class='cards'>{cards}</div>"
     if len(shown) > len(models):
         path = eval_folder / "headline.png"
+        several = len({result.split for result in shown}) > 1
         bars = [
-            plotting.Mark(r.estimator, r.value.mean, r.value.standard_error, r not in models)
+            plotting.Mark(
+                f"{r.estimator}, {r.split}" if several else r.estimator,
+                r.value.mean,
+                r.value.standard_error,
+                r not in models,
+            )
             for r in shown
         ]
         plotting.save_marks(path, bars, f"{models[0].unit} (lower is better)")
@@ -231,8 +237,8 @@ def _calibration(eval_folder: Path) -> list[str]:
         return []
     parts = ["<h3>Calibration</h3>", as_html(calibration.HEADER, map(calibration.cells, found))]
     seen = "distribution functions of levels and ranks, less that of the uniform law"
-    images = _pictures(eval_folder, calibration.PICTURE)
-    return [*parts, _text(PLACES), *(picture(path, seen) for path in images)]
+    images = [eval_folder / line["picture"] for line in found if "picture" in line]
+    return [*parts, _text(PLACES), *(picture(path, seen) for path in images if path.exists())]
 
 
 def _pictures(eval_folder: Path, name: str) -> list[Path]:

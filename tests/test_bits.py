@@ -175,6 +175,9 @@ def test_report_shows_the_figure_of_the_latest_step(run: tuple) -> None:
 def test_without_a_bound_there_is_neither_file_nor_heading(tmp_path: Path) -> None:
     config = config_of("nats")
     run_lib.train(Experiment.from_config(config), tmp_path)
+    (tmp_path / "eval").mkdir()
+    for name in (f"bits_{config.training.n_iters}.json", f"bits_{config.training.n_iters}.png"):
+        (tmp_path / "eval" / name).write_text("[]")  # of an earlier network
     target = evaluate(config, tmp_path, "eval", bound=False, enable_loss=True)
     assert Records(target).rows
     assert not list(target.glob("bits*"))

@@ -274,6 +274,17 @@ def test_lost_checksums_are_damage(saved):
         saved.restore(5, state_of())
 
 
+def test_a_leaf_without_a_checksum_is_damage(saved):
+    path = saved.directory / "5" / "default" / "crc32.json"
+    sums = json.loads(path.read_text())
+    del sums["params.half"]
+    path.write_text(json.dumps(sums))
+    with pytest.raises(DamagedError, match=r"the values of params\.half are not those"):
+        saved.restore(5, state_of())
+    path.write_text("{}")
+    assert not saved.holds(state_of(5, seed=5))
+
+
 def test_checksums_of_older_code_are_compared(saved):
     """It kept them in the metadata of the checkpoint."""
     state, metadata = state_of(5, seed=5), saved.directory / "5" / "_CHECKPOINT_METADATA"

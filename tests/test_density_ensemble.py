@@ -1,4 +1,4 @@
-"""DensityEnsemble: the mean of densities, disjoint held-out parts, one step, turns in sampling."""
+"""DensityEnsemble: the mean of densities, disjoint held-out parts, one step, members drawn."""
 
 import numpy as np
 import pytest
@@ -81,14 +81,21 @@ def test_members_hold_out_disjoint_tenths_and_share_a_step(ensemble):
     assert len({m.random_state for m in model.models_}) == 3
 
 
-def test_samples_of_an_ensemble_take_turns(ensemble):
+def test_samples_are_of_members_drawn_at_random(ensemble):
+    """Each member has its share of one context, and a sample stays when more are drawn."""
     model, c, _ = ensemble
-    found = model.sample(7, c[:7], random_state=4)
+    found = model.sample(60, np.full(60, c[0]), random_state=4)[:, 0]
+    counts, members = [], np.full(60, -1)
     for number, member in enumerate(model.models_):
-        ids = np.arange(number, 7, 3)
-        alone = member.sample(len(ids), c[ids], random_state=4 + 1000 * number)
-        assert_allclose(found[ids], alone)
-    assert model.sample(2, c[:2]).shape == (2, 1)
+        own = member.sample(60, np.full(60, c[0]), random_state=4 + 1000 * number)[:, 0]
+        ids = np.flatnonzero(np.isin(found, own))
+        assert_allclose(found[ids], own[: len(ids)], rtol=1e-5)
+        members[ids] = number
+        counts.append(len(ids))
+    assert sum(counts) == 60
+    assert min(counts) >= 10
+    assert (np.diff(members) == 1).sum() < 40  # not in turn
+    assert_allclose(model.sample(7, np.full(7, c[0]), random_state=4)[:, 0], found[:7], rtol=1e-3)
 
 
 def test_a_saved_ensemble_is_the_same(ensemble, tmp_path):
@@ -105,7 +112,9 @@ def test_a_saved_ensemble_is_the_same(ensemble, tmp_path):
         model.save(tmp_path / "copy")
     with pytest.raises(ValueError, match="one for each of 3 examples"):
         model.sample(3, c[:4])
-    with pytest.raises(ValueError, match=r"random_state=4294967295: need 0 to 4294965295"):
+    with pytest.raises(
+        ValueError, match=r"random_state=4294967295: need a whole number, 0 to 4294965295"
+    ):
         DensityEnsemble(3, random_state=2**32 - 1).fit(y[:, None])
     with pytest.raises(ValueError, match=r"folder=.*: need one that holds ensemble\.json"):
         DensityEnsemble.load(tmp_path)

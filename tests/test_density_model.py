@@ -3,6 +3,8 @@
 import json
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ import run_lib
 from checkpoints import whole_steps
 from checksums import digest
 from density_model import DensityModel
+from dequantization import Reals
 from records import Records
-from run_lib import best_checkpoint, config_files
+from run_lib import best_checkpoint, config_files, folder
 from run_lib.experiment import Experiment
+from standardization import Range
 
 pytestmark = pytest.mark.usefixtures("compiled_at_o0")
 
@@ -134,6 +138,10 @@ def test_the_earliest_checkpoint_that_cannot_be_told_from_the_best_is_chosen():
         assert best_checkpoint.chosen(values) == step
     assert best_checkpoint.chosen({0: np.ones(1), 10: np.zeros(1)}) == 10
     assert best_checkpoint.chosen({5: np.ones(4)}) == 5
+    bad = np.array([1.0, np.nan, 1.0, 1.0])
+    assert best_checkpoint.chosen({0: bad, 5: np.ones(4), 9: bad}) == 5
+    with pytest.raises(FloatingPointError, match=r"held-out examples \[1\] of it"):
+        best_checkpoint.chosen({0: bad, 5: bad})
 
 
 def test_a_density_ends_where_its_range_does(tmp_path):
@@ -144,7 +152,7 @@ def test_a_density_ends_where_its_range_does(tmp_path):
         return np.stack([6.0 / (1.0 + np.exp(-z[:, 0])), np.exp(z[:, 1])], axis=1), z
 
     changes = FEW | {"model.parameterization": "whitened", "training.n_iters": 16}
-    changes |= {"data.lower": "0", "data.upper": "(6,None)"}
+    changes |= {"data.lower": np.zeros(2), "data.upper": (np.float64(6), None)}
     model = DensityModel(changes=changes, workdir=tmp_path / "run").fit(drawn(4000, seed=0)[0])
     x, z = drawn(1000, seed=1)
     slopes = np.log(x[:, 0] * (1.0 - x[:, 0] / 6.0) * x[:, 1])
@@ -163,6 +171,16 @@ def test_a_density_ends_where_its_range_does(tmp_path):
     with pytest.raises(ValueError, match=r"X='rows \[1\] outside': need rows between data.lower"):
         again.calibration(np.array([x[0], [6.5, 1.0]]), n_samples=2)
     assert np.isfinite(errors).all()
+
+
+def test_an_example_whose_cell_reaches_beyond_an_end_is_refused():
+    """Noise in its cell would be cut off at the end, where the logit is without bound."""
+    known = Range(np.array([0.0]), np.array([np.inf]))
+    encoding, model = Reals(widths=np.array([0.5]), range=known), DensityModel()
+    model.experiment_ = SimpleNamespace(encoding=encoding, dataset=SimpleNamespace(shape=(1,)))
+    assert model._inside(np.array([[0.25], [3.0], [-1.0]])).tolist() == [True, True, False]
+    with pytest.raises(ValueError, match=r"X=\[\[0\.2\]\]: need values whose cells"):
+        model._inside(np.array([[3.0], [0.2]]))
 
 
 def test_a_density_given_numbers():
@@ -238,9 +256,42 @@ def test_a_fit_that_made_no_step_does_not_bar_its_folder(tmp_path):
     with pytest.raises(ValueError, match="reverse_index"):
         DensityModel(changes=wrong, workdir=tmp_path).fit(correlated(60, seed=1))
     assert whole_steps(tmp_path) == [0]
+    with pytest.raises(ValueError, match="the folder of a fit that has ended"):
+        DensityModel.load(tmp_path)
     model = DensityModel(changes=changes, workdir=tmp_path).fit(correlated(50, seed=2))
     assert whole_steps(tmp_path) == [0, 50]
-    assert model.step_ in (0, 50)
+    assert model.shape_ == (2,)
+
+
+def test_a_saved_start_is_a_model_that_another_fit_leaves(tmp_path):
+    """A fit whose choice was the checkpoint before the first step."""
+    changes = FEW | {"training.n_iters": 4}
+    model = DensityModel(changes=changes, random_state=np.int64(3)).fit(correlated(60, seed=1))
+    model.at_step(0).save(tmp_path / "copy")
+    before = (tmp_path / "copy" / "data.npz").read_bytes()
+    copy = DensityModel.load(tmp_path / "copy")
+    with pytest.raises(ValueError, match="holds a model of other data"):
+        clone(copy).fit(correlated(60, seed=2))
+    assert whole_steps(tmp_path / "copy") == [0]
+    assert (tmp_path / "copy" / "data.npz").read_bytes() == before
+    assert_allclose(copy.score_samples(np.full((1, 2), 5.0)), model.score_samples([[5.0, 5.0]]))
+
+
+def test_two_fits_at_once_do_not_share_a_folder(tmp_path):
+    """Nothing is deleted or written before the second one is refused."""
+    with ThreadPoolExecutor(1) as another, folder.alone(tmp_path):
+        fit = another.submit(DensityModel(workdir=tmp_path).fit, correlated(60, seed=1))
+        with pytest.raises(ValueError, match="is in use by process"):
+            fit.result()
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    with folder.alone(tmp_path), folder.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("seed", [None, -1, 2**32, 0.5, np.random.RandomState(0)])
+def test_a_random_state_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match=r"random_state=.*: need a whole number, 0 to 4294967295"):
+        DensityModel(random_state=seed).fit(correlated(60, seed=1))
 
 
 def test_a_fit_tells_its_progress_and_that_y_is_not_used(fitted, capsys):
@@ -267,6 +318,12 @@ def test_a_folder_keeps_the_model_that_it_holds(fitted):
     others = fitted.changes | {"optim.lr": 0.5, "training.n_iters": 200}
     with pytest.raises(ValueError, match=r"changes='optim\.lr: 0\.001 in .*training\.n_iters: 400"):
         DensityModel(changes=others, workdir=fitted.workdir_).fit(correlated(2000, seed=0))
+    given = npz_files.read(fitted.workdir_ / "data.npz", ())["x_test"]
+    x = correlated(2000, seed=0)
+    held_out = np.flatnonzero(np.isin(x[:, 0], given[:, 0]))
+    other = DensityModel(changes=fitted.changes, workdir=fitted.workdir_, random_state=5)
+    with pytest.raises(ValueError, match=r"changes='seed: 0 in .*, now 5"):
+        other.fit(x, held_out=held_out)
     again = DensityModel(changes=fitted.changes, workdir=fitted.workdir_)
     assert again.fit(correlated(2000, seed=0)).step_ == fitted.step_
 

@@ -221,6 +221,18 @@ def test_contexts_of_images_are_classes_as_integers_in_a_row_alone(tmp_path, sha
     np.testing.assert_allclose(found, there, atol=1e-5)
 
 
+def test_a_constant_context_keeps_its_scale(tmp_path: Path, caplog) -> None:
+    """The deviation of equal float64 is some 1e-17, by which nothing may be divided."""
+    context = np.stack([np.full(60, 0.1), np.arange(60.0)], axis=1)
+    assert 0.0 < context[:, 0].std() < 1e-16
+    x = {"x_train": reals(60, 2), "x_test": reals(9, 2)}
+    contexts = {"context_train": context, "context_test": context[:9].astype(np.float32)}
+    data = load(tmp_path, {"context": "values"}, **x, **contexts)
+    assert data.context.scale[0] == 1.0
+    assert np.abs(data.contexts("test", np.arange(9))[:, 0]).max() < 1e-6
+    assert "the context says nothing in places [0]" in caplog.text
+
+
 def test_contexts_and_classes_that_do_not_fit(tmp_path: Path) -> None:
     pair, wanted = {"x_train": X[:30], "x_test": X[30:]}, {"context": "values"}
     with pytest.raises(ValueError, match=r"data.context='values': need a file with context_train"):

@@ -85,7 +85,7 @@ def test_other_units_change_figures_by_the_log_of_the_units(tmp_path, tables) ->
     np.testing.assert_allclose(*places, atol=1e-6)
     assert calibration.read(tmp_path / "a" / "eval")[0]["n"] == 12
     assert "<h3>Calibration</h3>" in (tmp_path / "a" / "report.html").read_text()
-    assert (tmp_path / "a" / "eval" / "calibration_5_test.png").exists()
+    assert (tmp_path / "a" / "eval" / "calibration_1.png").exists()
     assert a.keys() == b.keys() == {"ODE", "bound", "Gaussian", "diagonal Gaussian"}
     for name in a:
         assert len(a[name]) == 12
@@ -107,7 +107,7 @@ def test_other_units_change_figures_by_the_log_of_the_units(tmp_path, tables) ->
     c.eval.update(dataset="train", num_examples=12, enable_sampling=False)
     run_lib.evaluate(Experiment.from_config(c), tmp_path / "b", "eval")
     pictures = sorted(path.name for path in (tmp_path / "b" / "eval").glob("calibration_*.png"))
-    assert pictures == ["calibration_5_test.png", "calibration_5_train.png"]
+    assert pictures == ["calibration_1.png", "calibration_2.png"]
     page = (tmp_path / "b" / "report.html").read_text()
     assert page.count("<figcaption>distribution functions of levels and ranks") == 2
 
