@@ -21,8 +21,8 @@ from sklearn.utils.validation import check_is_fitted
 
 import json_files
 from checks import require
-from density_model import LARGEST_SEED, DensityModel, check_seed, folder_of
-from held_out import HELD_OUT, parts
+from density_model import DensityModel
+from fitting import HELD_OUT, LARGEST_SEED, check_seed, folder_of, parts
 from run_lib.best_checkpoint import chosen, held_out_values
 from run_lib.folder import write_json
 

@@ -12,10 +12,8 @@ import dataclasses
 import functools
 import logging
 import shutil
-import tempfile
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from checkpoints import whole_steps
 from checks import require
 from default_configs import of_images, of_reals
 from dequantization import Pixels, Reals
-from held_out import divided, keep, parts
+from fitting import LARGEST_SEED, check_seed, divided, folder_of, keep, parts, plain, told
 from operators import fold_in_each
 from real_arrays import check_finite
 from run_lib import config_files, loading
@@ -50,8 +48,6 @@ from run_lib.training import given_checkpoint, write_import
 CHECKPOINTS = 16
 COMPILED = ("_likelihood", "_draw")
 OWN = ("seed", "data.dataset", "data.path", "data.context")  # fields that `fit` sets
-LARGEST_SEED = 2**32 - 1
-FOLDER = "fokker-"  # of a model without a folder of its own: the start of its name
 logger = logging.getLogger("fokker")
 
 
@@ -148,7 +144,7 @@ class DensityModel(DensityMixin, BaseEstimator):
             begin = experiment.train_state(experiment.with_prior(experiment.initial_parameters()))
             every = settings.training.snapshot_freq
             write_import(workdir, settings.resolved(), begin, every)
-        with _told() if self.verbose else contextlib.nullcontext():
+        with told() if self.verbose else contextlib.nullcontext():
             run_lib.train(experiment, workdir)
             step = best_step(workdir, experiment)
             logger.info("the checkpoint of step %d is chosen by the held-out examples", step)
@@ -343,7 +339,7 @@ class DensityModel(DensityMixin, BaseEstimator):
         changes, training = self.changes or {}, config.training
         for name, value in changes.items():
             require(name not in OWN, "changes", name, f"fields of a config, without {OWN}")
-            config_files.change(config, name, str(_plain(value)))
+            config_files.change(config, name, str(plain(value)))
         every = max(training.n_iters // CHECKPOINTS // training.n_jitted_steps, 1)
         for name in ("snapshot_freq", "eval_freq", "snapshot_freq_for_preemption"):
             if f"training.{name}" not in changes:
@@ -458,40 +454,3 @@ class DensityModel(DensityMixin, BaseEstimator):
         require(given.dtype.kind in "iuf", "context", given.dtype, "numbers, as in fit")
         check_finite("context", given)
         return self.experiment_.dataset.context.standardized(given).astype(np.float32)
-
-
-def folder_of(owner: Any, workdir: str | Path | None) -> Path:
-    """Return the folder of a model: the one it was given, else one that ends with the model."""
-    folder = Path(workdir or tempfile.mkdtemp(prefix=FOLDER)).absolute()
-    if workdir is None:
-        weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def check_seed(seed: object, largest: int) -> None:
-    """Refuse a random_state that is no number for a seed."""
-    fits = isinstance(seed, int | np.integer) and 0 <= seed <= largest
-    require(bool(fits), "random_state", seed, f"a whole number, 0 to {largest}")
-
-
-def _plain(value: Any) -> Any:
-    """A value without the types of NumPy, whose texts are no values of fields."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """A block in which what the program says is written."""
-    handler, level, propagate = logging.StreamHandler(), logger.level, logger.propagate
-    if not logger.hasHandlers():
-        logger.addHandler(handler)
-        logger.propagate = False  # libraries may add a handler to the root meanwhile
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.propagate = propagate
-        logger.removeHandler(handler)

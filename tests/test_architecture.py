@@ -25,7 +25,7 @@ LEVELS = {
     "streams": 3, "point_samplers": 3, "restarted": 2, "datasets": 7, "plotting": 7, "version": -2,
     "marginals": 0, "tails": 0, "standardization": 1, "splits": 5,
     "real_arrays": 6, "array_files": 6.5, "tables": 6, "heads": 1.5, "real_heads": 1.7,
-    "baselines": 3, "run_lib": 8, "default_configs": 8.5, "held_out": 8, "density_model": 9,
+    "baselines": 3, "run_lib": 8, "default_configs": 8.5, "fitting": 8, "density_model": 9,
     "density_ensemble": 10, "main": 9,
     "posterior_sampling": 7, "twisted": 7.5, "measurements": 1,
 }  # fmt: skip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-import held_out
+import fitting
 import json_files
 import npz_files
 from density_ensemble import DensityEnsemble
@@ -61,12 +61,12 @@ def test_errors_are_weighted_by_the_densities():
 @pytest.mark.parametrize("members", [2, 3, 7, 10])
 def test_held_out_parts_are_disjoint_and_of_equal_size(members):
     for number in range(2 * members, 60):
-        found = held_out.parts(number, members, 0)
+        found = fitting.parts(number, members, 0)
         together = np.concatenate(found)
         assert len({len(part) for part in found}) == 1
         assert len(found) == members
         assert len(np.unique(together)) == len(together) >= members
-    assert [len(part) for part in held_out.parts(100_000, members, 0)] == [2000] * members
+    assert [len(part) for part in fitting.parts(100_000, members, 0)] == [2000] * members
 
 
 def test_members_hold_out_disjoint_tenths_and_share_a_step(ensemble):
