@@ -388,7 +388,7 @@ def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray, ti
     """
     figure, (both,) = _panels(1, 2, figsize=(10.0, 3.8))
     columns = {"levels": levels[:, None], "ranks of coordinates": ranks}
-    for axes, (title, values) in zip(both, columns.items(), strict=True):
+    for axes, (name, values) in zip(both, columns.items(), strict=True):
         n = len(values)
         width = KOLMOGOROV / math.sqrt(n)
         axes.axhspan(-width, width, color="0.9", label="95 % if calibrated")
@@ -397,7 +397,7 @@ def save_calibration(path: str | Path, levels: np.ndarray, ranks: np.ndarray, ti
             share = np.repeat(np.arange(n + 1) / n, 2)
             label = f"{j}" if values.shape[1] > 1 else None
             axes.plot(place, share - place, linewidth=1.2, label=label)
-        axes.set(xlabel="u", ylabel="share below u, less u", title=f"{title}, n = {n}")
+        axes.set(xlabel="u", ylabel="share below u, less u", title=f"{name}, n = {n}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.suptitle(title, fontsize="small", wrap=True)
