@@ -221,9 +221,24 @@ def single_step(step_fn: Step) -> Step:
 
 
 def many_steps(step_fn: Step) -> Step:
-    """Several steps in one dispatch: batch leaves are [n, B, ...], metrics come back as [n]."""
+    """Several steps in one dispatch: batch leaves are [n, B, ...], metrics come back as [n].
 
-    def scanned(state: TrainState, seed_key: Key[Array, ""], batches: Batch, *frozen: Any) -> tuple:
-        return jax.lax.scan(lambda s, batch: step_fn(s, seed_key, batch, *frozen), state, batches)
+    A batch whose mask is empty ends the steps, so that one program takes any number of them up to
+    n. Not a scan: XLA rounds otherwise in loops of another length, and a resumed run, whose
+    dispatches may have other lengths, would differ from an uninterrupted one in its last bits.
+    """
 
-    return scanned
+    def looped(state: TrainState, seed_key: Key[Array, ""], batches: Batch, *frozen: Any) -> tuple:
+        def step(number: Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+            batch = jax.tree.map(lambda leaf: leaf[number], batches)
+            state, found = step_fn(carry[0], seed_key, batch, *frozen)
+            return state, jax.tree.map(lambda all, one: all.at[number].set(one), carry[1], found)
+
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        _, found = jax.eval_shape(step_fn, state, seed_key, first, *frozen)
+        length = len(batches["mask"])
+        metrics = jax.tree.map(lambda one: jnp.zeros((length, *one.shape), one.dtype), found)
+        count = jnp.sum(jnp.any(batches["mask"], axis=1))
+        return jax.lax.fori_loop(0, count, step, (state, metrics))
+
+    return looped

@@ -214,8 +214,8 @@ def _training() -> ConfigDict:
             # number of examples whose gradient is computed at a time, over all devices and hosts;
             # fewer need less memory; 0: the whole batch
             "microbatch": 0,
-            # number of steps that run without returning to Python; n_iters, log_freq, eval_freq
-            # and the snapshot frequencies are multiples of it
+            # number of steps that run without returning to Python; log_freq, eval_freq and the
+            # snapshot frequencies are multiples of it
             "n_jitted_steps": 1,
             # number of steps to trace into <workdir>/profile, after compilation
             "profile_steps": 0,

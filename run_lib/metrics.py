@@ -104,12 +104,12 @@ class PendingMetrics:
     """Metrics still on the device; fetched and checked at the next log or checkpoint."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, Any]] = []
+        self._pending: list[tuple[range, Any]] = []
         self._fetched: list[NumpyMetrics] = []
 
-    def add(self, first_step: int, metrics: Any) -> None:
-        """Metrics [n] of steps first_step, first_step + 1, ...; waits for those of long ago."""
-        self._pending.append((first_step, metrics))
+    def add(self, steps: range, metrics: Any) -> None:
+        """Metrics of these steps, the first of [n]; waits for those of long ago."""
+        self._pending.append((steps, metrics))
         if len(self._pending) > MAX_WAITING:
             jax.block_until_ready(self._pending[-1 - MAX_WAITING][1])
 
@@ -119,14 +119,15 @@ class PendingMetrics:
         Raises:
             FloatingPointError: one of them is not finite; names the step and the metric.
         """
-        for first_step, metrics in self._pending:
-            fetched = jax.device_get(metrics)
+        for steps, metrics in self._pending:
+            found = jax.device_get(metrics)
+            fetched = {name: values[: len(steps)] for name, values in found.items()}
             for name, values in fetched.items():
                 bad = np.flatnonzero(~np.isfinite(values))
                 if bad.size:
                     raise FloatingPointError(
-                        f"{name} = {values[bad[0]]} at step {first_step + bad[0]} (steps "
-                        f"{self._pending[0][0]} to {first_step + len(values) - 1} were in flight); "
+                        f"{name} = {values[bad[0]]} at step {steps[bad[0]]} (steps "
+                        f"{self._pending[0][0][0]} to {steps[-1]} were in flight); "
                         "training stops, the last checkpoint is from before it. Lower optim.lr, "
                         "lengthen optim.warmup or lower optim.grad_clip"
                     )

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -104,11 +103,11 @@ class Trainer:
                     jax.block_until_ready(self.state)
                 began = time.monotonic()
                 self.state, metrics = self.step_fn(*arguments)
-                self.step = first + len(batches["mask"])
+                self.step = first + self._count(first)
                 if number == 1:
                     jax.block_until_ready(self.state)
                     progress.estimate(self.step, self.step - first, time.monotonic() - began)
-                self.metrics.add(first, metrics)
+                self.metrics.add(range(first, self.step), metrics)
                 self.events(writer, progress)
                 profile.after(self.step, self.state)
                 if stop.asked():
@@ -118,12 +117,9 @@ class Trainer:
                     break
 
     def compile_steps(self, arguments: tuple[Any, ...], progress: Progress) -> None:
-        """Compile all that will be dispatched, also what only the last steps need."""
-        state, key, batches, *frozen = arguments
+        """Compile what will be dispatched."""
         with progress.compiling("the training step"):
-            for count in self._counts():
-                alike = jax.tree.map(functools.partial(_with_steps, count), batches)
-                self.check_memory((state, key, alike, *frozen))
+            self.check_memory(arguments)
         devices.wait_for_all("compiled")  # the first step is a collective of devices
 
     def check_memory(self, arguments: tuple[Any, ...]) -> None:
@@ -152,19 +148,20 @@ class Trainer:
         )
         raise ValueError(f"{text} of a device: {advice}. What saves memory: {devices.LEVERS}")
 
-    def _counts(self) -> list[int]:
-        """Numbers of steps of a dispatch, as `_groups` makes them, largest first."""
-        whole, left = self.task.n_jitted_steps, self.task.n_iters - self.step
-        first = min(whole - self.step % whole, left)
-        rest = left - first
-        return sorted({first, min(whole, rest), rest % whole} - {0}, reverse=True)
+    def _count(self, step: int) -> int:
+        """Number of steps from this one to the next multiple of n_jitted_steps, or to the last."""
+        to_multiple = self.task.n_jitted_steps - step % self.task.n_jitted_steps
+        return min(to_multiple, self.task.n_iters - step)
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(first step, batches [n, D, B/D, ...] on their way to the devices)."""
         return ahead(self._groups())
 
     def _groups(self) -> Iterator[tuple[int, Batch]]:
-        """Batches of the steps up to the next multiple of n_jitted_steps, again and again."""
+        """Batches of the steps up to the next multiple of n_jitted_steps, again and again.
+
+        Fewer are filled up with empty ones.
+        """
         training = self.settings.training
         stream = self.dataset.train_batches(
             batch_size=training.batch_size,
@@ -176,9 +173,10 @@ class Trainer:
         noise_id = noise_id[devices.host().part(training.batch_size)]
         first = self.step
         while first < self.task.n_iters:
-            to_multiple = self.task.n_jitted_steps - first % self.task.n_jitted_steps
-            count = min(to_multiple, self.task.n_iters - first)
+            count = self._count(first)
             group = [next(stream) | {"noise_id": noise_id} for _ in range(count)]
+            empty = jax.tree.map(np.zeros_like, group[0])
+            group += [empty] * (self.task.n_jitted_steps - count)
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)
             yield first, devices.put(stacked, axis=1)
             first += count
@@ -209,13 +207,6 @@ class Trainer:
         """Checkpoint, but never a state that follows a value that was not finite."""
         self.metrics.check()
         self.checkpoints.save(devices.to_global(self.state))
-
-
-def _with_steps(count: int, leaf: jax.Array) -> jax.Array:
-    """So many steps on the devices of `leaf`: with several processes pmap asks for values."""
-    if len(leaf) == count:
-        return leaf
-    return jax.device_put(np.zeros((count, *leaf.shape[1:]), leaf.dtype), leaf.sharding)
 
 
 class HeldOut:

@@ -242,7 +242,24 @@ def several_steps(devices, number=4, name="importance", **options):
     return parallel(state, jax.random.key(1), batches(number, devices, size))
 
 
-def test_scan_of_steps_equals_single_steps():
+def test_an_empty_batch_ends_the_steps():
+    """As many steps in a longer dispatch give the same bits: it is the same loop."""
+    step_fn, state = training()
+    run = jax.pmap(
+        many_steps(step_fn), axis_name="batch", in_axes=(None, None, 0), devices=jax.devices()[:1]
+    )
+    data = batches(4, 1)
+    data["mask"][:, 3] = False
+    found, metrics = run(state, jax.random.key(1), data)
+    three = jax.tree.map(lambda leaf: leaf[:, :3], data)
+    expected, _ = run(state, jax.random.key(1), three)
+    assert int(found.step[0]) == 3
+    assert np.all(metrics["loss"][0, :3] > 0.0)
+    assert metrics["loss"][0, 3] == 0.0
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_steps_of_one_dispatch_equal_single_steps():
     step_fn, state = training()
     scanned, metrics = several_steps(1)
     single = jax.pmap(
