@@ -266,17 +266,17 @@ def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
 
 def test_pending_metrics_name_the_first_bad_step() -> None:
     pending = PendingMetrics()
-    pending.add(4, {"loss": np.array([1.0, 2.0])})
-    pending.add(6, {"loss": np.array([3.0, np.nan])})
+    pending.add(range(4, 6), {"loss": np.array([1.0, 2.0])})
+    pending.add(range(6, 8), {"loss": np.array([3.0, np.nan])})
     with pytest.raises(FloatingPointError, match="loss = nan at step 7"):
         pending.check()
 
 
 def test_pending_metrics_average_all_steps_since_the_last_flush() -> None:
     pending = PendingMetrics()
-    pending.add(0, {"loss": np.array([1.0, 2.0])})
+    pending.add(range(2), {"loss": np.array([1.0, 2.0])})
     pending.check()
-    pending.add(2, {"loss": np.array([6.0])})
+    pending.add(range(2, 3), {"loss": np.array([6.0, 0.0])})  # of a dispatch of two
     assert pending.flush() == {"loss": 3.0}
 
 
