@@ -240,11 +240,12 @@ class Checkpoints:
         saved = self._checksums(step)
         if saved is None:
             return
-        wrong = []
-        for leaf, found in checksums.of(fields).items():
-            expected = saved.get(leaf, "")
-            if found != expected and expected.split()[:1] in ([], found.split()[:1]):
-                wrong.append(leaf)
+        wrong = [
+            leaf
+            for leaf, found in checksums.of(fields).items()
+            if leaf not in saved
+            or (found != saved[leaf] and found.split()[0] == saved[leaf].split()[0])
+        ]
         if wrong:
             raise ValueError(f"the values of {', '.join(wrong[:8])} are not those that were saved")
 

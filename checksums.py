@@ -61,12 +61,12 @@ class Handler(ocp.PyTreeCheckpointHandler):
 
 @ocp.args.register_with_handler(Handler, for_save=True)
 class Save(ocp.args.PyTreeSave):
-    """What a `Handler` saves."""
+    """The tree that a `Handler` saves; Orbax finds the handler by the type of its arguments."""
 
 
 @ocp.args.register_with_handler(Handler, for_restore=True)
 class Restore(ocp.args.PyTreeRestore):
-    """How a `Handler` restores."""
+    """The tree that a `Handler` restores, by shapes and dtypes."""
 
 
 def read(folder: Path, metadata: dict[str, Any]) -> dict[str, str] | None:

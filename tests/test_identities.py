@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from ml_collections import ConfigDict
 import classifier
 import evaluation
 import run_lib
-from records import Records
-from run_lib import folder, identities, quality, report, sampling_loop
+from records import Records, Summary
+from run_lib import evaluation_loop, folder, identities, page, quality, report, sampling_loop
 from run_lib.experiment import Experiment
 from tests import tiny
 
@@ -254,6 +255,38 @@ def test_the_latest_of_two_figures_replaces_the_other(tmp_path: Path) -> None:
         identities.declare(target, [first])
         identities.declare(target, [second])
         assert set(identities.current(target)) == {second.identity, *[first.identity][:stays]}
+
+
+def test_pictures_are_those_of_reported_steps_and_splits(tmp_path: Path) -> None:
+    """In the order of the steps; the picture of a network without figures goes."""
+    of = identities.Figure("model", 5, "test", "p", "d", "s")
+    identities.declare(tmp_path, [of._replace(step=10), of, of._replace(split="train", data="e")])
+    names = [f"extremes_{place}.png" for place in ("5_test", "5_train", "10_test")]
+    for name in (*names, "extremes_7_test.png", "extremes_10_train.png", "extremes_5.png"):
+        (tmp_path / name).touch()
+    assert [path.name for path in page._pictures(tmp_path, report.EXTREMES)] == names
+    settings = SimpleNamespace(eval=SimpleNamespace(dataset="test"))
+    here = SimpleNamespace(dataset=None, settings=settings)
+    evaluation_loop._save_extremes(here, SimpleNamespace(target=tmp_path, step=5), [])
+    assert [path.name for path in page._pictures(tmp_path, report.EXTREMES)] == names[1:]
+
+
+def test_the_drawing_of_the_headline_tells_splits_apart(tmp_path: Path, monkeypatch) -> None:
+    names, drawn = ("ODE", "Gaussian"), []
+    value = Summary(1.0, 0.1, 9, 1)
+    results = [
+        report.Result(5, split, name, "p", "i", "nats", value, 1.0, 1, 0.0, [], None, [], [])
+        for split in ("test", "train")
+        for name in names
+    ]
+    monkeypatch.setattr(page.plotting, "save_marks", lambda path, marks, label: drawn.append(marks))
+    monkeypatch.setattr(page, "picture", lambda path, seen, numbers: numbers)
+    for shown in (results, results[:2]):
+        list(page._headline(tmp_path, shown))
+    assert [mark.name for mark in drawn[0]] == [
+        "ODE, test", "Gaussian, test", "ODE, train", "Gaussian, train"
+    ]  # fmt: skip
+    assert [mark.name for mark in drawn[1]] == ["ODE", "Gaussian"]
 
 
 def test_a_damaged_list_of_identities_is_named(tmp_path: Path) -> None:
